@@ -1,0 +1,135 @@
+//! Which variant of an op runs, and on which grid: decided once a call, above every kernel.
+//!
+//! A CPU device runs the units of a cube on its cores and the cubes one after another, so the *unit* variants
+//! take one cube of as many units as there are cores, and each unit owns whole register tiles. A GPU runs
+//! many cubes of many units with shared memory, which is the *plane* variants' shape.
+
+use cubecl::client::Client;
+use cubecl::prelude::*;
+
+use crate::error::Error;
+
+/// The shape of a kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Variant {
+    /// One unit owns register tiles and shares nothing: the CPU's shape, and the fallback everywhere.
+    Unit,
+    /// A cube of 256 units shares tiles in shared memory: the GPU's shape.
+    Plane,
+}
+
+/// How the variant of an op is chosen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Strategy {
+    /// From the device's properties.
+    #[default]
+    Inferred,
+    /// This one, or an [`Error::Variant`] where the device cannot run it: for tests and benches.
+    Forced(Variant),
+}
+
+/// Units along each side of a plane variant's cube.
+pub(crate) const PLANE_SIDE: usize = 16;
+/// Units of a plane variant's cube.
+pub(crate) const PLANE_UNITS: usize = PLANE_SIDE * PLANE_SIDE;
+
+/// A variant with the numbers it runs under.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Blueprint {
+    pub variant: Variant,
+    /// Elements of a vector of f32.
+    pub lanes: usize,
+    /// Rows of the unit variant's register tile.
+    pub tile_rows: usize,
+    /// The plane variant's register tile is `micro × micro` a unit.
+    pub micro: usize,
+    cubes: usize,
+    units: usize,
+}
+
+impl Blueprint {
+    pub(crate) fn new(client: &Client, strategy: Strategy) -> Result<Self, Error> {
+        let hardware = &client.properties().hardware;
+        let fits = |micro| {
+            hardware.max_units_per_cube as usize >= PLANE_UNITS
+                && hardware.max_shared_memory_size >= plane_shared_bytes(micro)
+        };
+        let variant = match strategy {
+            Strategy::Forced(variant) => variant,
+            Strategy::Inferred if fits(2) => Variant::Plane,
+            Strategy::Inferred => Variant::Unit,
+        };
+        match variant {
+            Variant::Unit => {
+                let lanes = (hardware.load_width as usize / 32)
+                    .min(hardware.max_vector_size)
+                    .clamp(1, 16);
+                let registers = hardware.vector_register_count.unwrap_or(16);
+                let (cubes, units) = match hardware.num_cpu_cores {
+                    Some(cores) => (1, cores.min(hardware.max_units_per_cube)),
+                    None => (32, 32.min(hardware.max_units_per_cube)),
+                };
+                Ok(Self {
+                    variant,
+                    lanes: 1 << lanes.ilog2(),
+                    tile_rows: if registers >= 32 { 8 } else { 4 },
+                    micro: 0,
+                    cubes,
+                    units: units.max(1) as usize,
+                })
+            }
+            Variant::Plane if fits(2) => Ok(Self {
+                variant,
+                lanes: 1,
+                tile_rows: 0,
+                micro: if fits(4) { 4 } else { 2 },
+                cubes: 0,
+                units: PLANE_UNITS,
+            }),
+            Variant::Plane => Err(Error::Variant {
+                variant: "plane",
+                needed: PLANE_UNITS,
+                shared: plane_shared_bytes(2),
+                units: hardware.max_units_per_cube as usize,
+                memory: hardware.max_shared_memory_size,
+            }),
+        }
+    }
+
+    /// Rows of a tile on either side of a product; packed operands are padded to a multiple of it.
+    pub(crate) fn tile(&self) -> usize {
+        match self.variant {
+            Variant::Unit => self.lanes * crate::packing::unit::TILE_VECTORS,
+            Variant::Plane => self.micro * PLANE_SIDE,
+        }
+    }
+
+    /// Units of the whole unit-variant grid.
+    pub(crate) fn total_units(&self) -> usize {
+        self.cubes * self.units
+    }
+
+    /// The fixed grid of a unit variant, whose units stride over the work.
+    pub(crate) fn unit_grid(&self) -> (CubeCount, CubeDim) {
+        (
+            CubeCount::new_1d(self.cubes as u32),
+            CubeDim::new_1d(self.units as u32),
+        )
+    }
+}
+
+/// Shared memory of the hungriest plane kernel: the block of logit gradients and two operand slabs.
+fn plane_shared_bytes(micro: usize) -> usize {
+    let tile = micro * PLANE_SIDE;
+    size_of::<f32>() * (tile * tile + 2 * tile * PLANE_SIDE)
+}
+
+/// The number of cubes for `work` items, one a cube, split over two grid axes where one is too short.
+pub(crate) fn cubes_for(client: &Client, work: usize) -> CubeCount {
+    let limit = client.properties().hardware.max_cube_count.0.min(65_535) as usize;
+    if work <= limit {
+        CubeCount::new_1d(work as u32)
+    } else {
+        CubeCount::new_2d(limit as u32, work.div_ceil(limit) as u32)
+    }
+}

@@ -1,0 +1,29 @@
+//! Cosine logits and their softmax cross-entropy in one op, without the logits ever being in memory.
+//!
+//! For head `h`, row `n` with label `y`, and the active classes `c < K`:
+//!
+//! ```text
+//! z[h,n,c] = scale · x̂[h,n] · ŵ[h,c]            x̂ = x / max(‖x‖₂, 1e-12), the same for ŵ
+//! lse[h,n] = ln Σ_c e^z
+//! ℓ[h,n]   = lse − (1 − ε) z[y] − ε/K Σ_c z       ε: label smoothing
+//! total    = Σ_h α_h · reduce_n ℓ[h,n]
+//! ```
+//!
+//! It is `F.cross_entropy(scale * F.linear(F.normalize(x), F.normalize(w))[:, :K], y)` of PyTorch, per head. The
+//! backward pass rebuilds the logits a tile at a time from the saved `lse`:
+//!
+//! ```text
+//! g  = upstream · (e^(z − lse) − target)
+//! dx̂ = scale Σ_c g ŵ_c      dx = (dx̂ − x̂ (x̂·dx̂)) / ‖x‖        (dx̂ / 1e-12 where the norm was clamped)
+//! dŵ = scale Σ_n g x̂_n      dw likewise
+//! ```
+//!
+//! Memory beside the outputs: unit-norm f32 copies of the operands, `4·H·(N + K)·D` bytes (twice that in the
+//! unit variant), and a few tiles. Nothing grows with `N·K`. Every output element has one owner that
+//! adds in a fixed order, so the same input gives the same bits on the same device.
+
+mod launch;
+mod plane;
+mod unit;
+
+pub use launch::{Inputs, Options, backward, forward};

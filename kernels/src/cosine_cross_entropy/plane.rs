@@ -1,0 +1,240 @@
+//! A cube owns a square tile's rows (forward, dX) or classes (dW) and walks the other operand's tiles.
+
+use cubecl::prelude::*;
+
+use super::launch::{BackwardCall, ForwardCall};
+use crate::blueprint::{PLANE_SIDE, PLANE_UNITS, cubes_for};
+use crate::loss::target::{LabelRule, is_class, label_rule, target_of};
+use crate::math::cube::merge_softmax;
+use crate::math::lanes::One;
+use crate::math::online_softmax::{OnlineSoftmax, SoftmaxRows, logit_gradient};
+use crate::operand::whole;
+use crate::packing::plane::{add_product, cosines, finish, place};
+use crate::packing::{Layout, Operand};
+
+pub(super) fn launch_forward(call: &ForwardCall) {
+    let sizes = &call.packed.sizes;
+    let tile = call.blueprint.tile();
+    // SAFETY: `Packed` holds whole tiles, the outputs are [heads, rows], labels have `rows` elements.
+    unsafe {
+        forward::launch_unchecked(
+            call.client,
+            cubes_for(call.client, sizes.heads * sizes.rows_padded / tile),
+            CubeDim::new_1d(PLANE_UNITS as u32),
+            call.packed.rows_arg(),
+            call.labels.buffer_arg(),
+            whole(call.row_loss, 1),
+            whole(call.lse, 1),
+            whole(call.predictions, 1),
+            sizes.launch_arg(),
+            label_rule(call.labels.dtype(), sizes.active, call.loss.ignore_index),
+            call.scale,
+            call.loss.label_smoothing,
+            call.blueprint.micro,
+            call.labels.dtype(),
+        );
+    }
+}
+
+pub(super) fn launch_backward(call: &BackwardCall) {
+    let sizes = &call.packed.sizes;
+    let tile = call.blueprint.tile();
+    let elements = sizes.gradient_len(call.owner);
+    let gradient = call.client.empty(elements * size_of::<f32>());
+    // SAFETY: `Packed`, `Rows` and the gradient hold whole tiles.
+    unsafe {
+        backward::launch_unchecked(
+            call.client,
+            cubes_for(call.client, elements / sizes.dim_padded / tile),
+            CubeDim::new_1d(PLANE_UNITS as u32),
+            call.packed.rows_arg(),
+            call.rows.state_arg(1),
+            call.rows.targets_arg(1),
+            BufferArg::from_raw_parts(gradient.clone(), elements),
+            sizes.launch_arg(),
+            call.scale,
+            call.smoothing,
+            call.owner,
+            call.blueprint.micro,
+        );
+    }
+    finish(call.client, call.packed, &gradient, call.grad, call.owner);
+}
+
+#[cube(launch_unchecked)]
+fn forward<I: Int>(
+    rows: &[f32],
+    labels: &[I],
+    row_loss: &mut [f32],
+    lse: &mut [f32],
+    predictions: &mut [u32],
+    layout: Layout,
+    rule: LabelRule,
+    scale: f32,
+    smoothing: f32,
+    #[comptime] micro: usize,
+    #[define(I)] _label: ElemType,
+) {
+    let tile = comptime!(micro * PLANE_SIDE);
+    let tiles_per_head = layout.rows_padded / tile;
+    if CUBE_POS >= layout.heads * tiles_per_head {
+        terminate!();
+    }
+    let head = CUBE_POS / tiles_per_head;
+    let first = (CUBE_POS % tiles_per_head) * tile;
+    let packed_row = layout.head_start(head, Operand::Embeddings) + first;
+    let packed_class = layout.head_start(head, Operand::Weights);
+    let active = layout.active as u32;
+    let at = place();
+
+    let mut left = Shared::<[f32]>::new_slice(comptime!(tile * PLANE_SIDE));
+    let mut right = Shared::<[f32]>::new_slice(comptime!(tile * PLANE_SIDE));
+    let mut classes = Shared::<[u32]>::new_slice(comptime!(tile * PLANE_SIDE));
+    let mut acc = Array::<f32>::new(comptime!(micro * micro));
+    let mut states = SoftmaxRows::<One>::new(micro);
+    let mut targets = Array::<u32>::new(micro);
+    #[unroll]
+    for i in 0..micro {
+        let state = OnlineSoftmax::<One>::new();
+        states.set(i, &state);
+        let row = first + at.y + i * PLANE_SIDE;
+        targets[i] = u32::MAX;
+        if row < layout.rows {
+            targets[i] = target_of::<I>(labels[row], &rule);
+        }
+    }
+    for class_tile in 0..layout.active_padded / tile {
+        cosines(
+            &mut acc,
+            rows,
+            packed_row,
+            packed_class + class_tile * tile,
+            layout.dim_padded,
+            &mut left,
+            &mut right,
+            micro,
+        );
+        #[unroll]
+        for i in 0..micro {
+            let mut state = states.get(i);
+            #[unroll]
+            for j in 0..micro {
+                let class = (class_tile * tile + at.x + j * PLANE_SIDE) as u32;
+                state.fold(
+                    Vector::<f32, One>::new(acc[i * micro + j] * scale),
+                    Vector::<u32, One>::new(class),
+                    active,
+                    targets[i],
+                );
+            }
+            states.set(i, &state);
+        }
+    }
+    #[unroll]
+    for i in 0..micro {
+        let state = states.get(i);
+        let merged = merge_softmax(
+            state.finish(),
+            at.y,
+            at.x,
+            &mut left,
+            &mut classes,
+            PLANE_SIDE,
+        );
+        let row = first + at.y + i * PLANE_SIDE;
+        if at.x == 0 && row < layout.rows {
+            let out = head * layout.rows + row;
+            lse[out] = merged.lse();
+            predictions[out] = merged.best;
+            let mut loss = 0.0f32.runtime();
+            if is_class(targets[i]) {
+                loss = merged.loss(active, smoothing);
+            }
+            row_loss[out] = loss;
+        }
+    }
+}
+
+#[cube(launch_unchecked)]
+fn backward(
+    rows: &[f32],
+    state: &[f32],
+    targets: &[u32],
+    gradient: &mut [f32],
+    layout: Layout,
+    scale: f32,
+    smoothing: f32,
+    #[comptime] owner: Operand,
+    #[comptime] micro: usize,
+) {
+    let tile = comptime!(micro * PLANE_SIDE);
+    let other = comptime!(owner.other());
+    let tiles_per_head = layout.padded(owner) / tile;
+    if CUBE_POS >= layout.heads * tiles_per_head {
+        terminate!();
+    }
+    let head = CUBE_POS / tiles_per_head;
+    let first = (CUBE_POS % tiles_per_head) * tile;
+    let packed_owner = layout.head_start(head, owner) + first;
+    let packed_other = layout.head_start(head, other);
+    let lse_at = head * 2 * layout.rows_padded;
+    let upstream_at = lse_at + layout.rows_padded;
+    let active = layout.active as u32;
+    let at = place();
+
+    let mut left = Shared::<[f32]>::new_slice(comptime!(tile * PLANE_SIDE));
+    let mut right = Shared::<[f32]>::new_slice(comptime!(tile * PLANE_SIDE));
+    let mut block = Shared::<[f32]>::new_slice(comptime!(tile * tile));
+    let mut acc = Array::<f32>::new(comptime!(micro * micro));
+    for other_tile in 0..layout.padded(other) / tile {
+        cosines(
+            &mut acc,
+            rows,
+            packed_owner,
+            packed_other + other_tile * tile,
+            layout.dim_padded,
+            &mut left,
+            &mut right,
+            micro,
+        );
+        #[unroll]
+        for i in 0..micro {
+            #[unroll]
+            for j in 0..micro {
+                let in_owner = at.y + i * PLANE_SIDE;
+                let in_other = at.x + j * PLANE_SIDE;
+                let (row, class) = match comptime!(owner) {
+                    Operand::Embeddings => (first + in_owner, other_tile * tile + in_other),
+                    Operand::Weights => (other_tile * tile + in_other, first + in_owner),
+                };
+                let class = class as u32;
+                let mut value = 0.0f32.runtime();
+                if class < active {
+                    let gradient = logit_gradient::<One>(
+                        Vector::<f32, One>::new(acc[i * micro + j] * scale),
+                        Vector::<f32, One>::new(state[lse_at + row]),
+                        Vector::<f32, One>::new(state[upstream_at + row]),
+                        Vector::<u32, One>::new(targets[row])
+                            .equal(&Vector::<u32, One>::new(class)),
+                        active,
+                        smoothing,
+                    );
+                    value = gradient.extract(0usize) * scale;
+                }
+                block[in_owner * tile + in_other] = value;
+            }
+        }
+        sync_cube();
+        add_product(
+            gradient,
+            head * layout.padded(owner) + first,
+            &block,
+            rows,
+            packed_other + other_tile * tile,
+            layout.dim_padded,
+            other_tile == 0,
+            &mut right,
+            micro,
+        );
+    }
+}

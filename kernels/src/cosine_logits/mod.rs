@@ -1,0 +1,16 @@
+//! Cosine logits, for those who want them in memory: `z[h,n,c] = scale · x̂[h,n] · ŵ[h,c]` for `c < K`.
+//!
+//! It is `scale * F.linear(F.normalize(x), F.normalize(w))[:, :K]` of PyTorch, per head. Backward, from `dz`:
+//!
+//! ```text
+//! dx̂ = scale Σ_c dz ŵ_c      dx = (dx̂ − x̂ (x̂·dx̂)) / ‖x‖        (dx̂ / 1e-12 where the norm was clamped)
+//! dŵ = scale Σ_n dz x̂_n      dw likewise
+//! ```
+
+mod launch;
+mod plane;
+mod problem;
+mod unit;
+
+pub use launch::{Inputs, Options, backward, forward};
+pub(crate) use problem::CosineProblem;

@@ -1,0 +1,151 @@
+//! The public forward and backward.
+
+use cubecl::client::Client;
+use cubecl::std::tensor::TensorHandle;
+use serde::{Deserialize, Serialize};
+
+use super::{plane, unit};
+use crate::blueprint::{Blueprint, Strategy, Variant};
+use crate::error::Error;
+use crate::loss::{LossOptions, LossOutput, Upstream, reduce, rows};
+use crate::operand::{F32, Labels, Strided, U32, empty};
+
+/// The operands, never modified.
+#[derive(Clone, Debug)]
+pub struct Inputs {
+    /// `[heads, rows, classes]`, f32, f16 or bf16; the last axis packed, the others of any stride.
+    pub logits: TensorHandle,
+    /// `[rows]`, i32, i64 or u32.
+    pub labels: TensorHandle,
+}
+
+/// What the loss is.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Options {
+    /// Reduction, label smoothing, ignored label, head weights.
+    pub loss: LossOptions,
+    /// Which variant runs.
+    #[serde(skip)]
+    pub strategy: Strategy,
+}
+
+/// The loss, its `lse` and the predicted classes.
+///
+/// # Errors
+/// A typed [`Error`] for what the host can see, before anything is launched. A bad label is found on the device:
+/// its row counts as ignored, and reading the output returns [`Error::Label`].
+pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<LossOutput, Error> {
+    let (blueprint, logits, labels) = validate(client, inputs, options)?;
+    let [heads, rows, classes] = logits.dims3();
+    let row_loss = empty(client, [heads, rows], F32);
+    let lse = empty(client, [heads, rows], F32);
+    let predictions = empty(client, [heads, rows], U32);
+    let call = ForwardCall {
+        client,
+        blueprint: &blueprint,
+        logits: &logits,
+        labels: &labels,
+        row_loss: &row_loss,
+        lse: &lse,
+        predictions: &predictions,
+        loss: &options.loss,
+    };
+    match blueprint.variant {
+        Variant::Unit => unit::launch_forward(&call),
+        Variant::Plane => plane::launch_forward(&call),
+    }
+    let reduced = reduce::launch(client, &blueprint, &row_loss, &labels, classes, &options.loss);
+    Ok(LossOutput::new(
+        row_loss,
+        reduced,
+        lse,
+        predictions,
+        &labels,
+        classes,
+        &options.loss,
+    ))
+}
+
+/// The gradient of the logits, `[heads, rows, classes]`, contiguous, of their dtype. May be called again.
+///
+/// # Errors
+/// As [`forward`]; and [`Error::Shape`] if the upstream gradient or `output` does not fit.
+pub fn backward(
+    client: &Client,
+    inputs: &Inputs,
+    options: &Options,
+    output: &LossOutput,
+    upstream: &Upstream,
+) -> Result<TensorHandle, Error> {
+    let (blueprint, logits, labels) = validate(client, inputs, options)?;
+    let [heads, rows, classes] = logits.dims3();
+    let saved = output.lse.shape().to_vec();
+    if saved != [heads, rows] {
+        return Err(Error::Shape {
+            operand: "lse",
+            got: saved,
+            expected: format!("[{heads}, {rows}]"),
+        });
+    }
+    let row_state = rows::launch(
+        client,
+        &blueprint,
+        &output.lse,
+        &output.status,
+        &labels,
+        classes,
+        &options.loss,
+        upstream,
+        rows,
+    )?;
+    let grad = empty(client, [heads, rows, classes], logits.dtype());
+    let call = BackwardCall {
+        client,
+        blueprint: &blueprint,
+        logits: &logits,
+        rows: &row_state,
+        grad: &grad,
+        smoothing: options.loss.label_smoothing,
+    };
+    match blueprint.variant {
+        Variant::Unit => unit::launch_backward(&call),
+        Variant::Plane => plane::launch_backward(&call),
+    }
+    Ok(grad)
+}
+
+fn validate(
+    client: &Client,
+    inputs: &Inputs,
+    options: &Options,
+) -> Result<(Blueprint, Strided, Labels), Error> {
+    let blueprint = Blueprint::new(client, options.strategy)?;
+    let logits = Strided::float(client, "logits", &inputs.logits, 3)?;
+    let [heads, rows, _] = logits.dims3();
+    options.loss.validate(heads)?;
+    let labels = Labels::new(client, &inputs.labels, rows)?;
+    Ok((blueprint, logits, labels))
+}
+
+/// A forward launch of either variant.
+pub(super) struct ForwardCall<'a> {
+    pub client: &'a Client,
+    pub blueprint: &'a Blueprint,
+    pub logits: &'a Strided, // [heads, rows, classes]
+    pub labels: &'a Labels,
+    pub row_loss: &'a TensorHandle,    // [heads, rows], f32
+    pub lse: &'a TensorHandle,         // [heads, rows], f32
+    pub predictions: &'a TensorHandle, // [heads, rows], u32
+    pub loss: &'a LossOptions,
+}
+
+/// A backward launch of either variant.
+pub(super) struct BackwardCall<'a> {
+    pub client: &'a Client,
+    pub blueprint: &'a Blueprint,
+    pub logits: &'a Strided,
+    pub rows: &'a rows::Rows,
+    pub grad: &'a TensorHandle, // [heads, rows, classes], the logits' dtype
+    pub smoothing: f32,
+}

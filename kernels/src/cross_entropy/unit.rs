@@ -1,0 +1,147 @@
+//! One unit a row, in the widest vectors that rows start and end on.
+
+use cubecl::prelude::*;
+
+use super::launch::{BackwardCall, ForwardCall};
+use crate::loss::target::{LabelRule, is_class, label_rule, target_of};
+use crate::math::lanes::iota;
+use crate::math::online_softmax::{OnlineSoftmax, logit_gradient};
+use crate::operand::whole;
+use crate::packing::unit::RowStrides;
+
+pub(super) fn launch_forward(call: &ForwardCall) {
+    let (count, dim) = call.blueprint.unit_grid();
+    let [heads, rows, classes] = call.logits.dims3();
+    let vector = call.logits.vector_size(call.blueprint);
+    // SAFETY: `Strided` proved the logits, the outputs are [heads, rows], labels have `rows` elements.
+    unsafe {
+        forward::launch_unchecked(
+            call.client,
+            count,
+            dim,
+            vector,
+            call.logits.buffer_arg(vector),
+            call.logits.strides_arg(vector),
+            call.labels.buffer_arg(),
+            whole(call.row_loss, 1),
+            whole(call.lse, 1),
+            whole(call.predictions, 1),
+            heads,
+            rows,
+            classes,
+            label_rule(call.labels.dtype(), classes, call.loss.ignore_index),
+            call.loss.label_smoothing,
+            call.logits.dtype(),
+            call.labels.dtype(),
+        );
+    }
+}
+
+pub(super) fn launch_backward(call: &BackwardCall) {
+    let (count, dim) = call.blueprint.unit_grid();
+    let [heads, rows, classes] = call.logits.dims3();
+    let vector = call.logits.vector_size(call.blueprint);
+    // SAFETY: `Strided` proved the logits, `Rows` holds every row, `grad` is [heads, rows, classes].
+    unsafe {
+        backward::launch_unchecked(
+            call.client,
+            count,
+            dim,
+            vector,
+            call.logits.buffer_arg(vector),
+            call.logits.strides_arg(vector),
+            call.rows.state_arg(1),
+            call.rows.targets_arg(1),
+            whole(call.grad, vector),
+            heads,
+            rows,
+            classes,
+            call.smoothing,
+            call.logits.dtype(),
+        );
+    }
+}
+
+#[cube(launch_unchecked)]
+fn forward<F: Float, I: Int, N: Size>(
+    logits: &[Vector<F, N>],
+    strides: RowStrides,
+    labels: &[I],
+    row_loss: &mut [f32],
+    lse: &mut [f32],
+    predictions: &mut [u32],
+    heads: usize,
+    rows: usize,
+    classes: usize,
+    rule: LabelRule,
+    smoothing: f32,
+    #[define(F)] _dtype: ElemType,
+    #[define(I)] _label: ElemType,
+) {
+    let lanes = N::value();
+    let counted = iota::<N>();
+    let active = classes as u32;
+    let mut at = ABSOLUTE_POS;
+    while at < heads * rows {
+        let row = at % rows;
+        let from = at / rows * strides.head + row * strides.row;
+        let target = target_of::<I>(labels[row], &rule);
+        let mut state = OnlineSoftmax::<N>::new();
+        for v in 0..classes / lanes {
+            state.fold(
+                Vector::<f32, N>::cast_from(logits[from + v]),
+                counted + Vector::<u32, N>::new((v * lanes) as u32),
+                active,
+                target,
+            );
+        }
+        let softmax = state.finish();
+        lse[at] = softmax.lse();
+        predictions[at] = softmax.best;
+        let mut loss = 0.0f32.runtime();
+        if is_class(target) {
+            loss = softmax.loss(active, smoothing);
+        }
+        row_loss[at] = loss;
+        at += CUBE_COUNT * CUBE_DIM as usize;
+    }
+}
+
+#[cube(launch_unchecked)]
+fn backward<F: Float, N: Size>(
+    logits: &[Vector<F, N>],
+    strides: RowStrides,
+    state: &[f32],
+    targets: &[u32],
+    grad: &mut [Vector<F, N>],
+    heads: usize,
+    rows: usize,
+    classes: usize,
+    smoothing: f32,
+    #[define(F)] _dtype: ElemType,
+) {
+    let lanes = N::value();
+    let counted = iota::<N>();
+    let mut at = ABSOLUTE_POS;
+    while at < heads * rows {
+        let (head, row) = (at / rows, at % rows);
+        let from = head * strides.head + row * strides.row;
+        let out = at * classes / lanes;
+        let lse = Vector::<f32, N>::new(state[head * 2 * rows + row]);
+        let upstream = Vector::<f32, N>::new(state[(head * 2 + 1) * rows + row]);
+        let target = Vector::<u32, N>::new(targets[row]);
+        for v in 0..classes / lanes {
+            let class = counted + Vector::<u32, N>::new((v * lanes) as u32);
+            let gradient = logit_gradient::<N>(
+                Vector::<f32, N>::cast_from(logits[from + v]),
+                lse,
+                upstream,
+                class.equal(&target),
+                classes as u32,
+                smoothing,
+            );
+            grad[out + v] = Vector::<F, N>::cast_from(gradient);
+        }
+        at += CUBE_COUNT * CUBE_DIM as usize;
+    }
+}

@@ -1,0 +1,118 @@
+//! What can be wrong with a call, with the numbers in it.
+
+use cubecl::ir::ElemType;
+
+/// Why an op refused its operands, or what the device reported afterwards.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// An operand has the wrong number of axes or the wrong lengths.
+    #[error("{operand} has shape {got:?}, expected {expected}")]
+    Shape {
+        /// The operand's name.
+        operand: &'static str,
+        /// Its shape.
+        got: Vec<usize>,
+        /// What the shape must be, in words and numbers.
+        expected: String,
+    },
+    /// An axis has length zero.
+    #[error("{operand} has shape {got:?}: every axis must have at least one element")]
+    Empty {
+        /// The operand's name.
+        operand: &'static str,
+        /// Its shape.
+        got: Vec<usize>,
+    },
+    /// The last axis is not packed, or the strides leave the buffer.
+    #[error(
+        "{operand} has strides {strides:?} for shape {shape:?} in a buffer of {elements} elements: the last axis must be packed (stride 1) and every element inside the buffer"
+    )]
+    Strides {
+        /// The operand's name.
+        operand: &'static str,
+        /// Its shape.
+        shape: Vec<usize>,
+        /// Its strides, in elements.
+        strides: Vec<usize>,
+        /// What its buffer holds.
+        elements: usize,
+    },
+    /// An operand has a dtype that the op or the device does not take.
+    #[error("{operand} has dtype {got}, expected {expected}")]
+    Dtype {
+        /// The operand's name.
+        operand: &'static str,
+        /// Its dtype.
+        got: ElemType,
+        /// The dtypes that are taken.
+        expected: String,
+    },
+    /// More classes are asked for than there are.
+    #[error("{active} active classes were asked for, expected between 1 and {classes}")]
+    ActiveClasses {
+        /// K
+        active: usize,
+        /// C
+        classes: usize,
+    },
+    /// A number among the options is out of its range.
+    #[error("{option} is {got}, expected {expected}")]
+    Option {
+        /// The option's name.
+        option: &'static str,
+        /// Its value.
+        got: f64,
+        /// The range.
+        expected: &'static str,
+    },
+    /// There is not one head weight per head.
+    #[error("{got} head weights for {heads} heads")]
+    HeadWeights {
+        /// How many weights were given.
+        got: usize,
+        /// H
+        heads: usize,
+    },
+    /// A problem is too large for the 32-bit addressing of the kernels.
+    #[error("{operand} needs {elements} elements, more than 32-bit addresses reach")]
+    TooLarge {
+        /// The tensor's name.
+        operand: &'static str,
+        /// Its elements.
+        elements: u128,
+    },
+    /// A forced variant cannot run on this device.
+    #[error(
+        "the {variant} variant needs {needed} units a cube and {shared} bytes of shared memory, the device has {units} and {memory}"
+    )]
+    Variant {
+        /// The variant's name.
+        variant: &'static str,
+        /// The units a cube needs.
+        needed: usize,
+        /// The shared memory it needs.
+        shared: usize,
+        /// The units a cube may have.
+        units: usize,
+        /// The shared memory a cube may have.
+        memory: usize,
+    },
+    /// A label is neither a class nor ignored.
+    #[error(
+        "label {label} of row {row} is not a class below {active} ({rows} row(s) with such a label)"
+    )]
+    Label {
+        /// The first such row.
+        row: usize,
+        /// Its label.
+        label: i64,
+        /// K
+        active: usize,
+        /// How many such rows there are.
+        rows: usize,
+    },
+    /// The device failed.
+    #[error("the device reported: {0}")]
+    Device(String),
+}

@@ -1,0 +1,91 @@
+//! The options that every classification loss shares.
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::Error;
+
+/// What becomes of the losses of a head's rows (torch's `reduction`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Reduction {
+    /// Each row keeps its own: `[heads, rows]`.
+    None,
+    /// Their sum: `[heads]`.
+    Sum,
+    /// Their mean over the rows that are not ignored: `[heads]`. With every row ignored it is 0, and so are its
+    /// gradients (torch gives NaN).
+    #[default]
+    Mean,
+}
+
+/// The options of a cross-entropy, with torch's meaning and defaults.
+///
+/// The target of a row with label `y` is `(1 − ε)·onehot(y) + ε/K`, where ε is the label smoothing.
+///
+/// # Examples
+/// ```
+/// use protohead::{LossOptions, Reduction};
+/// let options = LossOptions {
+///     reduction: Reduction::Sum,
+///     label_smoothing: 0.1,
+///     ..LossOptions::default()
+/// };
+/// assert_eq!(options.ignore_index, -100);
+/// ```
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LossOptions {
+    /// How a head's rows become its loss.
+    pub reduction: Reduction,
+    /// ε, between 0 and 1.
+    pub label_smoothing: f32,
+    /// A row with this label has no loss and no gradient. It may be a valid class.
+    pub ignore_index: i32,
+    /// α of `total = Σ_h α_h · loss_h`, one a head; all 1 if absent.
+    pub head_weights: Option<Vec<f32>>,
+}
+
+impl Default for LossOptions {
+    fn default() -> Self {
+        Self {
+            reduction: Reduction::Mean,
+            label_smoothing: 0.0,
+            ignore_index: -100,
+            head_weights: None,
+        }
+    }
+}
+
+impl LossOptions {
+    pub(crate) fn validate(&self, heads: usize) -> Result<(), Error> {
+        if !(0.0..=1.0).contains(&self.label_smoothing) {
+            return Err(Error::Option {
+                option: "label_smoothing",
+                got: f64::from(self.label_smoothing),
+                expected: "between 0 and 1",
+            });
+        }
+        let Some(weights) = &self.head_weights else {
+            return Ok(());
+        };
+        if weights.len() != heads {
+            return Err(Error::HeadWeights {
+                got: weights.len(),
+                heads,
+            });
+        }
+        match weights.iter().find(|weight| !weight.is_finite()) {
+            None => Ok(()),
+            Some(&weight) => Err(Error::Option {
+                option: "head_weights",
+                got: f64::from(weight),
+                expected: "finite",
+            }),
+        }
+    }
+
+    /// The weight of each head.
+    pub(crate) fn weights(&self, heads: usize) -> Vec<f32> {
+        self.head_weights.clone().unwrap_or_else(|| vec![1.0; heads])
+    }
+}

@@ -1,0 +1,154 @@
+//! Row losses become head losses and the total, and the labels are counted; one cube, in a fixed order.
+//!
+//! Sums carry Kahan's compensation: a mean over a hundred thousand rows keeps f32's precision.
+
+use cubecl::client::Client;
+use cubecl::prelude::*;
+use cubecl::std::tensor::TensorHandle;
+
+use super::options::{LossOptions, Reduction};
+use super::target::{INVALID, LabelRule, is_class, label_rule, target_of};
+use crate::blueprint::{Blueprint, PLANE_UNITS, Variant};
+use crate::math::sum::Kahan;
+use crate::operand::{F32, Labels, U32, empty, whole};
+
+/// Fields of the status: rows that count, rows with a bad label, the first of those.
+pub(crate) const STATUS_FIELDS: usize = 3;
+
+/// What the reduction leaves behind.
+pub(crate) struct Reduced {
+    pub loss: TensorHandle,   // [heads], f32
+    pub total: TensorHandle,  // [1], f32
+    pub status: TensorHandle, // [STATUS_FIELDS], u32
+}
+
+/// Reduces `row_loss [heads, rows]`.
+pub(crate) fn launch(
+    client: &Client,
+    blueprint: &Blueprint,
+    row_loss: &TensorHandle,
+    labels: &Labels,
+    active: usize,
+    options: &LossOptions,
+) -> Reduced {
+    let [heads, rows] = [row_loss.shape()[0], row_loss.shape()[1]];
+    let reduced = Reduced {
+        loss: empty(client, [heads], F32),
+        total: empty(client, [1], F32),
+        status: empty(client, [STATUS_FIELDS], U32),
+    };
+    let weights = client.create_from_slice(f32::as_bytes(&options.weights(heads)));
+    let units = match blueprint.variant {
+        Variant::Unit => 1,
+        Variant::Plane => PLANE_UNITS,
+    };
+    // SAFETY: every buffer has the length that its comment says, and the kernel stays inside heads × rows.
+    unsafe {
+        reduce::launch_unchecked(
+            client,
+            CubeCount::new_single(),
+            CubeDim::new_1d(units as u32),
+            whole(row_loss, 1),
+            labels.buffer_arg(),
+            BufferArg::from_raw_parts(weights, heads),
+            whole(&reduced.loss, 1),
+            whole(&reduced.total, 1),
+            whole(&reduced.status, 1),
+            heads,
+            rows,
+            label_rule(labels.dtype(), active, options.ignore_index),
+            units,
+            options.reduction == Reduction::Mean,
+            labels.dtype(),
+        );
+    }
+    reduced
+}
+
+#[cube(launch_unchecked)]
+fn reduce<I: Int>(
+    row_loss: &[f32],    // [heads, rows]
+    labels: &[I],        // [rows]
+    weights: &[f32],     // [heads]
+    loss: &mut [f32],    // [heads]
+    total: &mut [f32],   // [1]
+    status: &mut [u32],  // [STATUS_FIELDS]
+    heads: usize,
+    rows: usize,
+    rule: LabelRule,
+    #[comptime] units: usize,
+    #[comptime] mean: bool,
+    #[define(I)] _label: ElemType,
+) {
+    let unit = UNIT_POS as usize;
+    let mut counted = Shared::<[u32]>::new_slice(units);
+    let mut invalid = Shared::<[u32]>::new_slice(units);
+    let mut first = Shared::<[u32]>::new_slice(units);
+    let mut partial = Shared::<[f32]>::new_slice(units);
+
+    let mut my_counted = 0u32.runtime();
+    let mut my_invalid = 0u32.runtime();
+    let mut my_first = INVALID.runtime();
+    let mut row = unit;
+    while row < rows {
+        let target = target_of::<I>(labels[row], &rule);
+        if is_class(target) {
+            my_counted += 1;
+        } else if target == INVALID {
+            my_invalid += 1;
+            my_first = min(my_first, row as u32);
+        }
+        row += units;
+    }
+    counted[unit] = my_counted;
+    invalid[unit] = my_invalid;
+    first[unit] = my_first;
+    if comptime!(units > 1) {
+        sync_cube();
+    }
+    let mut all_counted = 0u32.runtime();
+    if unit == 0 {
+        let mut all_invalid = 0u32.runtime();
+        let mut all_first = INVALID.runtime();
+        for i in 0..units {
+            all_counted += counted[i];
+            all_invalid += invalid[i];
+            all_first = min(all_first, first[i]);
+        }
+        status[0] = all_counted;
+        status[1] = all_invalid;
+        status[2] = all_first;
+    }
+
+    let mut all = Kahan::new();
+    for head in 0..heads {
+        let mut sum = Kahan::new();
+        let mut row = unit;
+        while row < rows {
+            sum.add(row_loss[head * rows + row]);
+            row += units;
+        }
+        partial[unit] = sum.total();
+        if comptime!(units > 1) {
+            sync_cube();
+        }
+        if unit == 0 {
+            let mut of_head = Kahan::new();
+            for i in 0..units {
+                of_head.add(partial[i]);
+            }
+            let mut reduced = of_head.total();
+            if comptime!(mean) {
+                reduced /= max(f32::cast_from(all_counted), 1.0);
+            }
+            loss[head] = reduced;
+            all.add(reduced * weights[head]);
+        }
+        if comptime!(units > 1) {
+            sync_cube();
+        }
+    }
+    if unit == 0 {
+        total[0] = all.total();
+    }
+}

@@ -1,0 +1,44 @@
+//! A label becomes a target: its class, or one of two marks that no class can have.
+
+use cubecl::ir::{ElemType, IntKind};
+use cubecl::prelude::*;
+
+/// The target of a row whose label is the ignored one.
+pub(crate) const IGNORED: u32 = u32::MAX;
+/// The target of a row whose label is neither ignored nor a class.
+pub(crate) const INVALID: u32 = u32::MAX - 1;
+
+/// What decides over labels.
+#[derive(CubeType, CubeLaunch, Clone, Copy)]
+pub(crate) struct LabelRule {
+    pub active: u32,
+    pub ignore: i32,
+    /// Whether the label's dtype can hold `ignore` at all: 1 or 0.
+    pub can_ignore: u32,
+}
+
+/// The rule for labels of `dtype`.
+pub(crate) fn label_rule(dtype: ElemType, active: usize, ignore_index: i32) -> LabelRuleLaunch {
+    let signed = matches!(dtype, ElemType::Int(IntKind::I32 | IntKind::I64));
+    let can_ignore = signed || ignore_index >= 0;
+    LabelRuleLaunch::new(active as u32, ignore_index, u32::from(can_ignore))
+}
+
+/// Ignored comes first, so that a valid class can be ignored.
+#[cube]
+pub(crate) fn target_of<I: Int>(label: I, rule: &LabelRule) -> u32 {
+    let mut target = INVALID.runtime();
+    if label >= I::new(0) && label < I::cast_from(rule.active) {
+        target = u32::cast_from(label);
+    }
+    if rule.can_ignore == 1 && label == I::cast_from(rule.ignore) {
+        target = IGNORED;
+    }
+    target
+}
+
+/// Whether a row takes part.
+#[cube]
+pub(crate) fn is_class(target: u32) -> bool {
+    target < INVALID
+}

@@ -1,0 +1,7 @@
+//! Device helpers shared by the ops: each file is one piece of a formula.
+
+pub(crate) mod cube;
+pub(crate) mod lanes;
+pub(crate) mod online_softmax;
+pub(crate) mod sum;
+pub(crate) mod tile;

@@ -1,0 +1,160 @@
+//! The softmax of a row in one pass: `lse = peak + ln Σ e^(z − peak)`, with the peak found on the way.
+//!
+//! A state is folded lane by lane, so that a vector of classes costs no horizontal step; the lanes merge once
+//! at the end of a row. Beside the sum it keeps what a loss needs: the class of the peak, the logit of
+//! the target, and the sum of all logits (label smoothing's mean).
+//!
+//! Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018).
+
+use cubecl::prelude::*;
+
+/// Below every finite logit: the peak of a lane that has seen none, and the logit of a class that is not there.
+pub(crate) const FLOOR: f32 = f32::MIN;
+
+/// The running state of one row, in lanes.
+#[derive(CubeType, Clone, Copy)]
+pub(crate) struct OnlineSoftmax<N: Size> {
+    pub peak: Vector<f32, N>,
+    pub sum: Vector<f32, N>,
+    pub best: Vector<u32, N>,
+    pub target: Vector<f32, N>,
+    pub total: Vector<f32, N>,
+}
+
+#[cube]
+impl<N: Size> OnlineSoftmax<N> {
+    /// Of no class yet.
+    pub(crate) fn new() -> OnlineSoftmax<N> {
+        OnlineSoftmax::<N> {
+            peak: Vector::<f32, N>::new(FLOOR),
+            sum: Vector::<f32, N>::new(0.0),
+            best: Vector::<u32, N>::new(0u32),
+            target: Vector::<f32, N>::new(0.0),
+            total: Vector::<f32, N>::new(0.0),
+        }
+    }
+
+    /// Folds in the logits of `classes`; those from `active` on count for nothing.
+    pub(crate) fn fold(
+        &mut self,
+        logits: Vector<f32, N>,
+        classes: Vector<u32, N>,
+        active: u32,
+        target: u32,
+    ) {
+        let real = classes.less_than(&Vector::<u32, N>::new(active));
+        let hit = classes.equal(&Vector::<u32, N>::new(target));
+        let zero = Vector::<f32, N>::new(0.0);
+        let z = select_many(real, logits, Vector::<f32, N>::new(FLOOR));
+        let higher = z.greater_than(&self.peak);
+        let peak = max(self.peak, z);
+        self.sum = fma(self.sum, (self.peak - peak).exp(), (z - peak).exp());
+        self.best = select_many(higher, classes, self.best);
+        self.target += select_many(hit, logits, zero);
+        self.total += select_many(real, logits, zero);
+        self.peak = peak;
+    }
+
+    /// The lanes become one row.
+    pub(crate) fn finish(&self) -> RowSoftmax {
+        let mut row = RowSoftmax {
+            peak: self.peak.extract(0usize),
+            sum: 0.0f32.runtime(),
+            best: self.best.extract(0usize),
+            target: self.target.vector_sum(),
+            total: self.total.vector_sum(),
+        };
+        #[unroll]
+        for lane in 1..N::value() {
+            let peak = self.peak.extract(lane);
+            let best = self.best.extract(lane);
+            if peak > row.peak || (peak == row.peak && best < row.best) {
+                row.peak = peak;
+                row.best = best;
+            }
+        }
+        row.sum = (self.sum * (self.peak - Vector::<f32, N>::new(row.peak)).exp()).vector_sum();
+        row
+    }
+}
+
+/// The states of several rows.
+#[derive(CubeType)]
+pub(crate) struct SoftmaxRows<N: Size> {
+    peak: Array<Vector<f32, N>>,
+    sum: Array<Vector<f32, N>>,
+    best: Array<Vector<u32, N>>,
+    target: Array<Vector<f32, N>>,
+    total: Array<Vector<f32, N>>,
+}
+
+#[cube]
+impl<N: Size> SoftmaxRows<N> {
+    pub(crate) fn new(#[comptime] rows: usize) -> SoftmaxRows<N> {
+        SoftmaxRows::<N> {
+            peak: Array::new(rows),
+            sum: Array::new(rows),
+            best: Array::new(rows),
+            target: Array::new(rows),
+            total: Array::new(rows),
+        }
+    }
+
+    pub(crate) fn get(&self, row: usize) -> OnlineSoftmax<N> {
+        OnlineSoftmax::<N> {
+            peak: self.peak[row],
+            sum: self.sum[row],
+            best: self.best[row],
+            target: self.target[row],
+            total: self.total[row],
+        }
+    }
+
+    pub(crate) fn set(&mut self, row: usize, state: &OnlineSoftmax<N>) {
+        self.peak[row] = state.peak;
+        self.sum[row] = state.sum;
+        self.best[row] = state.best;
+        self.target[row] = state.target;
+        self.total[row] = state.total;
+    }
+}
+
+/// The state of a whole row, or of a unit's part of it.
+#[derive(CubeType, Clone, Copy)]
+pub(crate) struct RowSoftmax {
+    pub peak: f32,
+    pub sum: f32,
+    pub best: u32,
+    pub target: f32,
+    pub total: f32,
+}
+
+#[cube]
+impl RowSoftmax {
+    /// `ln Σ e^z`
+    pub(crate) fn lse(&self) -> f32 {
+        self.peak + self.sum.ln()
+    }
+
+    /// `lse − (1 − ε) z[target] − ε · mean(z)`
+    pub(crate) fn loss(&self, active: u32, smoothing: f32) -> f32 {
+        let mean = self.total / f32::cast_from(active);
+        self.lse() - (1.0 - smoothing) * self.target - smoothing * mean
+    }
+}
+
+/// `upstream · (e^(z − lse) − target)`, the gradient of a logit.
+#[cube]
+pub(crate) fn logit_gradient<N: Size>(
+    logits: Vector<f32, N>,
+    lse: Vector<f32, N>,
+    upstream: Vector<f32, N>,
+    hit: Vector<bool, N>,
+    active: u32,
+    smoothing: f32,
+) -> Vector<f32, N> {
+    let uniform = Vector::<f32, N>::new(smoothing / f32::cast_from(active));
+    let peak = Vector::<f32, N>::new(1.0 - smoothing);
+    let target = uniform + select_many(hit, peak, Vector::<f32, N>::new(0.0));
+    upstream * ((logits - lse).exp() - target)
+}

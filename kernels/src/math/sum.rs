@@ -1,0 +1,30 @@
+//! Kahan's compensated sum: the rounding error of each addition is carried into the next.
+
+use cubecl::prelude::*;
+
+#[derive(CubeType)]
+pub(crate) struct Kahan {
+    sum: f32,
+    carry: f32,
+}
+
+#[cube]
+impl Kahan {
+    pub(crate) fn new() -> Kahan {
+        Kahan {
+            sum: 0.0f32.runtime(),
+            carry: 0.0f32.runtime(),
+        }
+    }
+
+    pub(crate) fn add(&mut self, value: f32) {
+        let corrected = value - self.carry;
+        let next = self.sum + corrected;
+        self.carry = (next - self.sum) - corrected;
+        self.sum = next;
+    }
+
+    pub(crate) fn total(&self) -> f32 {
+        self.sum
+    }
+}

@@ -1,0 +1,52 @@
+//! A register tile of a matrix product, as a rank-1 update a step: `acc[r][v] += a[r] · b[v]`.
+//!
+//! `a` is read as scalars and broadcast, `b` as vectors; both products of the cosine heads
+//! (logits, and gradients from logit gradients) are this loop with other strides. With 8 rows of
+//! 2 vectors the accumulators and operands fill the 32 vector registers of AVX-512 without a spill.
+
+use cubecl::prelude::*;
+
+/// Where a tile finds the scalars it broadcasts: element `(row, step)` is at `base + row · row_stride + step · step_stride`.
+#[derive(CubeType, Clone, Copy)]
+pub(crate) struct Broadcast {
+    pub base: usize,
+    pub row_stride: usize,
+    pub step_stride: usize,
+}
+
+/// Where a tile finds its vectors: vector `(step, v)` is at `base + step · step_stride + v`.
+#[derive(CubeType, Clone, Copy)]
+pub(crate) struct Lanes {
+    pub base: usize,
+    pub step_stride: usize,
+}
+
+/// `acc[r · vectors + v] += Σ_step a(r, step) · b(step, v)`, for `steps` steps in order.
+#[cube]
+pub(crate) fn accumulate<N: Size>(
+    acc: &mut Array<Vector<f32, N>>,
+    a: &[f32],
+    a_at: Broadcast,
+    b: &[Vector<f32, N>],
+    b_at: Lanes,
+    steps: usize,
+    #[comptime] rows: usize,
+    #[comptime] vectors: usize,
+) {
+    for step in 0..steps {
+        let mut column = Array::<Vector<f32, N>>::new(vectors);
+        #[unroll]
+        for v in 0..vectors {
+            column[v] = b[b_at.base + step * b_at.step_stride + v];
+        }
+        #[unroll]
+        for r in 0..rows {
+            let value =
+                Vector::<f32, N>::new(a[a_at.base + r * a_at.row_stride + step * a_at.step_stride]);
+            #[unroll]
+            for v in 0..vectors {
+                acc[r * vectors + v] = fma(value, column[v], acc[r * vectors + v]);
+            }
+        }
+    }
+}

@@ -1,0 +1,61 @@
+//! Where things are in the packed buffers, for kernels.
+
+use cubecl::prelude::*;
+
+/// Which operand a tile belongs to, decided when the kernel is compiled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Operand {
+    /// The embeddings: `rows` of them a head.
+    Embeddings,
+    /// The class weights: `active` of them a head.
+    Weights,
+}
+
+impl Operand {
+    /// The one it is multiplied with.
+    pub(crate) fn other(self) -> Self {
+        match self {
+            Self::Embeddings => Self::Weights,
+            Self::Weights => Self::Embeddings,
+        }
+    }
+}
+
+/// The sizes of the packed operands.
+#[derive(CubeType, CubeLaunch, Clone, Copy)]
+pub(crate) struct Layout {
+    pub heads: usize,
+    pub rows: usize,
+    pub rows_padded: usize,
+    pub active: usize,
+    pub active_padded: usize,
+    pub dim: usize,
+    pub dim_padded: usize,
+}
+
+#[cube]
+impl Layout {
+    /// How many rows of a head are real.
+    pub(crate) fn count(&self, #[comptime] operand: Operand) -> usize {
+        match comptime!(operand) {
+            Operand::Embeddings => self.rows,
+            Operand::Weights => self.active,
+        }
+    }
+
+    /// How many rows of a head are packed.
+    pub(crate) fn padded(&self, #[comptime] operand: Operand) -> usize {
+        match comptime!(operand) {
+            Operand::Embeddings => self.rows_padded,
+            Operand::Weights => self.active_padded,
+        }
+    }
+
+    /// The packed row where a head of an operand begins.
+    pub(crate) fn head_start(&self, head: usize, #[comptime] operand: Operand) -> usize {
+        match comptime!(operand) {
+            Operand::Embeddings => head * self.rows_padded,
+            Operand::Weights => self.heads * self.rows_padded + head * self.active_padded,
+        }
+    }
+}

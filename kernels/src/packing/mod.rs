@@ -1,0 +1,138 @@
+//! The operands of a cosine head, made ready for products: unit rows in f32, zero-padded to whole tiles.
+//!
+//! `x̂ = x / max(‖x‖₂, 1e-12)` for the embeddings of every head and for the active class weights, in one
+//! buffer: first `[heads, rows_padded, dim_padded]`, then `[heads, active_padded, dim_padded]`. The padding is
+//! zero, so no product has to look at it. The unit variants also get *panels*, the same values with
+//! `width` rows interleaved: `[.., dim_padded, width]`, so that a vector load takes one coordinate of
+//! several rows.
+
+mod layout;
+pub(crate) mod plane;
+pub(crate) mod unit;
+
+pub(crate) use layout::{Layout, LayoutLaunch, Operand};
+
+use cubecl::client::Client;
+use cubecl::prelude::*;
+use cubecl::server::Handle;
+use cubecl::std::tensor::TensorHandle;
+
+use crate::blueprint::{Blueprint, Variant};
+use crate::operand::Strided;
+
+/// The packed operands of one problem.
+#[derive(Clone)]
+pub(crate) struct Packed {
+    pub rows: Handle,   // f32, [heads · (rows_padded + active_padded), dim_padded]
+    pub panels: Handle, // f32, the same rows in panels; a single element where no variant reads it
+    pub norms: Handle,  // f32, [heads · (rows_padded + active_padded)], before clamping
+    pub sizes: PackedSizes,
+}
+
+/// The sizes of [`Packed`], on the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct PackedSizes {
+    pub heads: usize,
+    pub rows: usize,
+    pub rows_padded: usize,
+    pub active: usize,
+    pub active_padded: usize,
+    pub dim: usize,
+    pub dim_padded: usize,
+}
+
+impl PackedSizes {
+    pub(crate) fn new(heads: usize, rows: usize, active: usize, dim: usize, blueprint: &Blueprint) -> Self {
+        Self {
+            heads,
+            rows,
+            rows_padded: rows.next_multiple_of(blueprint.tile()),
+            active,
+            active_padded: active.next_multiple_of(blueprint.tile()),
+            dim,
+            dim_padded: dim.next_multiple_of(blueprint.tile()),
+        }
+    }
+
+    fn packed_rows(&self) -> usize {
+        self.heads * (self.rows_padded + self.active_padded)
+    }
+
+    pub(crate) fn elements(&self) -> usize {
+        self.packed_rows() * self.dim_padded
+    }
+
+    /// Floats of a gradient of every packed row of `owner`.
+    pub(crate) fn gradient_len(&self, owner: Operand) -> usize {
+        let padded = match owner {
+            Operand::Embeddings => self.rows_padded,
+            Operand::Weights => self.active_padded,
+        };
+        self.heads * padded * self.dim_padded
+    }
+
+    pub(crate) fn launch_arg(&self) -> LayoutLaunch {
+        LayoutLaunch::new(
+            self.heads,
+            self.rows,
+            self.rows_padded,
+            self.active,
+            self.active_padded,
+            self.dim,
+            self.dim_padded,
+        )
+    }
+}
+
+impl Packed {
+    /// Packs `embeddings [heads, rows, dim]` and the first `active` rows of `weights [heads, classes, dim]`.
+    pub(crate) fn new(
+        client: &Client,
+        embeddings: &Strided,
+        weights: &Strided,
+        sizes: PackedSizes,
+        blueprint: &Blueprint,
+    ) -> Self {
+        let float = size_of::<f32>();
+        let packed = Self {
+            rows: client.empty(sizes.elements() * float),
+            panels: client.empty(match blueprint.variant {
+                Variant::Unit => sizes.elements() * float,
+                Variant::Plane => float,
+            }),
+            norms: client.empty(sizes.packed_rows() * float),
+            sizes,
+        };
+        let vector = embeddings.vector_size(blueprint).min(weights.vector_size(blueprint));
+        match blueprint.variant {
+            Variant::Unit => unit::launch(client, embeddings, weights, &packed, vector, blueprint),
+            Variant::Plane => plane::launch(client, embeddings, weights, &packed),
+        }
+        packed
+    }
+
+    pub(crate) fn rows_arg(&self) -> BufferArg {
+        // SAFETY: `new` allocated exactly this many elements.
+        unsafe { BufferArg::from_raw_parts(self.rows.clone(), self.sizes.elements()) }
+    }
+
+    /// The panels in vectors of `lanes`; only where the unit variant packed them.
+    pub(crate) fn panels_arg(&self, lanes: usize) -> BufferArg {
+        // SAFETY: `new` allocated this many elements for the unit variant, whose lanes divide the tile.
+        unsafe { BufferArg::from_raw_parts(self.panels.clone(), self.sizes.elements() / lanes) }
+    }
+
+    pub(crate) fn norms_arg(&self) -> BufferArg {
+        // SAFETY: `new` allocated exactly this many elements.
+        unsafe { BufferArg::from_raw_parts(self.norms.clone(), self.sizes.packed_rows()) }
+    }
+}
+
+/// The gradients of a cosine head's operands that were asked for, contiguous and of the operands' dtype.
+#[derive(Clone, Debug)]
+pub struct Gradients {
+    /// `[heads, rows, dim]`; rows that are ignored have zeros.
+    pub embeddings: Option<TensorHandle>,
+    /// `[heads, classes, dim]`; the rows `K..classes` have zeros.
+    pub weights: Option<TensorHandle>,
+}

@@ -1,0 +1,55 @@
+//! The two precisions the reference runs in.
+
+use std::iter::Sum;
+use std::ops::{Add, AddAssign, Div, Mul, Neg, Sub, SubAssign};
+
+/// `f32` or `f64`, with the few functions the formulas need.
+pub trait Real:
+    Copy
+    + PartialOrd
+    + Add<Output = Self>
+    + Sub<Output = Self>
+    + Mul<Output = Self>
+    + Div<Output = Self>
+    + Neg<Output = Self>
+    + AddAssign
+    + SubAssign
+    + Sum
+    + std::fmt::Debug
+{
+    /// The value nearest to `value`.
+    fn of(value: f64) -> Self;
+    /// This value as `f64`, exactly.
+    fn to_f64(self) -> f64;
+    /// `√self`
+    fn sqrt(self) -> Self;
+    /// `e^self`
+    fn exp(self) -> Self;
+    /// The natural logarithm.
+    fn ln(self) -> Self;
+}
+
+macro_rules! real {
+    ($type:ty) => {
+        impl Real for $type {
+            fn of(value: f64) -> Self {
+                value as Self
+            }
+            fn to_f64(self) -> f64 {
+                f64::from(self)
+            }
+            fn sqrt(self) -> Self {
+                self.sqrt()
+            }
+            fn exp(self) -> Self {
+                self.exp()
+            }
+            fn ln(self) -> Self {
+                self.ln()
+            }
+        }
+    };
+}
+
+real!(f32);
+real!(f64);

@@ -112,6 +112,16 @@ pub enum Error {
         /// How many such rows there are.
         rows: usize,
     },
+    /// A label given to class means is neither a class nor ignored.
+    #[error("the label of row {row} is not a class below {classes} ({rows} row(s) with such a label)")]
+    ClassMeansLabel {
+        /// The first such row, counted in its batch.
+        row: usize,
+        /// K
+        classes: usize,
+        /// How many such rows there are.
+        rows: usize,
+    },
     /// The device failed.
     #[error("the device reported: {0}")]
     Device(String),

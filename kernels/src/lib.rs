@@ -1,7 +1,9 @@
 //! Placeholder.
+pub mod class_means;
 pub mod cosine_cross_entropy;
 pub mod cosine_logits;
 pub mod cross_entropy;
+pub mod reconstruction;
 
 mod blueprint;
 mod error;

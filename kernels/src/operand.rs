@@ -119,6 +119,10 @@ impl Strided {
         }
     }
 
+    pub(crate) fn row_stride(&self, vector: usize) -> usize {
+        self.row_stride / vector
+    }
+
     pub(crate) fn strides_arg(&self, vector: usize) -> RowStridesLaunch {
         RowStridesLaunch::new(self.outer_stride / vector, self.row_stride / vector)
     }

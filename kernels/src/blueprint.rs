@@ -28,6 +28,16 @@ pub enum Strategy {
     Forced(Variant),
 }
 
+impl Strategy {
+    /// Whether the device can run it.
+    ///
+    /// # Errors
+    /// [`Error::Variant`] with what is missing.
+    pub fn check(self, client: &Client) -> Result<Variant, Error> {
+        Blueprint::new(client, self).map(|blueprint| blueprint.variant)
+    }
+}
+
 /// Units along each side of a plane variant's cube.
 pub(crate) const PLANE_SIDE: usize = 16;
 /// Units of a plane variant's cube.

@@ -1,9 +1,30 @@
-//! Placeholder.
+//! CubeCL kernels for cosine-classifier heads: many heads at once, at any number of classes, on any CubeCL device,
+//! without ever writing the logits to memory.
+//!
+//! | op | what it does |
+//! |---|---|
+//! | [`cosine_cross_entropy`] | cosine logits and their softmax cross-entropy, fused: loss, lse, predictions; `dX`, `dW` |
+//! | [`cosine_logits`] | the logits themselves, and their gradients |
+//! | [`cross_entropy`] | softmax cross-entropy of logits that are in memory |
+//! | [`class_means`] | prototype averaging, streamed over batches |
+//! | [`reconstruction`] | `1 − mean cos(whole, first + second)` |
+//!
+//! Operands are [`TensorHandle`](cubecl::std::tensor::TensorHandle)s of f32, f16 or bf16, accumulated in f32; the last
+//! axis is packed, the others have any stride. Inputs are never modified, results are new contiguous tensors,
+//! and the same input gives the same bits on the same device. What the host can see is a typed [`Error`] before
+//! anything is launched; labels are data, and a bad one is reported when a result is read.
+//!
+//! The crate links no runtime: turn on `cubecl`'s `cpu`, `cuda` or `wgpu` in the program that uses it. With the feature
+//! `burn` the ops are also functions on Burn tensors, in the module `burn`.
+
 pub mod class_means;
 pub mod cosine_cross_entropy;
 pub mod cosine_logits;
 pub mod cross_entropy;
 pub mod reconstruction;
+
+#[cfg(feature = "burn")]
+pub mod burn;
 
 mod blueprint;
 mod error;

@@ -1,1 +1,5 @@
-//! Placeholder.
+//! What the suite is made of: devices to run on, random problems, and comparisons with a reason.
+
+pub mod close;
+pub mod devices;
+pub mod problem;

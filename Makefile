@@ -1,0 +1,35 @@
+# Everything is built in one profile with one set of features, so that nothing is compiled twice.
+export XDG_RUNTIME_DIR ?= /tmp
+cargo_flags := --release --workspace
+
+demo_flags := --synthetic --tau 1 --epochs 12 --batch 64 --voices 24 --out runs/demo
+
+.PHONY: demo help setup setup-tests build test check clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: ## install what a build needs
+	@scripts/setup.sh
+
+setup-tests:
+	@scripts/setup.sh --tests
+
+build: setup ## the program, in target/release/protohead
+	cargo build $(cargo_flags)
+
+demo: build ## train on synthesised keywords and print the table of accuracies
+	rm -rf runs/demo
+	$${CARGO_TARGET_DIR:-target}/release/protohead train $(demo_flags)
+
+test: setup-tests ## all tests, on every device of this machine
+	cargo test $(cargo_flags)
+
+check: setup-tests ## formatting, lints, documentation, tests: what CI runs
+	cargo fmt --all --check
+	cargo clippy $(cargo_flags) --all-targets -- --deny warnings
+	RUSTDOCFLAGS="--deny warnings" cargo doc $(cargo_flags) --no-deps
+	cargo test $(cargo_flags)
+
+clean: ## remove build outputs
+	cargo clean

@@ -1,0 +1,104 @@
+//! Log-mel spectra: n_fft 512, a Hann window of 480, hop 160, 40 bands, `ln(power + 1e-6)`, as librosa's
+//! `melspectrogram` (Slaney scale and normalization, frames centred, zero-padded).
+
+use std::sync::Arc;
+
+use realfft::{RealFftPlanner, RealToComplex};
+
+use super::{CLIP, RATE};
+
+const FFT: usize = 512;
+const WINDOW: usize = 480;
+const HOP: usize = 160;
+/// Mel bands.
+pub(crate) const BANDS: usize = 40;
+/// Frames of a clip.
+pub(crate) const FRAMES: usize = CLIP / HOP + 1;
+
+/// What a spectrum needs, made once.
+pub(crate) struct LogMel {
+    fft: Arc<dyn RealToComplex<f32>>,
+    window: Vec<f32>,
+    bands: Vec<Vec<f32>>, // [BANDS][FFT / 2 + 1]
+}
+
+impl LogMel {
+    pub(crate) fn new() -> Self {
+        let offset = (FFT - WINDOW) / 2;
+        let window = (0..FFT)
+            .map(|i| {
+                if (offset..offset + WINDOW).contains(&i) {
+                    let phase = (i - offset) as f64 / WINDOW as f64;
+                    (0.5 - 0.5 * (2.0 * std::f64::consts::PI * phase).cos()) as f32
+                } else {
+                    0.0
+                }
+            })
+            .collect();
+        Self {
+            fft: RealFftPlanner::new().plan_fft_forward(FFT),
+            window,
+            bands: filter_bank(),
+        }
+    }
+
+    /// `[BANDS, FRAMES]` of a clip.
+    pub(crate) fn spectrum(&self, clip: &[f32]) -> Vec<f32> {
+        let mut padded = vec![0.0; FFT / 2];
+        padded.extend_from_slice(&clip[..CLIP.min(clip.len())]);
+        padded.resize(CLIP + FFT, 0.0);
+        let mut out = vec![0.0; BANDS * FRAMES];
+        let mut frame = self.fft.make_input_vec();
+        let mut bins = self.fft.make_output_vec();
+        for t in 0..FRAMES {
+            for (i, value) in frame.iter_mut().enumerate() {
+                *value = padded[t * HOP + i] * self.window[i];
+            }
+            // The buffers are the plan's own, so their lengths fit.
+            if self.fft.process(&mut frame, &mut bins).is_err() {
+                continue;
+            }
+            for (band, filter) in self.bands.iter().enumerate() {
+                let power: f32 = bins.iter().zip(filter).map(|(bin, f)| bin.norm_sqr() * f).sum();
+                out[band * FRAMES + t] = (power + 1e-6).ln();
+            }
+        }
+        out
+    }
+}
+
+/// Slaney's mel scale: linear to 1 kHz, logarithmic above.
+fn hz_to_mel(hz: f64) -> f64 {
+    if hz < 1000.0 {
+        hz * 3.0 / 200.0
+    } else {
+        15.0 + (hz / 1000.0).ln() * 27.0 / 6.4f64.ln()
+    }
+}
+
+fn mel_to_hz(mel: f64) -> f64 {
+    if mel < 15.0 {
+        mel * 200.0 / 3.0
+    } else {
+        1000.0 * ((mel - 15.0) * 6.4f64.ln() / 27.0).exp()
+    }
+}
+
+/// Triangles of equal area.
+fn filter_bank() -> Vec<Vec<f32>> {
+    let top = hz_to_mel(RATE as f64 / 2.0);
+    let edge = |i: usize| mel_to_hz(top * i as f64 / (BANDS + 1) as f64);
+    (0..BANDS)
+        .map(|band| {
+            let (low, centre, high) = (edge(band), edge(band + 1), edge(band + 2));
+            (0..=FFT / 2)
+                .map(|bin| {
+                    let hz = bin as f64 * RATE as f64 / FFT as f64;
+                    let rise = (hz - low) / (centre - low);
+                    let fall = (high - hz) / (high - centre);
+                    (rise.min(fall).max(0.0) * 2.0 / (high - low)) as f32
+                })
+                .collect()
+        })
+        .collect()
+}

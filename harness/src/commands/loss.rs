@@ -1,0 +1,95 @@
+//! `protohead loss`
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use protohead::cosine_cross_entropy::{Inputs, Options, backward, forward};
+use protohead::{LossOptions, Reduction, Strategy, Upstream};
+
+use crate::device::DeviceName;
+use crate::error::Error;
+use crate::tensors::{TensorFile, Written};
+
+/// `--reduction`
+#[derive(Clone, Copy, ValueEnum)]
+enum ReductionName {
+    Mean,
+    Sum,
+    None,
+}
+
+#[derive(Args)]
+pub(crate) struct Arguments {
+    /// A safetensors file with `embeddings` [H,N,D], `prototypes` [H,C,D] and `labels` [N].
+    input: PathBuf,
+    /// Where to write `loss`, `total`, `lse`, `predictions`, `grad_embeddings`, `grad_prototypes`.
+    #[arg(long)]
+    out: PathBuf,
+    /// What cosines are multiplied with: the inverse temperature.
+    #[arg(long, default_value_t = 16.0)]
+    scale: f32,
+    /// Only the first K classes take part.
+    #[arg(long, value_name = "K")]
+    active: Option<usize>,
+    /// What becomes of the losses of a head's rows.
+    #[arg(long, value_enum, default_value_t = ReductionName::Mean)]
+    reduction: ReductionName,
+    /// The share of the target that is spread over all classes.
+    #[arg(long, value_name = "E", default_value_t = 0.0)]
+    label_smoothing: f32,
+    /// The label of rows that are left out.
+    #[arg(long, value_name = "I", default_value_t = -100, allow_negative_numbers = true)]
+    ignore_index: i32,
+    /// One weight a head, for `total` and the gradients.
+    #[arg(long, value_delimiter = ',', allow_negative_numbers = true)]
+    head_weights: Option<Vec<f32>>,
+    /// auto, cpu, cuda, cuda:N or wgpu
+    #[arg(long, default_value_t = DeviceName::Auto)]
+    device: DeviceName,
+}
+
+pub(crate) fn run(arguments: &Arguments) -> Result<(), Error> {
+    let file = TensorFile::open(&arguments.input)?;
+    let client = arguments.device.client()?;
+    let inputs = Inputs {
+        embeddings: file.floats(&client, "embeddings")?,
+        weights: file.floats(&client, "prototypes")?,
+        labels: file.labels(&client, "labels")?,
+    };
+    let options = Options {
+        scale: arguments.scale,
+        active: arguments.active,
+        loss: LossOptions {
+            reduction: match arguments.reduction {
+                ReductionName::Mean => Reduction::Mean,
+                ReductionName::Sum => Reduction::Sum,
+                ReductionName::None => Reduction::None,
+            },
+            label_smoothing: arguments.label_smoothing,
+            ignore_index: arguments.ignore_index,
+            head_weights: arguments.head_weights.clone(),
+        },
+        strategy: Strategy::Inferred,
+    };
+    let output = forward(&client, &inputs, &options)?;
+    let total = output.read_total(&client)?;
+    let upstream = Upstream::Total(1.0);
+    let gradients = backward(&client, &inputs, &options, &output, &upstream, true, true)?;
+    let mut written = Written::default();
+    written.floats(&client, "loss", &output.loss, output.loss.shape())?;
+    written.floats(&client, "total", &output.total, &[])?;
+    written.floats(&client, "lse", &output.lse, output.lse.shape())?;
+    let predictions = output.read_predictions(&client)?;
+    written.integers("predictions", &predictions, output.predictions.shape());
+    for (name, gradient) in [
+        ("grad_embeddings", gradients.embeddings),
+        ("grad_prototypes", gradients.weights),
+    ] {
+        if let Some(gradient) = gradient {
+            written.floats(&client, name, &gradient, gradient.shape())?;
+        }
+    }
+    written.save(&arguments.out)?;
+    println!("total {total}");
+    Ok(())
+}

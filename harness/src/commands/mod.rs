@@ -1,0 +1,6 @@
+//! One file a subcommand.
+
+pub(crate) mod devices;
+pub(crate) mod loss;
+pub(crate) mod prototypes;
+pub(crate) mod train;

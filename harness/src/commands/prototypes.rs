@@ -1,0 +1,70 @@
+//! `protohead prototypes`
+
+use std::path::PathBuf;
+
+use clap::Args;
+use cubecl::prelude::CubeElement;
+use cubecl::std::tensor::TensorHandle;
+use protohead::Strategy;
+use protohead::class_means::{ClassSums, Options};
+
+use crate::device::DeviceName;
+use crate::error::Error;
+use crate::tensors::{TensorFile, Written};
+
+#[derive(Args)]
+pub(crate) struct Arguments {
+    /// A safetensors file with `embeddings` [H,N,D] and `labels` [N].
+    input: PathBuf,
+    /// Where to write `prototypes` [H,K,D] and `counts` [K].
+    #[arg(long)]
+    out: PathBuf,
+    /// K; one more than the highest label if absent.
+    #[arg(long, value_name = "K")]
+    classes: Option<usize>,
+    /// Normalize each embedding before averaging.
+    #[arg(long)]
+    normalize: bool,
+    /// auto, cpu, cuda, cuda:N or wgpu
+    #[arg(long, default_value_t = DeviceName::Auto)]
+    device: DeviceName,
+}
+
+pub(crate) fn run(arguments: &Arguments) -> Result<(), Error> {
+    let file = TensorFile::open(&arguments.input)?;
+    let classes = match arguments.classes {
+        Some(classes) => classes,
+        None => file.highest_label("labels")? + 1,
+    };
+    let client = arguments.device.client()?;
+    let embeddings = file.floats(&client, "embeddings")?;
+    let labels = file.labels(&client, "labels")?;
+    let [heads, _, dim] = embeddings.shape().to_vec()[..] else {
+        return Err(Error::Content {
+            path: arguments.input.clone(),
+            reason: format!("`embeddings` has shape {:?}, expected [H, N, D]", embeddings.shape().to_vec()),
+        });
+    };
+    let mut sums = ClassSums::new(&client, heads, classes, dim)?;
+    let options = Options {
+        normalize: arguments.normalize,
+        ..Options::default()
+    };
+    sums.accumulate(&client, &embeddings, &labels, &options)?;
+    let counts = sums.read_counts(&client)?;
+    // A class nobody saw has no mean: its prototype is zero, and its count says so.
+    let bytes = heads * classes * dim * embeddings.dtype.size();
+    let zeros = TensorHandle::new_contiguous(
+        [heads, classes, dim],
+        client.create_from_slice(u8::as_bytes(&vec![0u8; bytes])),
+        embeddings.dtype,
+    );
+    let means = sums.write_means(&client, &zeros, Strategy::Inferred)?;
+    let mut written = Written::default();
+    written.floats(&client, "prototypes", &means, means.shape())?;
+    written.integers("counts", &counts, &[classes]);
+    written.save(&arguments.out)?;
+    let unseen = counts.iter().filter(|&&count| count == 0).count();
+    println!("{} rows in {classes} classes, {unseen} of them unseen", counts.iter().sum::<u32>());
+    Ok(())
+}

@@ -1,0 +1,140 @@
+//! `protohead train` and `protohead evaluate`
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+
+use crate::device::DeviceName;
+use crate::error::Error;
+use crate::training::data::Dataset;
+use crate::training::run::{Run, RunConfig};
+use crate::training::sessions;
+
+#[derive(Args)]
+pub(crate) struct Train {
+    /// A Speech-Commands folder: DIR/<keyword>/*.wav with testing_list.txt.
+    #[arg(long, value_name = "DIR", required_unless_present = "synthetic", conflicts_with = "synthetic")]
+    data: Option<PathBuf>,
+    /// Train on synthesised keywords: needs no file.
+    #[arg(long)]
+    synthetic: bool,
+    /// The folder of the run.
+    #[arg(long, value_name = "RUN", default_value = "runs/latest")]
+    out: PathBuf,
+    /// Continue a run that was broken off.
+    #[arg(long)]
+    resume: bool,
+    /// Passes over the base classes' clips.
+    #[arg(long, default_value_t = 100)]
+    epochs: usize,
+    /// Clips a step.
+    #[arg(long, default_value_t = 128)]
+    batch: usize,
+    /// The encoder's width: 8 gives embeddings of 256.
+    #[arg(long, default_value_t = 8)]
+    tau: usize,
+    /// What cosines are multiplied with.
+    #[arg(long, default_value_t = 16.0)]
+    scale: f64,
+    /// The highest learning rate, before cosine decay.
+    #[arg(long, default_value_t = 0.1)]
+    learning_rate: f64,
+    /// Weight of the reconstruction loss.
+    #[arg(long, default_value_t = 1.0)]
+    lambda: f64,
+    /// Weight of the reconstruction loss over class-wise shuffled parts.
+    #[arg(long, default_value_t = 1.0)]
+    lambda_shuffled: f64,
+    /// Of everything random.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Synthesised keywords.
+    #[arg(long, default_value_t = 35)]
+    keywords: usize,
+    /// Synthesised voices to train on.
+    #[arg(long, default_value_t = 40)]
+    voices: usize,
+    /// auto, cpu, cuda, cuda:N or wgpu
+    #[arg(long, default_value_t = DeviceName::Auto)]
+    device: DeviceName,
+}
+
+#[derive(Args)]
+pub(crate) struct Evaluate {
+    /// The folder of a finished run.
+    run: PathBuf,
+    /// The Speech-Commands folder; absent for a run on synthesised keywords.
+    #[arg(long, value_name = "DIR")]
+    data: Option<PathBuf>,
+    /// auto, cpu, cuda, cuda:N or wgpu
+    #[arg(long, default_value_t = DeviceName::Auto)]
+    device: DeviceName,
+}
+
+fn dataset(config: &RunConfig, folder: Option<&Path>, run: &Path) -> Result<Dataset, Error> {
+    match folder {
+        Some(folder) => Dataset::folder(folder, &run.join("cache")),
+        None => Ok(Dataset::synthetic(
+            config.seed,
+            config.synthetic_keywords,
+            config.synthetic_voices,
+        )),
+    }
+}
+
+pub(crate) fn train(arguments: &Train) -> Result<(), Error> {
+    for (option, value) in [
+        ("epochs", arguments.epochs),
+        ("batch", arguments.batch),
+        ("tau", arguments.tau),
+        ("voices", arguments.voices),
+    ] {
+        if value == 0 {
+            return Err(Error::Usage(format!("--{option} is 0, expected at least 1")));
+        }
+    }
+    if !(2..=200).contains(&arguments.keywords) {
+        return Err(Error::Usage(format!("--keywords is {}, expected 2 to 200", arguments.keywords)));
+    }
+    let config = RunConfig {
+        data: arguments.data.clone(),
+        synthetic_voices: arguments.voices,
+        synthetic_keywords: arguments.keywords,
+        epochs: arguments.epochs,
+        batch: arguments.batch,
+        tau: arguments.tau,
+        scale: arguments.scale,
+        learning_rate: arguments.learning_rate,
+        lambda: arguments.lambda,
+        lambda_shuffled: arguments.lambda_shuffled,
+        seed: arguments.seed,
+    };
+    let devices = arguments.device.training_devices()?;
+    eprintln!("seed {}, {}: preparing the clips", config.seed, arguments.device.resolve());
+    let data = dataset(&config, arguments.data.as_deref(), &arguments.out)?;
+    let run = Run::create(&arguments.out, config, data.keywords.len(), arguments.resume)?;
+    let protocol = run.protocol();
+    eprintln!(
+        "{} keywords: {} base classes, {} sessions of {}; {} training and {} test clips",
+        data.keywords.len(),
+        protocol.base,
+        protocol.sessions,
+        protocol.ways,
+        data.train.len(),
+        data.test.len()
+    );
+    sessions::print(&run.train(&data, &devices)?);
+    Ok(())
+}
+
+pub(crate) fn evaluate(arguments: &Evaluate) -> Result<(), Error> {
+    let config = Run::open(&arguments.run)?;
+    if config.data.is_some() && arguments.data.is_none() {
+        return Err(Error::Usage("this run was trained on a folder: name it with --data".into()));
+    }
+    let devices = arguments.device.training_devices()?;
+    let data = dataset(&config, arguments.data.as_deref(), &arguments.run)?;
+    let run = Run::create(&arguments.run, config, data.keywords.len(), true)?;
+    sessions::print(&run.evaluate(&data, &devices)?);
+    Ok(())
+}

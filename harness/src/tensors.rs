@@ -1,0 +1,231 @@
+//! Tensors in safetensors files: read whole and checked, written beside and renamed.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use cubecl::client::Client;
+use cubecl::ir::{ElemType, FloatKind, IntKind};
+use cubecl::prelude::CubeElement;
+use cubecl::std::tensor::TensorHandle;
+use half::{bf16, f16};
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+
+use crate::error::Error;
+
+/// The tensors of a file.
+pub(crate) struct TensorFile {
+    path: PathBuf,
+    bytes: Vec<u8>,
+}
+
+impl TensorFile {
+    pub(crate) fn open(path: &Path) -> Result<Self, Error> {
+        let bytes = fs::read(path).map_err(|source| Error::Io {
+            path: path.into(),
+            source,
+        })?;
+        let file = Self {
+            path: path.into(),
+            bytes,
+        };
+        file.parse()?;
+        Ok(file)
+    }
+
+    fn parse(&self) -> Result<SafeTensors<'_>, Error> {
+        SafeTensors::deserialize(&self.bytes).map_err(|error| Error::Format {
+            path: self.path.clone(),
+            reason: error.to_string(),
+        })
+    }
+
+    fn wrong(&self, reason: String) -> Error {
+        Error::Content {
+            path: self.path.clone(),
+            reason,
+        }
+    }
+
+    fn view(&self, name: &str) -> Result<TensorView<'_>, Error> {
+        let tensors = self.parse()?;
+        tensors.tensor(name).map_err(|_| {
+            let mut names = tensors.names();
+            names.sort_unstable();
+            self.wrong(format!("no tensor `{name}` (there are: {})", names.join(", ")))
+        })
+    }
+
+    /// A float tensor on the device, after every value was seen to be finite.
+    pub(crate) fn floats(&self, client: &Client, name: &str) -> Result<TensorHandle, Error> {
+        let view = self.view(name)?;
+        let data = view.data();
+        let (kind, bad) = match view.dtype() {
+            Dtype::F32 => (
+                FloatKind::F32,
+                data.chunks_exact(4)
+                    .position(|b| !f32::from_le_bytes([b[0], b[1], b[2], b[3]]).is_finite()),
+            ),
+            Dtype::F16 => (
+                FloatKind::F16,
+                data.chunks_exact(2)
+                    .position(|b| !f16::from_le_bytes([b[0], b[1]]).is_finite()),
+            ),
+            Dtype::BF16 => (
+                FloatKind::BF16,
+                data.chunks_exact(2)
+                    .position(|b| !bf16::from_le_bytes([b[0], b[1]]).is_finite()),
+            ),
+            other => {
+                return Err(self.wrong(format!("`{name}` is {other:?}, expected F32, F16 or BF16")));
+            }
+        };
+        if let Some(mut at) = bad {
+            let mut index = vec![0; view.shape().len()];
+            for (axis, &length) in view.shape().iter().enumerate().rev() {
+                index[axis] = at % length;
+                at /= length;
+            }
+            return Err(self.wrong(format!("`{name}` is not finite at {index:?}")));
+        }
+        if data.is_empty() {
+            return Err(self.wrong(format!("`{name}` is empty, its shape is {:?}", view.shape())));
+        }
+        Ok(TensorHandle::new_contiguous(
+            view.shape().to_vec(),
+            client.create_from_slice(data),
+            ElemType::Float(kind),
+        ))
+    }
+
+    fn integers(&self, name: &str) -> Result<Vec<i64>, Error> {
+        let view = self.view(name)?;
+        let data = view.data();
+        let word = |b: &[u8]| [b[0], b[1], b[2], b[3]];
+        let integers: Vec<i64> = match view.dtype() {
+            Dtype::I64 => data
+                .chunks_exact(8)
+                .map(|b| i64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]))
+                .collect(),
+            Dtype::I32 => data
+                .chunks_exact(4)
+                .map(|b| i64::from(i32::from_le_bytes(word(b))))
+                .collect(),
+            Dtype::U32 => data
+                .chunks_exact(4)
+                .map(|b| i64::from(u32::from_le_bytes(word(b))))
+                .collect(),
+            other => {
+                return Err(self.wrong(format!("`{name}` is {other:?}, expected I64, I32 or U32")));
+            }
+        };
+        if integers.is_empty() {
+            return Err(self.wrong(format!("`{name}` is empty, its shape is {:?}", view.shape())));
+        }
+        Ok(integers)
+    }
+
+    /// The highest of the labels, if it can be a class.
+    pub(crate) fn highest_label(&self, name: &str) -> Result<usize, Error> {
+        let highest = self.integers(name)?.into_iter().max().unwrap_or(-1);
+        match u32::try_from(highest) {
+            Ok(label) => Ok(label as usize),
+            Err(_) => Err(self.wrong(format!("the highest of `{name}` is {highest}: not a class"))),
+        }
+    }
+
+    /// Labels on the device, i64, or i32 where the device has no i64.
+    pub(crate) fn labels(&self, client: &Client, name: &str) -> Result<TensorHandle, Error> {
+        let labels = self.integers(name)?;
+        let shape = self.view(name)?.shape().to_vec();
+        let long = ElemType::Int(IntKind::I64);
+        let (bytes, dtype) = if client.properties().supports_type(long) {
+            (i64::as_bytes(&labels).to_vec(), long)
+        } else {
+            // What i32 cannot hold is no class either way, and is reported as such.
+            let narrow: Vec<i32> = labels
+                .iter()
+                .map(|&label| i32::try_from(label).unwrap_or(i32::MIN))
+                .collect();
+            (i32::as_bytes(&narrow).to_vec(), ElemType::Int(IntKind::I32))
+        };
+        Ok(TensorHandle::new_contiguous(
+            shape,
+            client.create_from_slice(&bytes),
+            dtype,
+        ))
+    }
+}
+
+/// Tensors to be written, by name.
+#[derive(Default)]
+pub(crate) struct Written {
+    tensors: BTreeMap<&'static str, (Dtype, Vec<usize>, Vec<u8>)>,
+}
+
+impl Written {
+    /// A contiguous float tensor from the device.
+    pub(crate) fn floats(
+        &mut self,
+        client: &Client,
+        name: &'static str,
+        tensor: &TensorHandle,
+        shape: &[usize],
+    ) -> Result<(), Error> {
+        let dtype = match tensor.dtype {
+            ElemType::Float(FloatKind::F16) => Dtype::F16,
+            ElemType::Float(FloatKind::BF16) => Dtype::BF16,
+            _ => Dtype::F32,
+        };
+        let bytes = client
+            .read_one(tensor.handle.clone())
+            .map_err(|error| protohead::Error::Device(format!("{error:?}")))?;
+        self.tensors.insert(name, (dtype, shape.to_vec(), bytes.to_vec()));
+        Ok(())
+    }
+
+    /// Classes or counts, as i64.
+    pub(crate) fn integers(&mut self, name: &'static str, values: &[u32], shape: &[usize]) {
+        let bytes = values
+            .iter()
+            .flat_map(|&value| i64::from(value).to_le_bytes())
+            .collect();
+        self.tensors.insert(name, (Dtype::I64, shape.to_vec(), bytes));
+    }
+
+    /// Writes the file beside its place, then renames it: nothing half-written is ever there.
+    pub(crate) fn save(self, path: &Path) -> Result<(), Error> {
+        let views: Result<Vec<_>, _> = self
+            .tensors
+            .iter()
+            .map(|(name, (dtype, shape, data))| {
+                TensorView::new(*dtype, shape.clone(), data).map(|view| (*name, view))
+            })
+            .collect();
+        let bytes = views
+            .and_then(|views| safetensors::serialize(views, None))
+            .map_err(|error| Error::Format {
+                path: path.into(),
+                reason: error.to_string(),
+            })?;
+        write_atomically(path, &bytes)
+    }
+}
+
+/// Writes `bytes` to a temporary file in the same folder, then renames it to `path`.
+pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), Error> {
+    let failed = |source| Error::Io {
+        path: path.into(),
+        source,
+    };
+    let folder = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let mut file = tempfile::NamedTempFile::new_in(folder).map_err(failed)?;
+    file.write_all(bytes).map_err(failed)?;
+    file.as_file().sync_all().map_err(failed)?;
+    file.persist(path).map_err(|error| failed(error.error))?;
+    Ok(())
+}

@@ -1,0 +1,7 @@
+//! The base session, prototype replacement, and the incremental sessions.
+
+pub(crate) mod data;
+mod encoder;
+pub(crate) mod network;
+pub(crate) mod run;
+pub(crate) mod sessions;

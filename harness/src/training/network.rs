@@ -1,0 +1,123 @@
+//! The shared encoder and its three cosine heads, and the loss of a batch.
+
+use burn::module::Module;
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use protohead::burn::{CosineHeads, CosineHeadsConfig, reconstruction};
+use protohead::LossOptions;
+
+use super::data::{Dataset, Examples};
+use super::encoder::Encoder;
+use crate::audio::features::{INPUT, INPUTS};
+use crate::audio::mel::{BANDS, FRAMES};
+use crate::error::Error;
+
+/// Where the two parts run: the encoder on whichever backend is fastest, the heads on a CubeCL device.
+#[derive(Clone)]
+pub(crate) struct Devices {
+    pub encoder: Device,
+    pub heads: Device,
+}
+
+/// What is trained.
+#[derive(Module, Debug)]
+pub(crate) struct Network {
+    pub encoder: Encoder,
+    pub heads: CosineHeads,
+}
+
+/// The loss of a batch and what is reported of it.
+pub(crate) struct BatchLoss {
+    pub total: Tensor<1>,
+    pub classification: Tensor<1>,
+    pub reconstruction: Tensor<1>,
+    pub correct: usize,
+}
+
+/// Weights of the two reconstruction terms.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Lambdas {
+    pub plain: f64,
+    pub shuffled: f64,
+}
+
+impl Network {
+    pub(crate) fn new(tau: usize, classes: usize, base: usize, scale: f64, devices: &Devices) -> Self {
+        Self {
+            encoder: Encoder::new(tau, &devices.encoder),
+            heads: CosineHeadsConfig::new(INPUTS, classes, Encoder::dim(tau))
+                .with_active(Some(base))
+                .with_scale(scale)
+                .init(&devices.heads),
+        }
+    }
+
+    /// `[INPUTS, rows, dim]` on the heads' device: the three inputs go through the encoder as one batch.
+    pub(crate) fn embed(&self, inputs: Tensor<4>, heads: &Device) -> Tensor<3> {
+        let embeddings = self.encoder.forward(inputs);
+        let [stacked, dim] = embeddings.dims();
+        embeddings
+            .reshape([INPUTS, stacked / INPUTS, dim])
+            .to_device(heads)
+    }
+
+    /// The three cross-entropies plus the two reconstruction terms.
+    pub(crate) fn loss(
+        &self,
+        inputs: Tensor<4>,
+        labels: &[usize],
+        partners: &[Vec<usize>; 2],
+        lambdas: Lambdas,
+        heads: &Device,
+    ) -> Result<BatchLoss, Error> {
+        let embeddings = self.embed(inputs, heads);
+        let rows = labels.len();
+        let targets = integers(labels, heads);
+        let classification =
+            self.heads.loss(embeddings.clone(), targets, &LossOptions::default())?;
+        classification.heads.check()?;
+        let predictions = classification
+            .heads
+            .predictions
+            .clone()
+            .slice([0..1, 0..rows])
+            .try_into_vec_as::<i64>()
+            .map_err(|error| protohead::Error::Device(format!("{error:?}")))?;
+        let correct = predictions.iter().zip(labels).filter(|&(&p, &l)| p == l as i64).count();
+        let dim = embeddings.dims()[2];
+        let part = |i: usize| embeddings.clone().slice([i..i + 1, 0..rows, 0..dim]).reshape([rows, dim]);
+        let (speech, formant, residual) = (part(0), part(1), part(2));
+        let plain = reconstruction(speech.clone(), formant.clone(), residual.clone())?;
+        let shuffled = reconstruction(
+            speech,
+            formant.select(0, integers(&partners[0], heads)),
+            residual.select(0, integers(&partners[1], heads)),
+        )?;
+        let reconstruction =
+            plain.mul_scalar(lambdas.plain) + shuffled.mul_scalar(lambdas.shuffled);
+        Ok(BatchLoss {
+            total: classification.total.clone() + reconstruction.clone(),
+            classification: classification.total,
+            reconstruction,
+            correct,
+        })
+    }
+}
+
+fn integers(values: &[usize], device: &Device) -> Tensor<1, Int> {
+    let values: Vec<i32> = values.iter().map(|&v| v as i32).collect();
+    let count = values.len();
+    Tensor::from_data(TensorData::new(values, [count]), device)
+}
+
+/// The inputs of some examples, `[INPUTS · rows, 1, BANDS, FRAMES]`, scaled: all speech, all formants, all residuals.
+pub(crate) fn batch(dataset: &Dataset, examples: &Examples, rows: &[usize], device: &Device) -> Tensor<4> {
+    let mut values = Vec::with_capacity(INPUTS * rows.len() * INPUT);
+    for (input, (mean, deviation)) in dataset.scaling.into_iter().enumerate() {
+        for &row in rows {
+            let features = &examples.features[row][input * INPUT..(input + 1) * INPUT];
+            values.extend(features.iter().map(|v| (v - mean) / deviation));
+        }
+    }
+    let shape = [INPUTS * rows.len(), 1, BANDS, FRAMES];
+    Tensor::from_data(TensorData::new(values, shape), device)
+}

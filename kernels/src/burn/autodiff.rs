@@ -1,0 +1,242 @@
+//! The ops on Burn's autodiff backend: what is saved, and which gradients are registered.
+
+use burn::backend::autodiff::Autodiff;
+use burn::backend::autodiff::NodeId;
+use burn::backend::autodiff::checkpoint::base::Checkpointer;
+use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
+use burn::backend::autodiff::grads::Gradients;
+use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
+use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::backend::{AutodiffBackend, Backend};
+
+use super::ops::{MaybeGrad, ProtoheadGradOps, ProtoheadOps};
+use crate::{cosine_cross_entropy as fused, cosine_logits as logits};
+
+#[derive(Debug)]
+struct FusedBackward;
+
+impl<B: Backend + ProtoheadGradOps> Backward<B, 2> for FusedBackward {
+    type State = (
+        NodeId,
+        NodeId,
+        IntTensor<B>,
+        FloatTensor<B>,
+        IntTensor<B>,
+        fused::Options,
+    );
+
+    fn backward(
+        self,
+        ops: Ops<Self::State, 2>,
+        grads: &mut Gradients,
+        checkpointer: &mut Checkpointer,
+    ) {
+        let grad = grads.consume::<B>(&ops.node);
+        let (embeddings, weights, labels, lse, status, options) = ops.state;
+        let need = ops.parents.each_ref().map(Option::is_some);
+        let (of_embeddings, of_weights) = B::protohead_fused_backward(
+            grad,
+            checkpointer.retrieve_node_output(embeddings),
+            checkpointer.retrieve_node_output(weights),
+            labels,
+            lse,
+            status,
+            options,
+            need,
+        );
+        for (parent, gradient) in ops.parents.into_iter().zip([of_embeddings, of_weights]) {
+            if let (Some(node), MaybeGrad::Computed(gradient)) = (parent, gradient) {
+                grads.register::<B>(node.id, gradient);
+            }
+        }
+    }
+}
+
+#[derive(Debug)]
+struct LogitsBackward;
+
+impl<B: Backend + ProtoheadGradOps> Backward<B, 2> for LogitsBackward {
+    type State = (NodeId, NodeId, logits::Options);
+
+    fn backward(
+        self,
+        ops: Ops<Self::State, 2>,
+        grads: &mut Gradients,
+        checkpointer: &mut Checkpointer,
+    ) {
+        let grad = grads.consume::<B>(&ops.node);
+        let (embeddings, weights, options) = ops.state;
+        let need = ops.parents.each_ref().map(Option::is_some);
+        let (of_embeddings, of_weights) = B::protohead_logits_backward(
+            grad,
+            checkpointer.retrieve_node_output(embeddings),
+            checkpointer.retrieve_node_output(weights),
+            options,
+            need,
+        );
+        for (parent, gradient) in ops.parents.into_iter().zip([of_embeddings, of_weights]) {
+            if let (Some(node), MaybeGrad::Computed(gradient)) = (parent, gradient) {
+                grads.register::<B>(node.id, gradient);
+            }
+        }
+    }
+}
+
+#[derive(Debug)]
+struct ReconstructionBackward;
+
+impl<B: Backend + ProtoheadGradOps> Backward<B, 3> for ReconstructionBackward {
+    type State = [NodeId; 3];
+
+    fn backward(
+        self,
+        ops: Ops<Self::State, 3>,
+        grads: &mut Gradients,
+        checkpointer: &mut Checkpointer,
+    ) {
+        let grad = grads.consume::<B>(&ops.node);
+        let [whole, first, second] = ops
+            .state
+            .map(|id| checkpointer.retrieve_node_output::<FloatTensor<B>>(id));
+        let [of_whole, of_first, of_second] = ops.parents;
+        let need = [of_whole.is_some(), of_first.is_some() || of_second.is_some()];
+        let (whole_grad, part_grad) =
+            B::protohead_reconstruction_backward(grad, whole, first, second, need);
+        if let (Some(node), MaybeGrad::Computed(gradient)) = (of_whole, whole_grad) {
+            grads.register::<B>(node.id, gradient);
+        }
+        if let MaybeGrad::Computed(gradient) = part_grad {
+            for node in [of_first, of_second].into_iter().flatten() {
+                grads.register::<B>(node.id, gradient.clone());
+            }
+        }
+    }
+}
+
+impl<B: Backend + ProtoheadOps + ProtoheadGradOps, C: CheckpointStrategy> ProtoheadOps
+    for Autodiff<B, C>
+{
+    fn protohead_fused(
+        embeddings: FloatTensor<Self>,
+        weights: FloatTensor<Self>,
+        labels: IntTensor<Self>,
+        options: fused::Options,
+    ) -> (
+        FloatTensor<Self>,
+        FloatTensor<Self>,
+        IntTensor<Self>,
+        IntTensor<Self>,
+    ) {
+        let prepared = <FusedBackward as Backward<B, 2>>::prepare::<C>(
+            FusedBackward,
+            [embeddings.node(), weights.node()],
+        );
+        match prepared.compute_bound().stateful() {
+            OpsKind::Tracked(mut prepared) => {
+                let saved = (prepared.checkpoint(&embeddings), prepared.checkpoint(&weights));
+                let (loss, lse, predictions, status) = B::protohead_fused(
+                    embeddings.into_primitive(),
+                    weights.into_primitive(),
+                    labels.clone(),
+                    options.clone(),
+                );
+                let state = (saved.0, saved.1, labels, lse.clone(), status.clone(), options);
+                (
+                    prepared.finish(state, loss),
+                    <Self as AutodiffBackend>::from_inner(lse),
+                    predictions,
+                    status,
+                )
+            }
+            OpsKind::UnTracked(prepared) => {
+                let (loss, lse, predictions, status) = B::protohead_fused(
+                    embeddings.into_primitive(),
+                    weights.into_primitive(),
+                    labels,
+                    options,
+                );
+                (
+                    prepared.finish(loss),
+                    <Self as AutodiffBackend>::from_inner(lse),
+                    predictions,
+                    status,
+                )
+            }
+        }
+    }
+
+    fn protohead_logits(
+        embeddings: FloatTensor<Self>,
+        weights: FloatTensor<Self>,
+        options: logits::Options,
+    ) -> FloatTensor<Self> {
+        let prepared = <LogitsBackward as Backward<B, 2>>::prepare::<C>(
+            LogitsBackward,
+            [embeddings.node(), weights.node()],
+        );
+        match prepared.compute_bound().stateful() {
+            OpsKind::Tracked(mut prepared) => {
+                let saved = (prepared.checkpoint(&embeddings), prepared.checkpoint(&weights));
+                let out = B::protohead_logits(
+                    embeddings.into_primitive(),
+                    weights.into_primitive(),
+                    options.clone(),
+                );
+                prepared.finish((saved.0, saved.1, options), out)
+            }
+            OpsKind::UnTracked(prepared) => prepared.finish(B::protohead_logits(
+                embeddings.into_primitive(),
+                weights.into_primitive(),
+                options,
+            )),
+        }
+    }
+
+    fn protohead_reconstruction(
+        whole: FloatTensor<Self>,
+        first: FloatTensor<Self>,
+        second: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        let prepared = <ReconstructionBackward as Backward<B, 3>>::prepare::<C>(
+            ReconstructionBackward,
+            [whole.node(), first.node(), second.node()],
+        );
+        match prepared.compute_bound().stateful() {
+            OpsKind::Tracked(mut prepared) => {
+                let saved = [
+                    prepared.checkpoint(&whole),
+                    prepared.checkpoint(&first),
+                    prepared.checkpoint(&second),
+                ];
+                let out = B::protohead_reconstruction(
+                    whole.into_primitive(),
+                    first.into_primitive(),
+                    second.into_primitive(),
+                );
+                prepared.finish(saved, out)
+            }
+            OpsKind::UnTracked(prepared) => prepared.finish(B::protohead_reconstruction(
+                whole.into_primitive(),
+                first.into_primitive(),
+                second.into_primitive(),
+            )),
+        }
+    }
+
+    fn protohead_class_means(
+        embeddings: FloatTensor<Self>,
+        labels: IntTensor<Self>,
+        weights: FloatTensor<Self>,
+        active: usize,
+        normalize: bool,
+    ) -> (FloatTensor<Self>, IntTensor<Self>) {
+        let (means, counts) = B::protohead_class_means(
+            embeddings.into_primitive(),
+            labels,
+            weights.into_primitive(),
+            active,
+            normalize,
+        );
+        (<Self as AutodiffBackend>::from_inner(means), counts)
+    }
+}

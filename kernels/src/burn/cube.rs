@@ -1,0 +1,224 @@
+//! The ops on CubeCL tensors: launch what was validated at the call.
+
+use burn::backend::cubecl::dtype_to_elem_type;
+use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::tensor::DType;
+use burn_cubecl::CubeBackend;
+use burn_cubecl::kernel::{cast, into_contiguous, untile};
+use burn_cubecl::tensor::CubeTensor;
+use cubecl::ir::Type;
+use cubecl::std::tensor::TensorHandle;
+
+use super::ops::{MaybeGrad, ProtoheadGradOps, ProtoheadOps};
+use crate::class_means::{ClassSums, Options as MeansOptions};
+use crate::loss::LossOutput;
+use crate::{Error, Strategy, Upstream, cosine_cross_entropy as fused, cosine_logits as logits, reconstruction};
+
+/// The public functions have checked everything that the host can see; what is left is a bug of this crate.
+fn checked<T>(result: Result<T, Error>) -> T {
+    result.unwrap_or_else(|error| panic!("refused after it was checked: {error}"))
+}
+
+/// Burn's tensor as the kernels take it: packed along its last axis.
+fn operand(tensor: CubeTensor) -> TensorHandle {
+    let tensor = untile(tensor);
+    let strides = tensor.meta.strides().to_vec();
+    let tensor = if strides.last().is_some_and(|&stride| stride == 1) {
+        tensor
+    } else {
+        into_contiguous(tensor)
+    };
+    handle(tensor)
+}
+
+fn handle(tensor: CubeTensor) -> TensorHandle {
+    TensorHandle::new(
+        tensor.handle.clone(),
+        tensor.meta.shape().clone(),
+        tensor.meta.strides().clone(),
+        Type::from(dtype_to_elem_type(tensor.dtype)),
+    )
+}
+
+fn labels(tensor: CubeTensor) -> TensorHandle {
+    handle(into_contiguous(cast(tensor, DType::I32)))
+}
+
+/// A result of the kernels as Burn's tensor, on the device of `like`.
+fn tensor(like: &CubeTensor, handle: TensorHandle, dtype: DType) -> CubeTensor {
+    CubeTensor::new_contiguous(
+        like.client.clone(),
+        like.device.clone(),
+        handle.shape().clone(),
+        handle.handle,
+        dtype,
+    )
+}
+
+fn gradient(like: &CubeTensor, handle: Option<TensorHandle>) -> MaybeGrad<CubeBackend> {
+    match handle {
+        Some(handle) => MaybeGrad::Computed(tensor(like, handle, like.dtype)),
+        None => MaybeGrad::Skipped,
+    }
+}
+
+impl ProtoheadOps for CubeBackend {
+    fn protohead_fused(
+        embeddings: FloatTensor<Self>,
+        weights: FloatTensor<Self>,
+        rows: IntTensor<Self>,
+        options: fused::Options,
+    ) -> (
+        FloatTensor<Self>,
+        FloatTensor<Self>,
+        IntTensor<Self>,
+        IntTensor<Self>,
+    ) {
+        let inputs = fused::Inputs {
+            embeddings: operand(embeddings.clone()),
+            weights: operand(weights),
+            labels: labels(rows),
+        };
+        let output = checked(fused::forward(&embeddings.client, &inputs, &options));
+        (
+            tensor(&embeddings, output.loss, DType::F32),
+            tensor(&embeddings, output.lse, DType::F32),
+            tensor(&embeddings, output.predictions, DType::U32),
+            tensor(&embeddings, output.status, DType::U32),
+        )
+    }
+
+    fn protohead_logits(
+        embeddings: FloatTensor<Self>,
+        weights: FloatTensor<Self>,
+        options: logits::Options,
+    ) -> FloatTensor<Self> {
+        let inputs = logits::Inputs {
+            embeddings: operand(embeddings.clone()),
+            weights: operand(weights),
+        };
+        let out = checked(logits::forward(&embeddings.client, &inputs, &options));
+        tensor(&embeddings, out, embeddings.dtype)
+    }
+
+    fn protohead_reconstruction(
+        whole: FloatTensor<Self>,
+        first: FloatTensor<Self>,
+        second: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        let inputs = reconstruction::Inputs {
+            whole: operand(whole.clone()),
+            first: operand(first),
+            second: operand(second),
+        };
+        let output = checked(reconstruction::forward(&whole.client, &inputs, Strategy::Inferred));
+        tensor(&whole, output.loss, DType::F32)
+    }
+
+    fn protohead_class_means(
+        embeddings: FloatTensor<Self>,
+        rows: IntTensor<Self>,
+        weights: FloatTensor<Self>,
+        active: usize,
+        normalize: bool,
+    ) -> (FloatTensor<Self>, IntTensor<Self>) {
+        let client = &embeddings.client;
+        let values = operand(embeddings.clone());
+        let [heads, dim] = [values.shape()[0], values.shape()[2]];
+        let options = MeansOptions {
+            normalize,
+            ..MeansOptions::default()
+        };
+        let mut sums = checked(ClassSums::new(client, heads, active, dim));
+        checked(sums.accumulate(client, &values, &labels(rows), &options));
+        let means = checked(sums.write_means(client, &operand(weights), Strategy::Inferred));
+        (
+            tensor(&embeddings, means, embeddings.dtype),
+            tensor(&embeddings, sums.counts, DType::U32),
+        )
+    }
+}
+
+impl ProtoheadGradOps for CubeBackend {
+    fn protohead_fused_backward(
+        grad: FloatTensor<Self>,
+        embeddings: FloatTensor<Self>,
+        weights: FloatTensor<Self>,
+        rows: IntTensor<Self>,
+        lse: FloatTensor<Self>,
+        status: IntTensor<Self>,
+        options: fused::Options,
+        need: [bool; 2],
+    ) -> (MaybeGrad<Self>, MaybeGrad<Self>) {
+        let inputs = fused::Inputs {
+            embeddings: operand(embeddings.clone()),
+            weights: operand(weights),
+            labels: labels(rows),
+        };
+        let output = LossOutput::saved(handle(lse), handle(status), &inputs.labels);
+        let gradients = checked(fused::backward(
+            &embeddings.client,
+            &inputs,
+            &options,
+            &output,
+            &Upstream::Loss(handle(into_contiguous(grad))),
+            need[0],
+            need[1],
+        ));
+        (
+            gradient(&embeddings, gradients.embeddings),
+            gradient(&embeddings, gradients.weights),
+        )
+    }
+
+    fn protohead_logits_backward(
+        grad: FloatTensor<Self>,
+        embeddings: FloatTensor<Self>,
+        weights: FloatTensor<Self>,
+        options: logits::Options,
+        need: [bool; 2],
+    ) -> (MaybeGrad<Self>, MaybeGrad<Self>) {
+        let inputs = logits::Inputs {
+            embeddings: operand(embeddings.clone()),
+            weights: operand(weights),
+        };
+        let gradients = checked(logits::backward(
+            &embeddings.client,
+            &inputs,
+            &options,
+            &operand(grad),
+            need[0],
+            need[1],
+        ));
+        (
+            gradient(&embeddings, gradients.embeddings),
+            gradient(&embeddings, gradients.weights),
+        )
+    }
+
+    fn protohead_reconstruction_backward(
+        grad: FloatTensor<Self>,
+        whole: FloatTensor<Self>,
+        first: FloatTensor<Self>,
+        second: FloatTensor<Self>,
+        need: [bool; 2],
+    ) -> (MaybeGrad<Self>, MaybeGrad<Self>) {
+        let inputs = reconstruction::Inputs {
+            whole: operand(whole.clone()),
+            first: operand(first),
+            second: operand(second),
+        };
+        let gradients = checked(reconstruction::backward(
+            &whole.client,
+            &inputs,
+            &handle(into_contiguous(grad)),
+            Strategy::Inferred,
+            need[0],
+            need[1],
+        ));
+        (
+            gradient(&whole, gradients.whole),
+            gradient(&whole, gradients.part),
+        )
+    }
+}

@@ -1,0 +1,156 @@
+//! Several cosine heads as one module with one parameter.
+
+use burn::config::Config;
+use burn::module::{Initializer, Module, Param};
+use burn::tensor::{Device, Int, Tensor};
+
+use super::{class_means, cosine_cross_entropy, cosine_logits};
+use crate::{Error, LossOptions, cosine_cross_entropy as fused, cosine_logits as logits};
+
+/// Configures [`CosineHeads`].
+#[derive(Config, Debug)]
+pub struct CosineHeadsConfig {
+    /// H
+    pub heads: usize,
+    /// C
+    pub classes: usize,
+    /// D
+    pub dim: usize,
+    /// K: the classes that take part, the first of them; all if absent.
+    pub active: Option<usize>,
+    /// What cosines are multiplied with.
+    #[config(default = 16.0)]
+    pub scale: f64,
+}
+
+impl CosineHeadsConfig {
+    /// Class weights drawn as by torch's `nn.Linear`: uniform in `±1/√D`.
+    pub fn init(&self, device: &Device) -> CosineHeads {
+        let bound = 1.0 / (self.dim as f64).sqrt();
+        CosineHeads {
+            weight: Initializer::Uniform {
+                min: -bound,
+                max: bound,
+            }
+            .init([self.heads, self.classes, self.dim], device),
+            active: self.active.unwrap_or(self.classes),
+            scale: self.scale,
+        }
+    }
+}
+
+/// H cosine heads over the same classes: class weights `[heads, classes, dim]`, of which the first `active` classes
+/// take part.
+///
+/// # Examples
+/// ```no_run
+/// use protohead::LossOptions;
+/// use protohead::burn::CosineHeadsConfig;
+///
+/// # fn step(embeddings: burn::tensor::Tensor<3>, labels: burn::tensor::Tensor<1, burn::tensor::Int>) -> Result<(), protohead::Error> {
+/// let heads = CosineHeadsConfig::new(3, 35, 256)
+///     .with_active(Some(20))
+///     .init(&embeddings.device());
+/// let loss = heads.loss(embeddings, labels, &LossOptions::default())?;
+/// let gradients = loss.total.backward();
+/// # Ok(()) }
+/// ```
+#[derive(Module, Debug)]
+pub struct CosineHeads {
+    /// `[heads, classes, dim]`
+    pub weight: Param<Tensor<3>>,
+    active: usize,
+    scale: f64,
+}
+
+/// The losses of [`CosineHeads::loss`].
+#[derive(Clone, Debug)]
+pub struct HeadsLoss {
+    /// `[1]`: the weighted sum of the heads' losses.
+    pub total: Tensor<1>,
+    /// The losses by head, and what came with them.
+    pub heads: super::CrossEntropy<1>,
+}
+
+impl CosineHeads {
+    /// K
+    pub fn active(&self) -> usize {
+        self.active
+    }
+
+    /// Lets another number of classes take part.
+    ///
+    /// # Errors
+    /// [`Error::ActiveClasses`] if there are fewer classes, or none is asked for.
+    pub fn with_active(mut self, active: usize) -> Result<Self, Error> {
+        let [_, classes, _] = self.weight.dims();
+        if active == 0 || active > classes {
+            return Err(Error::ActiveClasses { active, classes });
+        }
+        self.active = active;
+        Ok(self)
+    }
+
+    /// Logits `[heads, rows, active]` of `embeddings [heads, rows, dim]`.
+    ///
+    /// # Errors
+    /// A typed [`Error`] if the embeddings do not fit.
+    pub fn forward(&self, embeddings: Tensor<3>) -> Result<Tensor<3>, Error> {
+        let options = logits::Options {
+            scale: self.scale as f32,
+            active: Some(self.active),
+            ..logits::Options::default()
+        };
+        cosine_logits(embeddings, self.weight.val(), &options)
+    }
+
+    /// The cross-entropy of each head and their weighted sum, without the logits ever being in memory.
+    ///
+    /// # Errors
+    /// A typed [`Error`] if the operands do not fit, or the reduction is `None`.
+    pub fn loss(
+        &self,
+        embeddings: Tensor<3>,
+        labels: Tensor<1, Int>,
+        options: &LossOptions,
+    ) -> Result<HeadsLoss, Error> {
+        let [count, _, _] = self.weight.dims();
+        let options = fused::Options {
+            scale: self.scale as f32,
+            active: Some(self.active),
+            loss: options.clone(),
+            ..fused::Options::default()
+        };
+        let alphas = options.loss.weights(count);
+        let device = embeddings.device();
+        let heads = cosine_cross_entropy(embeddings, self.weight.val(), labels, &options)?;
+        let total = match options.loss.head_weights {
+            None => heads.loss.clone().sum(),
+            Some(_) => {
+                let alphas = Tensor::<1>::from_data(alphas.as_slice(), &device);
+                (heads.loss.clone() * alphas).sum()
+            }
+        };
+        Ok(HeadsLoss { total, heads })
+    }
+
+    /// Replaces the first `classes` class weights of every head with the means of `embeddings [heads, rows, dim]` by label, and
+    /// returns how many rows each class had; a class without rows keeps its weights.
+    ///
+    /// # Errors
+    /// A typed [`Error`] if the operands do not fit.
+    pub fn replace_prototypes(
+        self,
+        embeddings: Tensor<3>,
+        labels: Tensor<1, Int>,
+        classes: usize,
+    ) -> Result<(Self, Tensor<1, Int>), Error> {
+        let weight = self.weight.val().detach();
+        let (means, counts) = class_means(embeddings, labels, weight, classes, false)?;
+        let replaced = Self {
+            weight: self.weight.clone().map(|_| means.detach().require_grad()),
+            ..self
+        };
+        Ok((replaced, counts))
+    }
+}

@@ -1,0 +1,274 @@
+//! The ops as functions on [Burn](https://burn.dev) tensors, differentiable on an autodiff device, and a module to put
+//! in a model.
+//!
+//! They run on every CubeCL device (with the crate's features `cpu`, `cuda` and `wgpu`), with Burn's fusion on or
+//! off. Shapes and options are checked at the call and returned as an [`Error`]; labels are data on the
+//! device, so a bad one is counted and reported by [`CrossEntropy::check`].
+
+mod autodiff;
+mod cube;
+mod heads;
+mod ops;
+
+pub use heads::{CosineHeads, CosineHeadsConfig, HeadsLoss};
+
+use burn::backend::Dispatch;
+use burn::tensor::{DType, Device, Int, Tensor};
+
+use crate::{Error, Reduction, cosine_cross_entropy as fused, cosine_logits as logits_op};
+use ops::ProtoheadOps;
+
+/// The result of a cross-entropy.
+#[derive(Clone, Debug)]
+pub struct CrossEntropy<const D: usize> {
+    /// `[heads]`, or `[heads, rows]` without a reduction; f32, without head weights. Differentiable.
+    pub loss: Tensor<D>,
+    /// `[heads, rows]`, f32: `ln Σ_c e^z`
+    pub lse: Tensor<2>,
+    /// `[heads, rows]`: the class of the highest logit.
+    pub predictions: Tensor<2, Int>,
+    status: Tensor<1, Int>,
+    active: usize,
+}
+
+impl<const D: usize> CrossEntropy<D> {
+    /// Waits, and says whether every label was a class or ignored.
+    ///
+    /// # Errors
+    /// [`Error::ClassMeansLabel`] with the first row that was not, [`Error::Device`] if the device failed.
+    pub fn check(&self) -> Result<(), Error> {
+        let status = self
+            .status
+            .clone()
+            .try_into_vec_as::<i64>()
+            .map_err(|error| Error::Device(format!("{error:?}")))?;
+        if status[1] == 0 {
+            return Ok(());
+        }
+        Err(Error::ClassMeansLabel {
+            row: status[2] as usize,
+            classes: self.active,
+            rows: status[1] as usize,
+        })
+    }
+}
+
+/// The loss of each head, `[heads]`: see [`cosine_cross_entropy`](crate::cosine_cross_entropy). Head weights of the options
+/// take no part; weigh the result.
+///
+/// # Errors
+/// A typed [`Error`] if shapes, dtypes, devices or options do not fit, or the reduction is [`Reduction::None`].
+pub fn cosine_cross_entropy(
+    embeddings: Tensor<3>,
+    weights: Tensor<3>,
+    labels: Tensor<1, Int>,
+    options: &fused::Options,
+) -> Result<CrossEntropy<1>, Error> {
+    if options.loss.reduction == Reduction::None {
+        return Err(Error::Shape {
+            operand: "loss",
+            got: embeddings.dims()[..2].to_vec(),
+            expected: "one number a head: without a reduction use cosine_cross_entropy_by_row".into(),
+        });
+    }
+    fused_loss(embeddings, weights, labels, options)
+}
+
+/// The loss of each row of each head, `[heads, rows]`; the options' reduction takes no part.
+///
+/// # Errors
+/// A typed [`Error`] if shapes, dtypes, devices or options do not fit.
+pub fn cosine_cross_entropy_by_row(
+    embeddings: Tensor<3>,
+    weights: Tensor<3>,
+    labels: Tensor<1, Int>,
+    options: &fused::Options,
+) -> Result<CrossEntropy<2>, Error> {
+    let mut options = options.clone();
+    options.loss.reduction = Reduction::None;
+    fused_loss(embeddings, weights, labels, &options)
+}
+
+fn fused_loss<const D: usize>(
+    embeddings: Tensor<3>,
+    weights: Tensor<3>,
+    labels: Tensor<1, Int>,
+    options: &fused::Options,
+) -> Result<CrossEntropy<D>, Error> {
+    let [heads, rows, _] = embeddings.dims();
+    let active = head_operands(&embeddings, &weights, options.scale, options.active)?;
+    options.loss.validate(heads)?;
+    row_labels(&labels, rows)?;
+    let int = embeddings.device().settings().int_dtype;
+    let (loss, lse, predictions, status) = <Dispatch as ProtoheadOps>::protohead_fused(
+        embeddings.into_dispatch(),
+        weights.into_dispatch(),
+        labels.into_dispatch(),
+        options.clone(),
+    );
+    Ok(CrossEntropy {
+        loss: Tensor::from_dispatch(loss),
+        lse: Tensor::from_dispatch(lse),
+        predictions: Tensor::<2, Int>::from_dispatch(predictions).cast(int),
+        status: Tensor::from_dispatch(status),
+        active,
+    })
+}
+
+/// Logits `[heads, rows, K]`: see [`cosine_logits`](crate::cosine_logits).
+///
+/// # Errors
+/// A typed [`Error`] if shapes, dtypes, devices or options do not fit.
+pub fn cosine_logits(
+    embeddings: Tensor<3>,
+    weights: Tensor<3>,
+    options: &logits_op::Options,
+) -> Result<Tensor<3>, Error> {
+    head_operands(&embeddings, &weights, options.scale, options.active)?;
+    Ok(Tensor::from_dispatch(
+        <Dispatch as ProtoheadOps>::protohead_logits(
+            embeddings.into_dispatch(),
+            weights.into_dispatch(),
+            options.clone(),
+        ),
+    ))
+}
+
+/// `1 − mean_n cos(whole, first + second)`, `[1]`, of `[rows, dim]` tensors: see [`reconstruction`](crate::reconstruction).
+///
+/// # Errors
+/// A typed [`Error`] if shapes, dtypes or devices do not fit.
+pub fn reconstruction(
+    whole: Tensor<2>,
+    first: Tensor<2>,
+    second: Tensor<2>,
+) -> Result<Tensor<1>, Error> {
+    cube_device(&whole.device())?;
+    for (operand, part) in [("first part", &first), ("second part", &second)] {
+        if part.dims() != whole.dims() || part.dtype() != whole.dtype() {
+            return Err(Error::Shape {
+                operand,
+                got: part.dims().to_vec(),
+                expected: format!("{:?} and {:?}, like the whole", whole.dims(), whole.dtype()),
+            });
+        }
+    }
+    not_empty("whole", &whole.dims())?;
+    Ok(Tensor::from_dispatch(
+        <Dispatch as ProtoheadOps>::protohead_reconstruction(
+            whole.into_dispatch(),
+            first.into_dispatch(),
+            second.into_dispatch(),
+        ),
+    ))
+}
+
+/// The means of `embeddings [heads, rows, dim]` by class, over the first `active` rows of `weights [heads, classes, dim]`,
+/// and how many rows each class had, `[active]`: see [`class_means`](crate::class_means). Not differentiable; a row whose
+/// label is no class is left out.
+///
+/// # Errors
+/// A typed [`Error`] if shapes, dtypes or devices do not fit.
+pub fn class_means(
+    embeddings: Tensor<3>,
+    labels: Tensor<1, Int>,
+    weights: Tensor<3>,
+    active: usize,
+    normalize: bool,
+) -> Result<(Tensor<3>, Tensor<1, Int>), Error> {
+    head_operands(&embeddings, &weights, 1.0, Some(active))?;
+    row_labels(&labels, embeddings.dims()[1])?;
+    let int = embeddings.device().settings().int_dtype;
+    let (means, counts) = <Dispatch as ProtoheadOps>::protohead_class_means(
+        embeddings.into_dispatch(),
+        labels.into_dispatch(),
+        weights.into_dispatch(),
+        active,
+        normalize,
+    );
+    Ok((
+        Tensor::from_dispatch(means),
+        Tensor::<1, Int>::from_dispatch(counts).cast(int),
+    ))
+}
+
+/// Refuses devices that are not CubeCL's.
+fn cube_device(device: &Device) -> Result<(), Error> {
+    let plain = device.clone().without_autodiff();
+    match plain.as_dispatch() {
+        #[cfg(any(feature = "cpu", feature = "cuda", feature = "wgpu"))]
+        burn::backend::DispatchDevice::Cube(_) => Ok(()),
+        #[allow(unreachable_patterns)] // where only CubeCL devices are in the build
+        other => Err(Error::Device(format!("{other:?} is not a CubeCL device"))),
+    }
+}
+
+fn not_empty(operand: &'static str, dims: &[usize]) -> Result<(), Error> {
+    if dims.contains(&0) {
+        return Err(Error::Empty {
+            operand,
+            got: dims.to_vec(),
+        });
+    }
+    Ok(())
+}
+
+/// What the launchers would refuse, refused at the call; gives K.
+fn head_operands(
+    embeddings: &Tensor<3>,
+    weights: &Tensor<3>,
+    scale: f32,
+    active: Option<usize>,
+) -> Result<usize, Error> {
+    cube_device(&embeddings.device())?;
+    let [heads, rows, dim] = embeddings.dims();
+    let [_, classes, _] = weights.dims();
+    not_empty("embeddings", &embeddings.dims())?;
+    not_empty("class weights", &weights.dims())?;
+    if weights.dims() != [heads, classes, dim] || weights.dtype() != embeddings.dtype() {
+        return Err(Error::Shape {
+            operand: "class weights",
+            got: weights.dims().to_vec(),
+            expected: format!(
+                "[{heads}, classes, {dim}] and {:?}, to go with embeddings [{heads}, {rows}, {dim}]",
+                embeddings.dtype()
+            ),
+        });
+    }
+    if weights.device() != embeddings.device() {
+        return Err(Error::Device(format!(
+            "class weights are on {:?}, embeddings on {:?}",
+            weights.device(),
+            embeddings.device()
+        )));
+    }
+    if !matches!(embeddings.dtype(), DType::F32 | DType::F16 | DType::BF16) {
+        return Err(Error::Device(format!(
+            "embeddings are {:?}, expected f32, f16 or bf16",
+            embeddings.dtype()
+        )));
+    }
+    if !scale.is_finite() {
+        return Err(Error::Option {
+            option: "scale",
+            got: f64::from(scale),
+            expected: "finite",
+        });
+    }
+    let active = active.unwrap_or(classes);
+    if active == 0 || active > classes {
+        return Err(Error::ActiveClasses { active, classes });
+    }
+    Ok(active)
+}
+
+fn row_labels(labels: &Tensor<1, Int>, rows: usize) -> Result<(), Error> {
+    if labels.dims() != [rows] {
+        return Err(Error::Shape {
+            operand: "labels",
+            got: labels.dims().to_vec(),
+            expected: format!("[{rows}]"),
+        });
+    }
+    Ok(())
+}

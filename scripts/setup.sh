@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# What a build and its tests need beside Rust: LLVM for CubeCL's CPU and CUDA compilers, and a software Vulkan
+# driver on which the tests run the GPU-shaped kernels. Installs what is missing, says what, and does
+# nothing the second time.
+set -euo pipefail
+
+llvm_version=23.1.0-4 # of tracel-llvm-bundler in Cargo.lock
+llvm_dir="${XDG_DATA_HOME:-$HOME/.local/share}/tracel/tracel-llvm-$llvm_version"
+debian_llvm=/usr/lib/llvm-22
+
+fail() {
+  echo "setup: $1" >&2
+  exit 1
+}
+
+# CubeCL's build script downloads a prebuilt LLVM by itself where it can.
+can_download_llvm() {
+  command -v curl >/dev/null &&
+    curl --silent --fail --head --location --max-time 10 --output /dev/null \
+      "https://github.com/tracel-ai/tracel-llvm/releases/tag/v$llvm_version"
+}
+
+apt_install() {
+  command -v apt-get >/dev/null || return 1
+  local sudo=()
+  if [ "$(id -u)" -ne 0 ]; then
+    command -v sudo >/dev/null || return 1
+    sudo=(sudo)
+  fi
+  echo "setup: installing with apt-get: $*"
+  "${sudo[@]}" apt-get update -qq
+  "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
+}
+
+command -v cargo >/dev/null || fail "Rust is missing: install Rust 1.95 or newer with rustup, then run this again"
+
+if [ ! -e "$llvm_dir/.tracel-llvm-installed" ]; then
+  if can_download_llvm; then
+    echo "setup: the first build will download LLVM into $llvm_dir"
+  else
+    if [ ! -x "$debian_llvm/bin/llvm-config" ] || [ ! -e /usr/share/doc/libpolly-22-dev ]; then
+      apt_install llvm-22-dev libpolly-22-dev libzstd-dev libz3-dev zlib1g-dev libxml2-dev ||
+        fail "no LLVM: neither GitHub nor apt-get (as root or with sudo) could provide it, so nothing can be built here"
+    fi
+    echo "setup: using Debian's LLVM 22 for CubeCL, through $llvm_dir"
+    mkdir -p "$llvm_dir/bin"
+    cat >"$llvm_dir/bin/llvm-config" <<WRAPPER
+#!/bin/sh
+# Debian's llvm-config; CubeCL's bundler expects -lz3, not a path.
+$debian_llvm/bin/llvm-config "\$@" | sed -E 's#/[^ ]*/libz3\\.so#-lz3#g'
+WRAPPER
+    chmod +x "$llvm_dir/bin/llvm-config"
+    touch "$llvm_dir/.tracel-llvm-installed"
+  fi
+fi
+
+if [ "${1:-}" = "--tests" ] && ! ls /usr/share/vulkan/icd.d/*.json >/dev/null 2>&1; then
+  apt_install mesa-vulkan-drivers libvulkan1 ||
+    echo "setup: no Vulkan driver could be installed: the tests will skip wgpu and say so" >&2
+fi

@@ -1,0 +1,84 @@
+//! The devices that this build and machine can reach, and the variants that each can run.
+
+use std::sync::OnceLock;
+
+use cubecl::client::Client;
+use protohead::{Strategy, Variant};
+
+/// A device under test.
+pub struct Tested {
+    /// How messages name it.
+    pub name: &'static str,
+    /// Its client.
+    pub client: Client,
+    /// The variants that it runs.
+    pub variants: Vec<Variant>,
+}
+
+/// One way to run an op.
+pub struct Run<'a> {
+    /// The device's name.
+    pub device: &'static str,
+    /// Its client.
+    pub client: &'a Client,
+    /// The variant, forced.
+    pub strategy: Strategy,
+}
+
+impl std::fmt::Display for Run<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} {:?}", self.device, self.strategy)
+    }
+}
+
+/// Every device; found once, and said once on stderr with its variants.
+pub fn devices() -> &'static [Tested] {
+    static DEVICES: OnceLock<Vec<Tested>> = OnceLock::new();
+    DEVICES.get_or_init(|| {
+        let mut found = Vec::new();
+        for (name, device) in [
+            ("cpu", cubecl::Device::cpu()),
+            ("wgpu", cubecl::Device::wgpu(Default::default())),
+            ("cuda", cubecl::Device::cuda(0)),
+        ] {
+            match device {
+                Ok(device) => match std::panic::catch_unwind(|| device.client()) {
+                    Ok(client) => found.push(tested(name, client)),
+                    Err(_) => eprintln!("protohead tests: no {name} device on this machine"),
+                },
+                Err(error) => eprintln!("protohead tests: {name} is not reachable: {error:?}"),
+            }
+        }
+        assert!(!found.is_empty(), "no device to test on");
+        for device in &found {
+            eprintln!("protohead tests: {} runs {:?}", device.name, device.variants);
+        }
+        found
+    })
+}
+
+fn tested(name: &'static str, client: Client) -> Tested {
+    let variants = [Variant::Unit, Variant::Plane]
+        .into_iter()
+        .filter(|&variant| Strategy::Forced(variant).check(&client).is_ok())
+        .collect();
+    Tested {
+        name,
+        client,
+        variants,
+    }
+}
+
+/// Every variant of every device.
+pub fn runs() -> Vec<Run<'static>> {
+    devices()
+        .iter()
+        .flat_map(|device| {
+            device.variants.iter().map(|&variant| Run {
+                device: device.name,
+                client: &device.client,
+                strategy: Strategy::Forced(variant),
+            })
+        })
+        .collect()
+}

@@ -1,0 +1,98 @@
+//! Prototype averaging against the reference.
+
+use proptest::prelude::*;
+use protohead::class_means::{ClassSums, Options};
+use protohead_reference as reference;
+use protohead_tests::close::Comparison;
+use protohead_tests::devices::{Run, runs};
+use protohead_tests::problem::{Problem, download, problem};
+
+use crate::support::{config, fails};
+
+fn expected<T: reference::Real>(problem: &Problem, unit: bool) -> (Vec<T>, Vec<u32>) {
+    let data = problem.data();
+    let of = |values: &[f32]| -> Vec<T> { values.iter().map(|&v| T::of(f64::from(v))).collect() };
+    let sizes = problem.reference_sizes();
+    let mut sums = reference::ClassSums::zeros(sizes);
+    let labels: Vec<i64> = data
+        .labels
+        .iter()
+        .map(|&l| if l == i64::from(problem.ignore_index) { -1 } else { l })
+        .collect();
+    sums.add(&of(&data.embeddings), &labels, sizes, unit);
+    (reference::class_means(&sums, &of(&data.weights), sizes), sums.counts)
+}
+
+/// Accumulates the rows in two batches, split at `split`, either streamed or merged.
+fn means(run: &Run, problem: &Problem, unit: bool, split: usize, merged: bool) -> Result<(Vec<f64>, Vec<u32>), String> {
+    let client = run.client;
+    let data = problem.data();
+    let (heads, rows, dim, classes, active) = problem.sizes;
+    let said = |error: protohead::Error| error.to_string();
+    let options = Options {
+        normalize: unit,
+        ignore_index: problem.ignore_index,
+        strategy: run.strategy,
+    };
+    let fresh = || ClassSums::new(client, heads, active, dim).map_err(said);
+    let mut sums = fresh()?;
+    let mut other = fresh()?;
+    for (first, last) in [(0, split), (split, rows)] {
+        if first == last {
+            continue;
+        }
+        let part: Vec<f32> = (0..heads)
+            .flat_map(|h| data.embeddings[(h * rows + first) * dim..(h * rows + last) * dim].to_vec())
+            .collect();
+        let embeddings = problem.upload(client, &part, &[heads, last - first, dim]);
+        let labels = problem.upload_labels(client, &data.labels[first..last]);
+        let into = if merged && first > 0 { &mut other } else { &mut sums };
+        into.accumulate(client, &embeddings, &labels, &options).map_err(said)?;
+    }
+    if merged {
+        sums.merge(client, &other, run.strategy).map_err(said)?;
+    }
+    let weights = problem.upload(client, &data.weights, &[heads, classes, dim]);
+    let means = sums.write_means(client, &weights, run.strategy).map_err(said)?;
+    Ok((download(client, &means), sums.read_counts(client).map_err(said)?))
+}
+
+fn check(run: &Run, problem: &Problem, unit: bool, split: usize) -> Result<(), String> {
+    let (truth, counts) = expected::<f64>(problem, unit);
+    let (working, _) = expected::<f32>(problem, unit);
+    let whole = means(run, problem, unit, 0, false)?;
+    let streamed = means(run, problem, unit, split, false)?;
+    let merged = means(run, problem, unit, split, true)?;
+    if whole != streamed {
+        return Err(format!("a batch split at {split} gives other bits"));
+    }
+    for (name, (ours, our_counts)) in [("means", &whole), ("merged means", &merged)] {
+        if *our_counts != counts {
+            return Err(format!("{name}: counts {our_counts:?}, expected {counts:?}"));
+        }
+        Comparison {
+            name,
+            ours,
+            truth: &truth,
+            working: &working,
+            dtype: problem.dtype,
+            magnitude: 0.0,
+        }
+        .check()?;
+    }
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(config(16))]
+
+    #[test]
+    fn class_means_agree_with_the_reference(problem in problem(), unit: bool, part in 0.0f64..1.0) {
+        let split = (problem.sizes.1 as f64 * part) as usize;
+        for run in runs() {
+            if problem.supported(run.client) {
+                check(&run, &problem, unit, split).map_err(fails(&run))?;
+            }
+        }
+    }
+}

@@ -1,0 +1,166 @@
+//! The fused op against the reference.
+
+use cubecl::std::tensor::TensorHandle;
+use proptest::prelude::*;
+use proptest::test_runner::TestCaseError;
+use protohead::cosine_cross_entropy::{Inputs, Options, backward, forward};
+use protohead::{Reduction, Upstream};
+use protohead_reference as reference;
+use protohead_tests::close::Comparison;
+use protohead_tests::devices::{Run, runs};
+use protohead_tests::problem::{Data, Dtype, Problem, download, problem, wide};
+
+use crate::support::{config, fails};
+
+/// The reference's answers in one precision.
+struct Expected<T> {
+    forward: reference::CrossEntropy<T>,
+    logits: Vec<T>,
+    of_total: (Vec<T>, Vec<T>),
+    of_loss: (Vec<T>, Vec<T>),
+}
+
+fn expected<T: reference::Real>(problem: &Problem, data: &Data) -> Expected<T> {
+    let of = |values: &[f32]| -> Vec<T> { values.iter().map(|&v| T::of(f64::from(v))).collect() };
+    let (x, w) = (of(&data.embeddings), of(&data.weights));
+    let sizes = problem.reference_sizes();
+    let scale = T::of(f64::from(problem.scale));
+    let options = problem.reference_options(data);
+    let gradients = |upstream: &reference::Upstream<T>| {
+        reference::cosine_cross_entropy_backward(
+            &x, &w, &data.labels, sizes, scale, &options, upstream,
+        )
+    };
+    Expected {
+        forward: reference::cosine_cross_entropy(&x, &w, &data.labels, sizes, scale, &options),
+        logits: reference::cosine_logits(&x, &w, sizes, scale),
+        of_total: gradients(&reference::Upstream::Total(T::of(0.7))),
+        of_loss: gradients(&reference::Upstream::Loss(of(&data.upstream))),
+    }
+}
+
+fn check(
+    run: &Run,
+    problem: &Problem,
+    data: &Data,
+    truth: &Expected<f64>,
+    working: &Expected<f32>,
+) -> Result<(), String> {
+    let client = run.client;
+    let (heads, rows, dim, classes, active) = problem.sizes;
+    let inputs = Inputs {
+        embeddings: problem.upload(client, &data.embeddings, &[heads, rows, dim]),
+        weights: problem.upload(client, &data.weights, &[heads, classes, dim]),
+        labels: problem.upload_labels(client, &data.labels),
+    };
+    let options = Options {
+        scale: problem.scale,
+        active: Some(active),
+        loss: problem.options(data),
+        strategy: run.strategy,
+    };
+    let said = |error: protohead::Error| error.to_string();
+    let output = forward(client, &inputs, &options).map_err(said)?;
+    output.read_total(client).map_err(said)?;
+    let scale = f64::from(problem.scale.abs());
+    let summed = match problem.reduction {
+        Reduction::Sum => rows as f64,
+        Reduction::Mean | Reduction::None => 1.0,
+    };
+    let float = |name, tensor: &TensorHandle, truth: &[f64], working: &[f32], dtype, magnitude| {
+        Comparison {
+            name,
+            ours: &download(client, tensor),
+            truth,
+            working,
+            dtype,
+            magnitude,
+        }
+        .check()
+    };
+    let f32s = Dtype::F32;
+    let (t, w) = (&truth.forward, &working.forward);
+    float("loss", &output.loss, &t.loss, &w.loss, f32s, scale * summed)?;
+    let total_size = scale * rows as f64 * heads as f64;
+    float("total", &output.total, &[t.total], &[w.total], f32s, total_size)?;
+    float("lse", &output.lse, &t.lse, &w.lse, f32s, scale)?;
+    for (at, &class) in output.read_predictions(client).map_err(said)?.iter().enumerate() {
+        let row = &truth.logits[at * active..][..active];
+        let best = row.iter().copied().fold(f64::MIN, f64::max);
+        if class as usize >= active || row[class as usize] < best - 1e-5 * scale {
+            return Err(format!("prediction {at} is {class}, expected {}", t.predictions[at]));
+        }
+    }
+
+    // An element of a gradient is a sum of logit gradients, each up to scale · upstream, over a norm.
+    let counted = data.labels.len() as f64;
+    let share = if problem.reduction == Reduction::Mean { 1.0 / counted } else { 1.0 };
+    let size = |values: &[f32], other: usize| {
+        let shortest = values
+            .chunks(dim)
+            .map(|row| row.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt())
+            .fold(f64::MAX, f64::min)
+            .max(1e-12);
+        2.0 * scale * share * (other as f64).sqrt() / shortest
+    };
+    let (x_size, w_size) = (size(&data.embeddings, 1), size(&data.weights, rows));
+    let loss_gradient = client.create_from_slice(cubecl::prelude::CubeElement::as_bytes(
+        &data.upstream[..],
+    ));
+    let loss_gradient = TensorHandle::new_contiguous(
+        output.loss.shape().to_vec(),
+        loss_gradient,
+        Dtype::F32.elem(),
+    );
+    for (upstream, truth, working) in [
+        (Upstream::Total(0.7), &truth.of_total, &working.of_total),
+        (Upstream::Loss(loss_gradient), &truth.of_loss, &working.of_loss),
+    ] {
+        let both = backward(client, &inputs, &options, &output, &upstream, true, true)
+            .map_err(said)?;
+        let (dx, dw) = (both.embeddings.ok_or("no dX")?, both.weights.ok_or("no dW")?);
+        float("dX", &dx, &truth.0, &working.0, problem.dtype, x_size)?;
+        float("dW", &dw, &truth.1, &working.1, problem.dtype, w_size)?;
+        // A frozen operand changes nothing for the other, and a second backward gives the same bits.
+        let only_x = backward(client, &inputs, &options, &output, &upstream, true, false)
+            .map_err(said)?;
+        let only_w = backward(client, &inputs, &options, &output, &upstream, false, true)
+            .map_err(said)?;
+        if only_x.weights.is_some() || only_w.embeddings.is_some() {
+            return Err("a gradient nobody asked for".into());
+        }
+        for (name, once, again) in [("dX", &dx, only_x.embeddings), ("dW", &dw, only_w.weights)] {
+            let again = again.ok_or("a gradient is missing")?;
+            if download(client, once) != download(client, &again) {
+                return Err(format!("{name} differs in a second backward"));
+            }
+        }
+    }
+    let kept = download(client, &inputs.embeddings);
+    let flat = kept.iter().filter(|v| !v.is_nan());
+    if !flat.eq(wide(&data.embeddings).iter()) {
+        return Err("the embeddings were modified".into());
+    }
+    Ok(())
+}
+
+fn agrees(problem: &Problem) -> Result<(), TestCaseError> {
+    let data = problem.data();
+    let truth = expected::<f64>(problem, &data);
+    let working = expected::<f32>(problem, &data);
+    for run in runs() {
+        if problem.supported(run.client) {
+            check(&run, problem, &data, &truth, &working).map_err(fails(&run))?;
+        }
+    }
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(config(24))]
+
+    #[test]
+    fn the_fused_op_agrees_with_the_reference(problem in problem()) {
+        agrees(&problem)?;
+    }
+}

@@ -1,0 +1,98 @@
+//! Logits and their gradients against the reference.
+
+use proptest::prelude::*;
+use protohead::cosine_logits::{Inputs, Options, backward, forward};
+use protohead_reference as reference;
+use protohead_tests::close::Comparison;
+use protohead_tests::devices::{Run, runs};
+use protohead_tests::problem::{Problem, download, problem};
+
+use crate::support::{config, fails};
+
+struct Expected<T> {
+    logits: Vec<T>,
+    gradients: (Vec<T>, Vec<T>),
+}
+
+fn expected<T: reference::Real>(problem: &Problem, upstream: &[f32]) -> Expected<T> {
+    let data = problem.data();
+    let of = |values: &[f32]| -> Vec<T> { values.iter().map(|&v| T::of(f64::from(v))).collect() };
+    let (x, w) = (of(&data.embeddings), of(&data.weights));
+    let sizes = problem.reference_sizes();
+    let scale = T::of(f64::from(problem.scale));
+    Expected {
+        logits: reference::cosine_logits(&x, &w, sizes, scale),
+        gradients: reference::cosine_logits_backward(&x, &w, &of(upstream), sizes, scale),
+    }
+}
+
+fn check(run: &Run, problem: &Problem, truth: &Expected<f64>, working: &Expected<f32>, upstream: &[f32]) -> Result<(), String> {
+    let client = run.client;
+    let data = problem.data();
+    let (heads, rows, dim, classes, active) = problem.sizes;
+    let inputs = Inputs {
+        embeddings: problem.upload(client, &data.embeddings, &[heads, rows, dim]),
+        weights: problem.upload(client, &data.weights, &[heads, classes, dim]),
+    };
+    let options = Options {
+        scale: problem.scale,
+        active: Some(active),
+        strategy: run.strategy,
+    };
+    let said = |error: protohead::Error| error.to_string();
+    let scale = f64::from(problem.scale.abs());
+    let logits = forward(client, &inputs, &options).map_err(said)?;
+    Comparison {
+        name: "logits",
+        ours: &download(client, &logits),
+        truth: &truth.logits,
+        working: &working.logits,
+        dtype: problem.dtype,
+        magnitude: scale,
+    }
+    .check()?;
+    let upstream = problem.upload(client, upstream, &[heads, rows, active]);
+    let both = backward(client, &inputs, &options, &upstream, true, true).map_err(said)?;
+    let shortest = |values: &[f32]| {
+        values
+            .chunks(dim)
+            .map(|row| row.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt())
+            .fold(f64::MAX, f64::min)
+            .max(1e-12)
+    };
+    for (name, ours, truth, working, values, terms) in [
+        ("dX", both.embeddings, &truth.gradients.0, &working.gradients.0, &data.embeddings, active),
+        ("dW", both.weights, &truth.gradients.1, &working.gradients.1, &data.weights, rows),
+    ] {
+        Comparison {
+            name,
+            ours: &download(client, &ours.ok_or("a gradient is missing")?),
+            truth,
+            working,
+            dtype: problem.dtype,
+            magnitude: scale * (terms as f64).sqrt() / shortest(values),
+        }
+        .check()?;
+    }
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(config(16))]
+
+    #[test]
+    fn logits_and_their_gradients_agree_with_the_reference(problem in problem()) {
+        let (heads, rows, _, _, active) = problem.sizes;
+        let upstream = problem.uniform(9, heads * rows * active);
+        let truth = expected::<f64>(&problem, &upstream);
+        let working = expected::<f32>(&problem, &upstream);
+        // A logit or gradient beyond f16's largest finite value is not a question of precision.
+        let largest = truth.gradients.0.iter().chain(&truth.gradients.1).fold(0.0, |m: f64, v| m.max(v.abs()));
+        prop_assume!(problem.dtype != protohead_tests::problem::Dtype::F16 || largest < 6e4);
+        for run in runs() {
+            if problem.supported(run.client) {
+                check(&run, &problem, &truth, &working, &upstream).map_err(fails(&run))?;
+            }
+        }
+    }
+}

@@ -1,0 +1,110 @@
+//! Cross-entropy of given logits against the reference.
+
+use cubecl::prelude::CubeElement;
+use cubecl::std::tensor::TensorHandle;
+use proptest::prelude::*;
+use protohead::Upstream;
+use protohead::cross_entropy::{Inputs, Options, backward, forward};
+use protohead_reference as reference;
+use protohead_tests::close::Comparison;
+use protohead_tests::devices::{Run, runs};
+use protohead_tests::problem::{Data, Dtype, Problem, download, problem};
+
+use crate::support::{config, fails};
+
+struct Expected<T> {
+    forward: reference::CrossEntropy<T>,
+    of_total: Vec<T>,
+    of_loss: Vec<T>,
+}
+
+fn expected<T: reference::Real>(problem: &Problem, data: &Data, logits: &[f32]) -> Expected<T> {
+    let of = |values: &[f32]| -> Vec<T> { values.iter().map(|&v| T::of(f64::from(v))).collect() };
+    let z = of(logits);
+    let sizes = problem.reference_sizes();
+    let options = problem.reference_options(data);
+    let gradients = |upstream: &reference::Upstream<T>| {
+        reference::cross_entropy_backward(&z, &data.labels, sizes, &options, upstream)
+    };
+    Expected {
+        forward: reference::cross_entropy(&z, &data.labels, sizes, &options),
+        of_total: gradients(&reference::Upstream::Total(T::of(-0.3))),
+        of_loss: gradients(&reference::Upstream::Loss(of(&data.upstream))),
+    }
+}
+
+fn check(
+    run: &Run,
+    problem: &Problem,
+    data: &Data,
+    logits: &[f32],
+    truth: &Expected<f64>,
+    working: &Expected<f32>,
+) -> Result<(), String> {
+    let client = run.client;
+    let (heads, rows, _, _, active) = problem.sizes;
+    let inputs = Inputs {
+        logits: problem.upload(client, logits, &[heads, rows, active]),
+        labels: problem.upload_labels(client, &data.labels),
+    };
+    let options = Options {
+        loss: problem.options(data),
+        strategy: run.strategy,
+    };
+    let said = |error: protohead::Error| error.to_string();
+    let output = forward(client, &inputs, &options).map_err(said)?;
+    output.read_total(client).map_err(said)?;
+    let float = |name, tensor: &TensorHandle, truth: &[f64], working: &[f32], dtype, magnitude| {
+        Comparison {
+            name,
+            ours: &download(client, tensor),
+            truth,
+            working,
+            dtype,
+            magnitude,
+        }
+        .check()
+    };
+    let size = f64::from(problem.scale.abs());
+    let (t, w) = (&truth.forward, &working.forward);
+    float("loss", &output.loss, &t.loss, &w.loss, Dtype::F32, size * rows as f64)?;
+    float("lse", &output.lse, &t.lse, &w.lse, Dtype::F32, size)?;
+    if output.read_predictions(client).map_err(said)? != t.predictions {
+        return Err("predictions differ".into());
+    }
+    let loss_gradient = TensorHandle::new_contiguous(
+        output.loss.shape().to_vec(),
+        client.create_from_slice(f32::as_bytes(&data.upstream)),
+        Dtype::F32.elem(),
+    );
+    for (upstream, truth, working) in [
+        (Upstream::Total(-0.3), &truth.of_total, &working.of_total),
+        (Upstream::Loss(loss_gradient), &truth.of_loss, &working.of_loss),
+    ] {
+        let dz = backward(client, &inputs, &options, &output, &upstream).map_err(said)?;
+        float("dz", &dz, truth, working, problem.dtype, 2.0)?;
+    }
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(config(24))]
+
+    #[test]
+    fn cross_entropy_agrees_with_the_reference(problem in problem()) {
+        let (heads, rows, _, _, active) = problem.sizes;
+        let data = problem.data();
+        let logits: Vec<f32> = problem
+            .uniform(7, heads * rows * active)
+            .iter()
+            .map(|z| problem.dtype.round(z * problem.scale))
+            .collect();
+        let truth = expected::<f64>(&problem, &data, &logits);
+        let working = expected::<f32>(&problem, &data, &logits);
+        for run in runs() {
+            if problem.supported(run.client) {
+                check(&run, &problem, &data, &logits, &truth, &working).map_err(fails(&run))?;
+            }
+        }
+    }
+}

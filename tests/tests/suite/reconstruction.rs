@@ -1,0 +1,90 @@
+//! The reconstruction loss against the reference.
+
+use cubecl::prelude::CubeElement;
+use cubecl::std::tensor::TensorHandle;
+use proptest::prelude::*;
+use protohead::reconstruction::{Inputs, backward, forward};
+use protohead_reference as reference;
+use protohead_tests::close::Comparison;
+use protohead_tests::devices::{Run, runs};
+use protohead_tests::problem::{Dtype, Problem, download, problem};
+
+use crate::support::{config, fails};
+
+type Expected<T> = (reference::Reconstruction<T>, (Vec<T>, Vec<T>));
+
+fn expected<T: reference::Real>(parts: &[Vec<f32>; 3], dim: usize) -> Expected<T> {
+    let of = |values: &[f32]| -> Vec<T> { values.iter().map(|&v| T::of(f64::from(v))).collect() };
+    let [w, a, b] = parts.each_ref().map(|values| of(values));
+    (
+        reference::reconstruction(&w, &a, &b, dim),
+        reference::reconstruction_backward(&w, &a, &b, dim, T::of(1.5)),
+    )
+}
+
+fn check(run: &Run, problem: &Problem, parts: &[Vec<f32>; 3], truth: &Expected<f64>, working: &Expected<f32>) -> Result<(), String> {
+    let client = run.client;
+    let (_, rows, dim, _, _) = problem.sizes;
+    let [whole, first, second] =
+        parts.each_ref().map(|values| problem.upload(client, values, &[rows, dim]));
+    let inputs = Inputs { whole, first, second };
+    let said = |error: protohead::Error| error.to_string();
+    let output = forward(client, &inputs, run.strategy).map_err(said)?;
+    let upstream = TensorHandle::new_contiguous(
+        [1],
+        client.create_from_slice(f32::as_bytes(&[1.5])),
+        Dtype::F32.elem(),
+    );
+    let gradients = backward(client, &inputs, &upstream, run.strategy, true, true).map_err(said)?;
+    let shortest = |values: &[f32]| {
+        values
+            .chunks(dim)
+            .map(|row| row.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt())
+            .fold(f64::MAX, f64::min)
+            .max(1e-12)
+    };
+    let sum: Vec<f32> = parts[1].iter().zip(&parts[2]).map(|(a, b)| a + b).collect();
+    for (name, ours, truth, working, dtype, magnitude) in [
+        ("loss", Some(output.loss), &vec![truth.0.loss], &vec![working.0.loss], Dtype::F32, 1.0),
+        ("cosines", Some(output.cosines), &truth.0.cosines, &working.0.cosines, Dtype::F32, 1.0),
+        ("d whole", gradients.whole, &truth.1.0, &working.1.0, problem.dtype, 1.5 / rows as f64 / shortest(&parts[0])),
+        ("d part", gradients.part, &truth.1.1, &working.1.1, problem.dtype, 1.5 / rows as f64 / shortest(&sum)),
+    ] {
+        Comparison {
+            name,
+            ours: &download(client, &ours.ok_or("a gradient is missing")?),
+            truth,
+            working,
+            dtype,
+            magnitude,
+        }
+        .check()?;
+    }
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(config(16))]
+
+    #[test]
+    fn reconstruction_agrees_with_the_reference(problem in problem()) {
+        let (_, rows, dim, _, _) = problem.sizes;
+        let mut parts = [11, 12, 13].map(|purpose| problem.uniform(purpose, rows * dim));
+        if problem.values == protohead_tests::problem::Values::ZeroRows {
+            parts[0][..dim].fill(0.0);
+            let last = (rows - 1) * dim;
+            parts[1][last..].fill(0.0);
+            parts[2][last..].fill(0.0);
+        }
+        let truth = expected::<f64>(&parts, dim);
+        let working = expected::<f32>(&parts, dim);
+        // A gradient beyond f16's largest finite value (a zero row: 1e12 times) is not a question of precision.
+        let largest = truth.1.0.iter().chain(&truth.1.1).fold(0.0, |m: f64, v| m.max(v.abs()));
+        prop_assume!(problem.dtype != Dtype::F16 || largest < 6e4);
+        for run in runs() {
+            if problem.supported(run.client) {
+                check(&run, &problem, &parts, &truth, &working).map_err(fails(&run))?;
+            }
+        }
+    }
+}

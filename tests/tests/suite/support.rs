@@ -1,0 +1,28 @@
+//! How a property is run: a default number of cases, regressions beside the suite, failures named.
+
+use proptest::prelude::ProptestConfig;
+use proptest::test_runner::{FileFailurePersistence, TestCaseError};
+
+/// `cases` random problems unless `PROPTEST_CASES` says otherwise.
+pub(crate) fn config(cases: u32) -> ProptestConfig {
+    let default = ProptestConfig::default();
+    let chosen = if std::env::var_os("PROPTEST_CASES").is_some() {
+        default.cases
+    } else {
+        cases
+    };
+    ProptestConfig {
+        cases: chosen,
+        failure_persistence: Some(Box::new(FileFailurePersistence::Direct(concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/regressions.txt"
+        )))),
+        max_shrink_iters: 400,
+        ..default
+    }
+}
+
+/// A failed comparison becomes a failed case, with where it happened.
+pub(crate) fn fails(place: impl std::fmt::Display) -> impl FnOnce(String) -> TestCaseError {
+    move |message| TestCaseError::fail(format!("on {place}: {message}"))
+}

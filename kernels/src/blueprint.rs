@@ -71,18 +71,25 @@ impl Blueprint {
         };
         match variant {
             Variant::Unit => {
-                let lanes = (hardware.load_width as usize / 32)
-                    .min(hardware.max_vector_size)
-                    .clamp(1, 16);
+                // The unit kernels read one buffer both as scalars and as vectors, which WGSL cannot: as a fallback on
+                // a GPU they are scalar.
+                let lanes = match hardware.num_cpu_cores {
+                    Some(_) => (hardware.load_width as usize / 32)
+                        .min(hardware.max_vector_size)
+                        .clamp(1, 16),
+                    None => 1,
+                };
+                let lanes = 1 << lanes.ilog2();
                 let registers = hardware.vector_register_count.unwrap_or(16);
+                let tile_rows = if registers >= 32 { 8 } else { 4 };
                 let (cubes, units) = match hardware.num_cpu_cores {
                     Some(cores) => (1, cores.min(hardware.max_units_per_cube)),
                     None => (32, 32.min(hardware.max_units_per_cube)),
                 };
                 Ok(Self {
                     variant,
-                    lanes: 1 << lanes.ilog2(),
-                    tile_rows: if registers >= 32 { 8 } else { 4 },
+                    lanes,
+                    tile_rows: tile_rows.min(lanes * crate::packing::unit::TILE_VECTORS),
                     micro: 0,
                     cubes,
                     units: units.max(1) as usize,

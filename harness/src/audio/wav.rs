@@ -9,6 +9,9 @@ use rubato::{Fft, FixedSync, Resampler};
 use super::{CLIP, RATE};
 use crate::error::Error;
 
+/// Sample rates that are resampled.
+const RATES: std::ops::RangeInclusive<u32> = 1_000..=768_000;
+
 /// The first second of a file, padded with silence.
 pub(crate) fn read_clip(path: &Path) -> Result<Vec<f32>, Error> {
     let wrong = |reason: String| Error::Content {
@@ -17,8 +20,14 @@ pub(crate) fn read_clip(path: &Path) -> Result<Vec<f32>, Error> {
     };
     let mut reader = WavReader::open(path).map_err(|error| wrong(format!("not a WAV file: {error}")))?;
     let spec = reader.spec();
-    if spec.channels == 0 || spec.sample_rate == 0 {
-        return Err(wrong(format!("{} channels at {} Hz", spec.channels, spec.sample_rate)));
+    if spec.channels == 0 || !RATES.contains(&spec.sample_rate) {
+        return Err(wrong(format!(
+            "{} channels at {} Hz, expected at least one at {} to {} Hz",
+            spec.channels,
+            spec.sample_rate,
+            RATES.start(),
+            RATES.end()
+        )));
     }
     let samples: Result<Vec<f32>, hound::Error> = match spec.sample_format {
         SampleFormat::Float => reader.samples::<f32>().collect(),
@@ -53,12 +62,19 @@ fn resample(mono: Vec<f32>, rate: usize) -> Result<Vec<f32>, String> {
     }
     let frames = mono.len();
     let input = InterleavedOwned::new_from(mono, 1, frames).map_err(|error| error.to_string())?;
-    let mut resampler = Fft::<f32>::new(rate, RATE, 1024, 1, FixedSync::Input)
+    // Blocks of an even number of input samples: the filter's delay is then a whole number of samples.
+    let block = rate / gcd(rate, RATE);
+    let chunk = block * 512usize.div_ceil(block).next_multiple_of(2);
+    let mut resampler = Fft::<f32>::new(rate, RATE, chunk, 1, FixedSync::Both)
         .map_err(|error| format!("cannot resample from {rate} Hz: {error}"))?;
     resampler
         .process_all(&input, frames, None)
         .map(InterleavedOwned::take_data)
         .map_err(|error| format!("cannot resample from {rate} Hz: {error}"))
+}
+
+fn gcd(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { gcd(b, a % b) }
 }
 
 #[cfg(test)]

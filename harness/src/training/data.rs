@@ -28,7 +28,7 @@ impl Protocol {
     /// 20 base classes and five sessions of three, or as much of it as there are keywords.
     pub(crate) fn for_keywords(keywords: usize) -> Self {
         let ways = 3;
-        let sessions = (keywords.saturating_sub(2) * 3 / 7 / ways).min(5);
+        let sessions = (keywords * 3 / 7 / ways).min(5);
         Self {
             base: keywords - sessions * ways,
             sessions,

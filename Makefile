@@ -1,4 +1,4 @@
-# Everything is built in one profile with one set of features, so that nothing is compiled twice.
+# Everything is built in one profile with one set of features (the tests' included), so that nothing is compiled twice.
 export XDG_RUNTIME_DIR ?= /tmp
 cargo_flags := --release --workspace
 
@@ -16,7 +16,7 @@ setup-tests:
 	@scripts/setup.sh --tests
 
 build: setup ## the program, in target/release/protohead
-	cargo build $(cargo_flags)
+	cargo build $(cargo_flags) --bins --tests
 
 demo: build ## train on synthesised keywords and print the table of accuracies
 	rm -rf runs/demo

@@ -49,7 +49,7 @@ fn run(cli: Cli) -> Result<(), Error> {
 const MISTAKE: u8 = 2;
 
 fn main() -> ExitCode {
-    // SAFETY: no other thread runs yet. Burn reads it when a record is loaded; its default would be CUDA.
+    // SAFETY: no other thread runs yet. Burn loads records on this device; its default would be CUDA.
     unsafe { std::env::set_var("BURN_DEVICE", "flex") };
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,

@@ -147,8 +147,13 @@ impl CosineHeads {
     ) -> Result<(Self, Tensor<1, Int>), Error> {
         let weight = self.weight.val().detach();
         let (means, counts) = class_means(embeddings, labels, weight, classes, false)?;
+        let means = if means.device().is_autodiff() {
+            means.detach().require_grad()
+        } else {
+            means
+        };
         let replaced = Self {
-            weight: self.weight.clone().map(|_| means.detach().require_grad()),
+            weight: self.weight.clone().map(|_| means),
             ..self
         };
         Ok((replaced, counts))

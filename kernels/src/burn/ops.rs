@@ -2,7 +2,7 @@
 
 use burn::backend::fusion::custom::TensorSpec;
 use burn::backend::tensor::{FloatTensor, IntTensor};
-use burn::backend::{Backend, Dispatch, ExtensionType, backend_extension};
+use burn::backend::{Backend, ExtensionType, backend_extension};
 use burn::tensor::{DType, Shape};
 
 use crate::{Reduction, cosine_cross_entropy as fused, cosine_logits as logits};

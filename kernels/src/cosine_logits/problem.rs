@@ -14,7 +14,6 @@ pub(crate) struct CosineProblem {
     pub weights: Strided,
     pub classes: usize,
     pub sizes: PackedSizes,
-    pub scale: f32,
 }
 
 impl CosineProblem {
@@ -62,7 +61,6 @@ impl CosineProblem {
             weights,
             classes,
             sizes,
-            scale,
         })
     }
 }

@@ -35,8 +35,10 @@ fn fused(criterion: &mut Criterion) {
                         let output = forward(&client, &inputs, &options).expect("valid");
                         if with_backward {
                             let upstream = Upstream::default();
-                            let gradients = backward(&client, &inputs, &options, &output, &upstream, true, true)
-                                .expect("valid");
+                            let gradients = backward(
+                                &client, &inputs, &options, &output, &upstream, true, true,
+                            )
+                            .expect("valid");
                             for gradient in [gradients.embeddings, gradients.weights] {
                                 let gradient = gradient.expect("asked for");
                                 client.read_one(gradient.handle).expect("the device works");

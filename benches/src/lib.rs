@@ -61,7 +61,9 @@ impl Shape {
         } = *self;
         let mut random = random(seed);
         let mut floats = |shape: [usize; 3]| {
-            let values: Vec<f32> = (0..shape.iter().product::<usize>()).map(|_| random()).collect();
+            let values: Vec<f32> = (0..shape.iter().product::<usize>())
+                .map(|_| random())
+                .collect();
             TensorHandle::new_contiguous(
                 shape,
                 client.create_from_slice(f32::as_bytes(&values)),

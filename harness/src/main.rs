@@ -35,6 +35,10 @@ enum Command {
     Devices,
 }
 
+// Training allocates and frees tensors of megabytes all the time; glibc gives their pages back each time.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn run(cli: Cli) -> Result<(), Error> {
     match cli.command {
         Command::Train(arguments) => commands::train::train(&arguments),

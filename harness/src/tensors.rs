@@ -53,7 +53,10 @@ impl TensorFile {
         tensors.tensor(name).map_err(|_| {
             let mut names = tensors.names();
             names.sort_unstable();
-            self.wrong(format!("no tensor `{name}` (there are: {})", names.join(", ")))
+            self.wrong(format!(
+                "no tensor `{name}` (there are: {})",
+                names.join(", ")
+            ))
         })
     }
 
@@ -90,7 +93,10 @@ impl TensorFile {
             return Err(self.wrong(format!("`{name}` is not finite at {index:?}")));
         }
         if data.is_empty() {
-            return Err(self.wrong(format!("`{name}` is empty, its shape is {:?}", view.shape())));
+            return Err(self.wrong(format!(
+                "`{name}` is empty, its shape is {:?}",
+                view.shape()
+            )));
         }
         Ok(TensorHandle::new_contiguous(
             view.shape().to_vec(),
@@ -121,7 +127,10 @@ impl TensorFile {
             }
         };
         if integers.is_empty() {
-            return Err(self.wrong(format!("`{name}` is empty, its shape is {:?}", view.shape())));
+            return Err(self.wrong(format!(
+                "`{name}` is empty, its shape is {:?}",
+                view.shape()
+            )));
         }
         Ok(integers)
     }
@@ -181,7 +190,8 @@ impl Written {
         let bytes = client
             .read_one(tensor.handle.clone())
             .map_err(|error| protohead::Error::Device(format!("{error:?}")))?;
-        self.tensors.insert(name, (dtype, shape.to_vec(), bytes.to_vec()));
+        self.tensors
+            .insert(name, (dtype, shape.to_vec(), bytes.to_vec()));
         Ok(())
     }
 
@@ -191,7 +201,8 @@ impl Written {
             .iter()
             .flat_map(|&value| i64::from(value).to_le_bytes())
             .collect();
-        self.tensors.insert(name, (Dtype::I64, shape.to_vec(), bytes));
+        self.tensors
+            .insert(name, (Dtype::I64, shape.to_vec(), bytes));
     }
 
     /// Writes the file beside its place, then renames it: nothing half-written is ever there.

@@ -113,7 +113,9 @@ pub enum Error {
         rows: usize,
     },
     /// A label given to class means is neither a class nor ignored.
-    #[error("the label of row {row} is not a class below {classes} ({rows} row(s) with such a label)")]
+    #[error(
+        "the label of row {row} is not a class below {classes} ({rows} row(s) with such a label)"
+    )]
     ClassMeansLabel {
         /// The first such row, counted in its batch.
         row: usize,

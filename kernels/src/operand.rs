@@ -114,9 +114,7 @@ impl Strided {
 
     pub(crate) fn buffer_arg(&self, vector: usize) -> BufferArg {
         // SAFETY: `new` proved that this many elements are in the buffer.
-        unsafe {
-            BufferArg::from_raw_parts(self.tensor.handle.clone(), self.elements / vector)
-        }
+        unsafe { BufferArg::from_raw_parts(self.tensor.handle.clone(), self.elements / vector) }
     }
 
     pub(crate) fn row_stride(&self, vector: usize) -> usize {
@@ -191,7 +189,11 @@ pub(crate) fn whole(tensor: &TensorHandle, vector: usize) -> BufferArg {
 }
 
 /// A contiguous tensor of unspecified content.
-pub(crate) fn empty(client: &Client, shape: impl Into<Vec<usize>>, dtype: ElemType) -> TensorHandle {
+pub(crate) fn empty(
+    client: &Client,
+    shape: impl Into<Vec<usize>>,
+    dtype: ElemType,
+) -> TensorHandle {
     let shape: Vec<usize> = shape.into();
     let bytes = shape.iter().product::<usize>() * dtype.size();
     TensorHandle::new_contiguous(shape, client.empty(bytes), dtype)

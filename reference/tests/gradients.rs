@@ -60,9 +60,8 @@ fn gradients_of_the_total_are_its_differences() {
     let w = numbers(36, 2);
     for reduction in [Reduction::None, Reduction::Sum, Reduction::Mean] {
         let options = options(reduction);
-        let total = |x: &[f64], w: &[f64]| {
-            cosine_cross_entropy(x, w, &LABELS, SIZES, 5.0, &options).total
-        };
+        let total =
+            |x: &[f64], w: &[f64]| cosine_cross_entropy(x, w, &LABELS, SIZES, 5.0, &options).total;
         let (dx, dw) = cosine_cross_entropy_backward(
             &x,
             &w,
@@ -107,21 +106,34 @@ fn gradients_of_logits_are_their_differences() {
     let upstream = numbers(40, 8);
     let objective = |x: &[f64], w: &[f64]| {
         let logits = cosine_logits(x, w, SIZES, 3.0);
-        logits.iter().zip(&upstream).map(|(z, u)| z * u).sum::<f64>()
+        logits
+            .iter()
+            .zip(&upstream)
+            .map(|(z, u)| z * u)
+            .sum::<f64>()
     };
     let (dx, dw) = cosine_logits_backward(&x, &w, &upstream, SIZES, 3.0);
     check("dX", &x, &dx, |x| objective(x, &w));
     check("dW", &w, &dw, |w| objective(&x, w));
-    assert!(dw[4 * 3..6 * 3].iter().all(|&v| v == 0.0), "inactive classes have no gradient");
+    assert!(
+        dw[4 * 3..6 * 3].iter().all(|&v| v == 0.0),
+        "inactive classes have no gradient"
+    );
 }
 
 #[test]
 fn gradients_of_the_reconstruction_are_its_differences() {
     let [whole, first, second] = [9, 10, 11].map(|seed| numbers(12, seed));
     let (of_whole, of_part) = reconstruction_backward(&whole, &first, &second, 4, 1.0);
-    check("d whole", &whole, &of_whole, |v| reconstruction(v, &first, &second, 4).loss);
-    check("d first", &first, &of_part, |v| reconstruction(&whole, v, &second, 4).loss);
-    check("d second", &second, &of_part, |v| reconstruction(&whole, &first, v, 4).loss);
+    check("d whole", &whole, &of_whole, |v| {
+        reconstruction(v, &first, &second, 4).loss
+    });
+    check("d first", &first, &of_part, |v| {
+        reconstruction(&whole, v, &second, 4).loss
+    });
+    check("d second", &second, &of_part, |v| {
+        reconstruction(&whole, &first, v, 4).loss
+    });
 }
 
 #[test]
@@ -129,5 +141,8 @@ fn below_the_clamp_the_norm_is_a_constant() {
     let x = [3e-13, -4e-13];
     let normalized = normalize(&x, 2);
     assert!(normalized.clamped[0]);
-    assert_eq!(normalize_backward(&normalized, &[1.0, 2.0], 2), [1e12, 2e12]);
+    assert_eq!(
+        normalize_backward(&normalized, &[1.0, 2.0], 2),
+        [1e12, 2e12]
+    );
 }

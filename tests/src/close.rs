@@ -39,7 +39,11 @@ impl Comparison<'_> {
             magnitude,
         } = self;
         if ours.len() != truth.len() {
-            return Err(format!("{name}: {} elements, expected {}", ours.len(), truth.len()));
+            return Err(format!(
+                "{name}: {} elements, expected {}",
+                ours.len(),
+                truth.len()
+            ));
         }
         if let Some(i) = ours.iter().position(|v| !v.is_finite()) {
             return Err(format!("{name}[{i}] is {}, expected {}", ours[i], truth[i]));
@@ -61,7 +65,11 @@ impl Comparison<'_> {
             return Ok(());
         }
         let worst = (0..ours.len())
-            .max_by(|&a, &b| (ours[a] - truth[a]).abs().total_cmp(&(ours[b] - truth[b]).abs()))
+            .max_by(|&a, &b| {
+                (ours[a] - truth[a])
+                    .abs()
+                    .total_cmp(&(ours[b] - truth[b]).abs())
+            })
             .unwrap_or(0);
         Err(format!(
             "{name}: error {error:.3e} > {bound:.3e} (norm {:.3e}, f32 reference {honest:.3e}); worst at {worst}: {} for {}",

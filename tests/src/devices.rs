@@ -51,7 +51,10 @@ pub fn devices() -> &'static [Tested] {
         }
         assert!(!found.is_empty(), "no device to test on");
         for device in &found {
-            eprintln!("protohead tests: {} runs {:?}", device.name, device.variants);
+            eprintln!(
+                "protohead tests: {} runs {:?}",
+                device.name, device.variants
+            );
         }
         found
     })

@@ -43,8 +43,14 @@ impl Dtype {
     fn bytes(self, values: &[f32]) -> Vec<u8> {
         match self {
             Self::F32 => f32::as_bytes(values).to_vec(),
-            Self::F16 => values.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()).collect(),
-            Self::Bf16 => values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()).collect(),
+            Self::F16 => values
+                .iter()
+                .flat_map(|&v| f16::from_f32(v).to_le_bytes())
+                .collect(),
+            Self::Bf16 => values
+                .iter()
+                .flat_map(|&v| bf16::from_f32(v).to_le_bytes())
+                .collect(),
         }
     }
 }
@@ -133,7 +139,11 @@ pub fn problem() -> impl proptest::strategy::Strategy<Value = Problem> {
     use protohead::Reduction;
     let dtypes = (
         prop_oneof![3 => Just(Dtype::F32), 1 => Just(Dtype::F16), 1 => Just(Dtype::Bf16)],
-        prop_oneof![Just(LabelDtype::I32), Just(LabelDtype::I64), Just(LabelDtype::U32)],
+        prop_oneof![
+            Just(LabelDtype::I32),
+            Just(LabelDtype::I64),
+            Just(LabelDtype::U32)
+        ],
         prop_oneof![3 => Just(0usize), 1 => Just(1), 1 => Just(16)],
     );
     let data = (
@@ -153,7 +163,11 @@ pub fn problem() -> impl proptest::strategy::Strategy<Value = Problem> {
     );
     let options = (
         prop_oneof![Just(16.0f32), Just(1.0), Just(64.0), Just(-4.0)],
-        prop_oneof![Just(Reduction::Mean), Just(Reduction::Sum), Just(Reduction::None)],
+        prop_oneof![
+            Just(Reduction::Mean),
+            Just(Reduction::Sum),
+            Just(Reduction::None)
+        ],
         prop_oneof![2 => Just(0.0f32), 1 => Just(0.1), 1 => Just(1.0)],
         prop_oneof![3 => Just(-100i32), 1 => Just(0)],
         any::<bool>(),
@@ -243,7 +257,8 @@ impl Problem {
             Values::Scaled => {
                 for row in embeddings.chunks_mut(dim).chain(weights.chunks_mut(dim)) {
                     let factor = [1e-3f32, 1.0, 30.0][rng.random_range(0..3)];
-                    row.iter_mut().for_each(|v| *v = self.dtype.round(*v * factor));
+                    row.iter_mut()
+                        .for_each(|v| *v = self.dtype.round(*v * factor));
                 }
             }
             Values::ZeroRows => {
@@ -281,7 +296,9 @@ impl Problem {
             } else {
                 vec![1.0; heads]
             },
-            upstream: (0..upstream).map(|_| rng.random_range(-2.0f32..2.0)).collect(),
+            upstream: (0..upstream)
+                .map(|_| rng.random_range(-2.0f32..2.0))
+                .collect(),
         }
     }
 
@@ -305,14 +322,20 @@ impl Problem {
             },
             label_smoothing: T::of(f64::from(self.smoothing)),
             ignore_index: i64::from(self.ignore_index),
-            head_weights: data.head_weights.iter().map(|&w| T::of(f64::from(w))).collect(),
+            head_weights: data
+                .head_weights
+                .iter()
+                .map(|&w| T::of(f64::from(w)))
+                .collect(),
         }
     }
 
     /// Whether the device has the problem's dtypes.
     pub fn supported(&self, client: &Client) -> bool {
         client.properties().supports_type(self.dtype.elem())
-            && client.properties().supports_type(label_elem(self.label_dtype))
+            && client
+                .properties()
+                .supports_type(label_elem(self.label_dtype))
     }
 
     /// Uploads a float tensor, its rows `gap` elements apart; the gaps hold NaN.
@@ -345,8 +368,14 @@ impl Problem {
     pub fn upload_labels(&self, client: &Client, labels: &[i64]) -> TensorHandle {
         let bytes = match self.label_dtype {
             LabelDtype::I64 => i64::as_bytes(labels).to_vec(),
-            LabelDtype::I32 => labels.iter().flat_map(|&l| (l as i32).to_le_bytes()).collect(),
-            LabelDtype::U32 => labels.iter().flat_map(|&l| (l as u32).to_le_bytes()).collect(),
+            LabelDtype::I32 => labels
+                .iter()
+                .flat_map(|&l| (l as i32).to_le_bytes())
+                .collect(),
+            LabelDtype::U32 => labels
+                .iter()
+                .flat_map(|&l| (l as u32).to_le_bytes())
+                .collect(),
         };
         TensorHandle::new_contiguous(
             [labels.len()],
@@ -369,7 +398,9 @@ fn label_elem(dtype: LabelDtype) -> ElemType {
 /// # Panics
 /// If the device failed.
 pub fn download(client: &Client, tensor: &TensorHandle) -> Vec<f64> {
-    let bytes = client.read_one(tensor.handle.clone()).expect("the device can be read");
+    let bytes = client
+        .read_one(tensor.handle.clone())
+        .expect("the device can be read");
     match tensor.dtype {
         ElemType::Float(FloatKind::F16) => bytes
             .chunks_exact(2)
@@ -379,7 +410,10 @@ pub fn download(client: &Client, tensor: &TensorHandle) -> Vec<f64> {
             .chunks_exact(2)
             .map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f64())
             .collect(),
-        _ => f32::from_bytes(&bytes).iter().map(|&v| f64::from(v)).collect(),
+        _ => f32::from_bytes(&bytes)
+            .iter()
+            .map(|&v| f64::from(v))
+            .collect(),
     }
 }
 

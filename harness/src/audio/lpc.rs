@@ -21,7 +21,11 @@ pub(crate) fn burg(signal: &[f64], order: usize) -> Vec<f64> {
         let energy: f64 = forward.iter().chain(&backward).map(|v| v * v).sum();
         let dot: f64 = forward.iter().zip(&backward).map(|(f, b)| f * b).sum();
         // Silence predicts nothing.
-        let reflection = if energy > f64::MIN_POSITIVE { -2.0 * dot / energy } else { 0.0 };
+        let reflection = if energy > f64::MIN_POSITIVE {
+            -2.0 * dot / energy
+        } else {
+            0.0
+        };
         let before = coefficients.clone();
         for j in 1..=i + 1 {
             coefficients[j] = before[j] + reflection * before[i + 1 - j];
@@ -82,13 +86,18 @@ mod tests {
         let mut state = 1u64;
         let mut x = vec![0.0f64; 4000];
         for n in 2..x.len() {
-            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            state = state
+                .wrapping_mul(6364136223846793005)
+                .wrapping_add(1442695040888963407);
             let noise = (state >> 40) as f64 / (1u64 << 24) as f64 - 0.5;
             x[n] = 1.5 * x[n - 1] - 0.8 * x[n - 2] + noise;
         }
         let a = burg(&x, 2);
         // The estimate's standard error is about 1/√4000 = 0.016.
-        assert!((a[1] + 1.5).abs() < 0.05 && (a[2] - 0.8).abs() < 0.05, "{a:?}");
+        assert!(
+            (a[1] + 1.5).abs() < 0.05 && (a[2] - 0.8).abs() < 0.05,
+            "{a:?}"
+        );
     }
 
     #[test]

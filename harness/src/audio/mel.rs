@@ -59,7 +59,11 @@ impl LogMel {
                 continue;
             }
             for (band, filter) in self.bands.iter().enumerate() {
-                let power: f32 = bins.iter().zip(filter).map(|(bin, f)| bin.norm_sqr() * f).sum();
+                let power: f32 = bins
+                    .iter()
+                    .zip(filter)
+                    .map(|(bin, f)| bin.norm_sqr() * f)
+                    .sum();
                 out[band * FRAMES + t] = (power + 1e-6).ln();
             }
         }

@@ -18,7 +18,8 @@ pub(crate) fn read_clip(path: &Path) -> Result<Vec<f32>, Error> {
         path: path.into(),
         reason,
     };
-    let mut reader = WavReader::open(path).map_err(|error| wrong(format!("not a WAV file: {error}")))?;
+    let mut reader =
+        WavReader::open(path).map_err(|error| wrong(format!("not a WAV file: {error}")))?;
     let spec = reader.spec();
     if spec.channels == 0 || !RATES.contains(&spec.sample_rate) {
         return Err(wrong(format!(
@@ -87,8 +88,13 @@ mod tests {
             let tone = |rate: usize, i: usize| {
                 (2.0 * std::f64::consts::PI * 440.0 * i as f64 / rate as f64).sin() as f32
             };
-            let there = resample((0..rate).map(|i| tone(rate, i)).collect(), rate).expect("resamples");
-            assert!(there.len().abs_diff(RATE) <= 1, "{rate} Hz gave {} samples", there.len());
+            let there =
+                resample((0..rate).map(|i| tone(rate, i)).collect(), rate).expect("resamples");
+            assert!(
+                there.len().abs_diff(RATE) <= 1,
+                "{rate} Hz gave {} samples",
+                there.len()
+            );
             // Away from the edges, where the filter sees silence.
             let error = (2000..14_000)
                 .map(|i| (there[i] - tone(RATE, i)).abs())

@@ -42,7 +42,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Error> {
     let [heads, _, dim] = embeddings.shape().to_vec()[..] else {
         return Err(Error::Content {
             path: arguments.input.clone(),
-            reason: format!("`embeddings` has shape {:?}, expected [H, N, D]", embeddings.shape().to_vec()),
+            reason: format!(
+                "`embeddings` has shape {:?}, expected [H, N, D]",
+                embeddings.shape().to_vec()
+            ),
         });
     };
     let mut sums = ClassSums::new(&client, heads, classes, dim)?;
@@ -65,6 +68,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Error> {
     written.integers("counts", &counts, &[classes]);
     written.save(&arguments.out)?;
     let unseen = counts.iter().filter(|&&count| count == 0).count();
-    println!("{} rows in {classes} classes, {unseen} of them unseen", counts.iter().sum::<u32>());
+    println!(
+        "{} rows in {classes} classes, {unseen} of them unseen",
+        counts.iter().sum::<u32>()
+    );
     Ok(())
 }

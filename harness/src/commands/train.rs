@@ -13,7 +13,12 @@ use crate::training::sessions;
 #[derive(Args)]
 pub(crate) struct Train {
     /// A Speech-Commands folder: DIR/<keyword>/*.wav with testing_list.txt.
-    #[arg(long, value_name = "DIR", required_unless_present = "synthetic", conflicts_with = "synthetic")]
+    #[arg(
+        long,
+        value_name = "DIR",
+        required_unless_present = "synthetic",
+        conflicts_with = "synthetic"
+    )]
     data: Option<PathBuf>,
     /// Train on synthesised keywords: needs no file.
     #[arg(long)]
@@ -90,11 +95,16 @@ pub(crate) fn train(arguments: &Train) -> Result<(), Error> {
         ("voices", arguments.voices),
     ] {
         if value == 0 {
-            return Err(Error::Usage(format!("--{option} is 0, expected at least 1")));
+            return Err(Error::Usage(format!(
+                "--{option} is 0, expected at least 1"
+            )));
         }
     }
     if !(2..=200).contains(&arguments.keywords) {
-        return Err(Error::Usage(format!("--keywords is {}, expected 2 to 200", arguments.keywords)));
+        return Err(Error::Usage(format!(
+            "--keywords is {}, expected 2 to 200",
+            arguments.keywords
+        )));
     }
     let config = RunConfig {
         data: arguments.data.clone(),
@@ -110,9 +120,18 @@ pub(crate) fn train(arguments: &Train) -> Result<(), Error> {
         seed: arguments.seed,
     };
     let devices = arguments.device.training_devices()?;
-    eprintln!("seed {}, {}: preparing the clips", config.seed, arguments.device.resolve());
+    eprintln!(
+        "seed {}, {}: preparing the clips",
+        config.seed,
+        arguments.device.resolve()
+    );
     let data = dataset(&config, arguments.data.as_deref(), &arguments.out)?;
-    let run = Run::create(&arguments.out, config, data.keywords.len(), arguments.resume)?;
+    let run = Run::create(
+        &arguments.out,
+        config,
+        data.keywords.len(),
+        arguments.resume,
+    )?;
     let protocol = run.protocol();
     eprintln!(
         "{} keywords: {} base classes, {} sessions of {}; {} training and {} test clips",
@@ -130,7 +149,9 @@ pub(crate) fn train(arguments: &Train) -> Result<(), Error> {
 pub(crate) fn evaluate(arguments: &Evaluate) -> Result<(), Error> {
     let config = Run::open(&arguments.run)?;
     if config.data.is_some() && arguments.data.is_none() {
-        return Err(Error::Usage("this run was trained on a folder: name it with --data".into()));
+        return Err(Error::Usage(
+            "this run was trained on a folder: name it with --data".into(),
+        ));
     }
     let devices = arguments.device.training_devices()?;
     let data = dataset(&config, arguments.data.as_deref(), &arguments.run)?;

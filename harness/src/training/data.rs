@@ -57,7 +57,9 @@ impl Examples {
 
     /// The places of the examples with a label among `classes`.
     pub(crate) fn of(&self, classes: std::ops::Range<usize>) -> Vec<usize> {
-        (0..self.len()).filter(|&i| classes.contains(&self.labels[i])).collect()
+        (0..self.len())
+            .filter(|&i| classes.contains(&self.labels[i]))
+            .collect()
     }
 }
 
@@ -74,10 +76,11 @@ impl Dataset {
     fn new(keywords: Vec<String>, train: Examples, test: Examples) -> Self {
         let scaling = std::array::from_fn(|input| {
             let values = || {
-                train
-                    .features
-                    .iter()
-                    .flat_map(|f| f[input * INPUT..(input + 1) * INPUT].iter().map(|&v| f64::from(v)))
+                train.features.iter().flat_map(|f| {
+                    f[input * INPUT..(input + 1) * INPUT]
+                        .iter()
+                        .map(|&v| f64::from(v))
+                })
             };
             let count = (train.len() * INPUT) as f64;
             let mean = values().sum::<f64>() / count;
@@ -151,7 +154,11 @@ impl Dataset {
                 test.len()
             )));
         }
-        Ok(Self::new(keywords, cached(&train, cache)?, cached(&test, cache)?))
+        Ok(Self::new(
+            keywords,
+            cached(&train, cache)?,
+            cached(&test, cache)?,
+        ))
     }
 
     /// The order in which an epoch visits the base classes' training clips.
@@ -192,7 +199,10 @@ fn entries(folder: &Path) -> Result<Vec<PathBuf>, Error> {
 }
 
 fn wavs(folder: &Path) -> Result<Vec<PathBuf>, Error> {
-    let is_wav = |path: &PathBuf| path.extension().is_some_and(|e| e.eq_ignore_ascii_case("wav"));
+    let is_wav = |path: &PathBuf| {
+        path.extension()
+            .is_some_and(|e| e.eq_ignore_ascii_case("wav"))
+    };
     Ok(entries(folder)?.into_iter().filter(is_wav).collect())
 }
 
@@ -200,7 +210,11 @@ fn wavs(folder: &Path) -> Result<Vec<PathBuf>, Error> {
 fn keywords(root: &Path) -> Result<Vec<String>, Error> {
     let mut found = Vec::new();
     for path in entries(root)? {
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let name = path
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
         if path.is_dir() && !name.starts_with(['_', '.']) && !wavs(&path)?.is_empty() {
             found.push(name);
         }
@@ -222,7 +236,14 @@ fn list(path: &Path) -> Result<std::collections::HashSet<String>, Error> {
 /// Features of files: from the cache if nothing that made them has changed.
 fn cached(files: &[(PathBuf, usize)], cache: &Path) -> Result<Examples, Error> {
     let mut hash = blake3::Hasher::new();
-    hash.update(concat!("features of protohead ", env!("CARGO_PKG_VERSION"), ", layout 1").as_bytes());
+    hash.update(
+        concat!(
+            "features of protohead ",
+            env!("CARGO_PKG_VERSION"),
+            ", layout 1"
+        )
+        .as_bytes(),
+    );
     for (path, _) in files {
         hash.update(path.to_string_lossy().as_bytes());
         hash.update(&fs::read(path).map_err(io(path))?);
@@ -242,7 +263,11 @@ fn cached(files: &[(PathBuf, usize)], cache: &Path) -> Result<Examples, Error> {
     }
     let clips: Result<Vec<_>, Error> = files.par_iter().map(|(path, _)| read_clip(path)).collect();
     let features = extract(&clips?);
-    let bytes: Vec<u8> = features.iter().flatten().flat_map(|v| v.to_le_bytes()).collect();
+    let bytes: Vec<u8> = features
+        .iter()
+        .flatten()
+        .flat_map(|v| v.to_le_bytes())
+        .collect();
     fs::create_dir_all(cache).map_err(io(cache))?;
     write_atomically(&name, &bytes)?;
     Ok(Examples { features, labels })
@@ -266,7 +291,10 @@ mod tests {
     #[test]
     fn the_protocol_of_35_keywords_is_20_base_classes_and_five_sessions_of_three() {
         let protocol = Protocol::for_keywords(35);
-        assert_eq!((protocol.base, protocol.sessions, protocol.ways), (20, 5, 3));
+        assert_eq!(
+            (protocol.base, protocol.sessions, protocol.ways),
+            (20, 5, 3)
+        );
         for keywords in 2..40 {
             let protocol = Protocol::for_keywords(keywords);
             assert_eq!(protocol.classes(), keywords);

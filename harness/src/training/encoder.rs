@@ -11,7 +11,8 @@ use burn::tensor::{Device, Tensor};
 const SUB_BANDS: usize = 5;
 
 /// Channels, blocks, frequency stride and time dilation of the four stages, for τ = 1.
-const STAGES: [(usize, usize, usize, usize); 4] = [(8, 2, 1, 1), (12, 2, 2, 2), (16, 4, 2, 4), (20, 4, 1, 8)];
+const STAGES: [(usize, usize, usize, usize); 4] =
+    [(8, 2, 1, 1), (12, 2, 2, 2), (16, 4, 2, 4), (20, 4, 1, 8)];
 
 /// The encoder that the three inputs share.
 #[derive(Module, Debug)]
@@ -81,7 +82,9 @@ impl Encoder {
         for block in &self.blocks {
             x = block.forward(x);
         }
-        let x = self.norm.forward(self.pointwise.forward(self.depthwise.forward(x)));
+        let x = self
+            .norm
+            .forward(self.pointwise.forward(self.depthwise.forward(x)));
         x.mean_dim(3).mean_dim(2).flatten::<2>(1, 3)
     }
 }

@@ -2,8 +2,8 @@
 
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use protohead::burn::{CosineHeads, CosineHeadsConfig, reconstruction};
 use protohead::LossOptions;
+use protohead::burn::{CosineHeads, CosineHeadsConfig, reconstruction};
 
 use super::data::{Dataset, Examples};
 use super::encoder::Encoder;
@@ -41,7 +41,13 @@ pub(crate) struct Lambdas {
 }
 
 impl Network {
-    pub(crate) fn new(tau: usize, classes: usize, base: usize, scale: f64, devices: &Devices) -> Self {
+    pub(crate) fn new(
+        tau: usize,
+        classes: usize,
+        base: usize,
+        scale: f64,
+        devices: &Devices,
+    ) -> Self {
         Self {
             encoder: Encoder::new(tau, &devices.encoder),
             heads: CosineHeadsConfig::new(INPUTS, classes, Encoder::dim(tau))
@@ -73,7 +79,8 @@ impl Network {
         let rows = labels.len();
         let targets = integers(labels, heads);
         let classification =
-            self.heads.loss(embeddings.clone(), targets, &LossOptions::default())?;
+            self.heads
+                .loss(embeddings.clone(), targets, &LossOptions::default())?;
         classification.heads.check()?;
         let predictions = classification
             .heads
@@ -82,9 +89,18 @@ impl Network {
             .slice([0..1, 0..rows])
             .try_into_vec_as::<i64>()
             .map_err(|error| protohead::Error::Device(format!("{error:?}")))?;
-        let correct = predictions.iter().zip(labels).filter(|&(&p, &l)| p == l as i64).count();
+        let correct = predictions
+            .iter()
+            .zip(labels)
+            .filter(|&(&p, &l)| p == l as i64)
+            .count();
         let dim = embeddings.dims()[2];
-        let part = |i: usize| embeddings.clone().slice([i..i + 1, 0..rows, 0..dim]).reshape([rows, dim]);
+        let part = |i: usize| {
+            embeddings
+                .clone()
+                .slice([i..i + 1, 0..rows, 0..dim])
+                .reshape([rows, dim])
+        };
         let (speech, formant, residual) = (part(0), part(1), part(2));
         let plain = reconstruction(speech.clone(), formant.clone(), residual.clone())?;
         let shuffled = reconstruction(
@@ -110,7 +126,12 @@ fn integers(values: &[usize], device: &Device) -> Tensor<1, Int> {
 }
 
 /// The inputs of some examples, `[INPUTS · rows, 1, BANDS, FRAMES]`, scaled: all speech, all formants, all residuals.
-pub(crate) fn batch(dataset: &Dataset, examples: &Examples, rows: &[usize], device: &Device) -> Tensor<4> {
+pub(crate) fn batch(
+    dataset: &Dataset,
+    examples: &Examples,
+    rows: &[usize],
+    device: &Device,
+) -> Tensor<4> {
     let mut values = Vec::with_capacity(INPUTS * rows.len() * INPUT);
     for (input, (mean, deviation)) in dataset.scaling.into_iter().enumerate() {
         for &row in rows {

@@ -73,7 +73,12 @@ fn to_json(value: &impl Serialize) -> Vec<u8> {
 
 impl Run {
     /// Starts a run in an empty folder, or takes one up that was broken off.
-    pub(crate) fn create(folder: &Path, config: RunConfig, keywords: usize, resume: bool) -> Result<Self, Error> {
+    pub(crate) fn create(
+        folder: &Path,
+        config: RunConfig,
+        keywords: usize,
+        resume: bool,
+    ) -> Result<Self, Error> {
         fs::create_dir_all(folder).map_err(io(folder))?;
         let path = folder.join("config.json");
         let content = |reason: &str| Error::Content {
@@ -108,11 +113,21 @@ impl Run {
 
     fn network(&self, devices: &Devices) -> Network {
         let RunConfig { tau, scale, .. } = self.config;
-        Network::new(tau, self.protocol.classes(), self.protocol.base, scale, devices)
+        Network::new(
+            tau,
+            self.protocol.classes(),
+            self.protocol.base,
+            scale,
+            devices,
+        )
     }
 
     /// Trains what epochs are left, replaces the prototypes, and evaluates every session.
-    pub(crate) fn train(&self, dataset: &Dataset, devices: &Devices) -> Result<Vec<sessions::Accuracy>, Error> {
+    pub(crate) fn train(
+        &self,
+        dataset: &Dataset,
+        devices: &Devices,
+    ) -> Result<Vec<sessions::Accuracy>, Error> {
         let config = &self.config;
         devices.encoder.seed(config.seed);
         devices.heads.seed(config.seed);
@@ -122,8 +137,13 @@ impl Run {
         let mut metrics: Vec<EpochMetrics> = Vec::new();
         if let Some((record, optimizer_bytes, done)) = self.checkpoint()? {
             let path = self.folder.join("checkpoint");
-            network = self.network(devices).try_load_record(record).map_err(|e| damaged(&path, e))?;
-            optimizer = self::optimizer().from_bytes(optimizer_bytes).map_err(|e| damaged(&path, e))?;
+            network = self
+                .network(devices)
+                .try_load_record(record)
+                .map_err(|e| damaged(&path, e))?;
+            optimizer = self::optimizer()
+                .from_bytes(optimizer_bytes)
+                .map_err(|e| damaged(&path, e))?;
             metrics = done;
         }
         let rows = dataset.order(self.protocol.base, config.seed, 0).len();
@@ -138,17 +158,27 @@ impl Run {
             let mut sums = [0.0f64; 3];
             let mut correct = 0;
             let mut rate = 0.0;
-            for (i, chosen) in dataset.order(self.protocol.base, config.seed, epoch).chunks(config.batch).enumerate() {
+            for (i, chosen) in dataset
+                .order(self.protocol.base, config.seed, epoch)
+                .chunks(config.batch)
+                .enumerate()
+            {
                 let step = epoch * steps + i;
                 // Dropout draws from here, so that a resumed run draws the same.
                 devices.encoder.seed(config.seed.wrapping_add(step as u64));
-                let labels: Vec<usize> = chosen.iter().map(|&row| dataset.train.labels[row]).collect();
+                let labels: Vec<usize> = chosen
+                    .iter()
+                    .map(|&row| dataset.train.labels[row])
+                    .collect();
                 let partners = [2 * step, 2 * step + 1]
                     .map(|draw| Dataset::partners(&labels, config.seed, draw));
                 let inputs = batch(dataset, &dataset.train, chosen, &devices.encoder);
                 let loss = network.loss(inputs, &labels, &partners, lambdas, &devices.heads)?;
                 let weight = chosen.len() as f64 / rows as f64;
-                for (sum, value) in sums.iter_mut().zip([&loss.total, &loss.classification, &loss.reconstruction]) {
+                for (sum, value) in
+                    sums.iter_mut()
+                        .zip([&loss.total, &loss.classification, &loss.reconstruction])
+                {
                     *sum += weight * f64::from(value.clone().into_scalar::<f32>());
                 }
                 correct += loss.correct;
@@ -157,7 +187,11 @@ impl Run {
                 let gradients = GradientsParams::from_grads(loss.total.backward(), &network);
                 network = optimizer.step(rate, network, gradients);
                 bar.inc(1);
-                bar.set_message(format!("epoch {} loss {:.3}", epoch + 1, sums[0] * rows as f64 / ((i * config.batch + chosen.len()) as f64)));
+                bar.set_message(format!(
+                    "epoch {} loss {:.3}",
+                    epoch + 1,
+                    sums[0] * rows as f64 / ((i * config.batch + chosen.len()) as f64)
+                ));
             }
             metrics.push(EpochMetrics {
                 epoch: epoch + 1,
@@ -172,7 +206,11 @@ impl Run {
         bar.finish_and_clear();
         let network = sessions::replace_prototypes(network, dataset, self.protocol, devices)?;
         let path = self.folder.join("model.bpk");
-        let bytes = network.clone().into_record().into_bytes().map_err(|e| damaged(&path, e))?;
+        let bytes = network
+            .clone()
+            .into_record()
+            .into_bytes()
+            .map_err(|e| damaged(&path, e))?;
         write_atomically(&path, &bytes)?;
         let table = sessions::evaluate(&network, dataset, self.protocol, config.seed, devices)?;
         write_atomically(&self.folder.join("accuracy.json"), &to_json(&table))?;
@@ -180,24 +218,47 @@ impl Run {
     }
 
     /// Evaluates the trained network of the run.
-    pub(crate) fn evaluate(&self, dataset: &Dataset, devices: &Devices) -> Result<Vec<sessions::Accuracy>, Error> {
+    pub(crate) fn evaluate(
+        &self,
+        dataset: &Dataset,
+        devices: &Devices,
+    ) -> Result<Vec<sessions::Accuracy>, Error> {
         let path = self.folder.join("model.bpk");
         let bytes = fs::read(&path).map_err(io(&path))?;
-        let record = ModuleRecord::from_bytes(Bytes::from_bytes_vec(bytes)).map_err(|e| damaged(&path, e))?;
-        let network = self.network(devices).try_load_record(record).map_err(|e| damaged(&path, e))?;
-        sessions::evaluate(&network.valid(), dataset, self.protocol, self.config.seed, devices)
+        let record = ModuleRecord::from_bytes(Bytes::from_bytes_vec(bytes))
+            .map_err(|e| damaged(&path, e))?;
+        let network = self
+            .network(devices)
+            .try_load_record(record)
+            .map_err(|e| damaged(&path, e))?;
+        sessions::evaluate(
+            &network.valid(),
+            dataset,
+            self.protocol,
+            self.config.seed,
+            devices,
+        )
     }
 
     /// Writes metrics, curves and a checkpoint, each whole or not at all. The checkpoint is a folder made beside its
     /// place, so that model, optimizer and metrics always belong together.
-    fn save(&self, network: &Network, optimizer: &ModuleOptimizer, metrics: &[EpochMetrics]) -> Result<(), Error> {
+    fn save(
+        &self,
+        network: &Network,
+        optimizer: &ModuleOptimizer,
+        metrics: &[EpochMetrics],
+    ) -> Result<(), Error> {
         let place = self.folder.join("checkpoint");
         let beside = self.folder.join("checkpoint.new");
         let old = self.folder.join("checkpoint.old");
         let _ = fs::remove_dir_all(&beside);
         fs::create_dir(&beside).map_err(io(&beside))?;
         // `valid` folds the pending running statistics in: without it the record is one step behind.
-        let model = network.valid().into_record().into_bytes().map_err(|e| damaged(&place, e))?;
+        let model = network
+            .valid()
+            .into_record()
+            .into_bytes()
+            .map_err(|e| damaged(&place, e))?;
         let state = optimizer.into_bytes().map_err(|e| damaged(&place, e))?;
         write_atomically(&beside.join("model.bpk"), &model)?;
         write_atomically(&beside.join("optimizer.bpk"), &state)?;
@@ -230,9 +291,14 @@ impl Run {
         let model = Bytes::from_bytes_vec(read("model.bpk")?);
         let record = ModuleRecord::from_bytes(model).map_err(|e| damaged(&place, e))?;
         let text = String::from_utf8_lossy(&read("metrics.jsonl")?).into_owned();
-        let metrics: Result<Vec<EpochMetrics>, _> = text.lines().map(serde_json::from_str).collect();
+        let metrics: Result<Vec<EpochMetrics>, _> =
+            text.lines().map(serde_json::from_str).collect();
         let metrics = metrics.map_err(|e| damaged(&place, e))?;
-        Ok(Some((record, Bytes::from_bytes_vec(read("optimizer.bpk")?), metrics)))
+        Ok(Some((
+            record,
+            Bytes::from_bytes_vec(read("optimizer.bpk")?),
+            metrics,
+        )))
     }
 
     /// Loss and accuracy over the epochs as a picture.
@@ -281,7 +347,9 @@ fn read_config(path: &Path) -> Result<RunConfig, Error> {
 
 fn optimizer() -> ModuleOptimizer {
     SgdConfig::new()
-        .with_momentum(Some(MomentumConfig::new().with_momentum(0.9).with_dampening(0.0)))
+        .with_momentum(Some(
+            MomentumConfig::new().with_momentum(0.9).with_dampening(0.0),
+        ))
         .with_weight_decay(Some(WeightDecayConfig::new(1e-3)))
         .init()
 }
@@ -299,7 +367,10 @@ fn progress(steps: u64) -> ProgressBar {
 struct Initialize;
 
 impl burn::module::ModuleVisitor for Initialize {
-    fn visit_float<const D: usize>(&mut self, param: &burn::module::Param<burn::tensor::Tensor<D>>) {
+    fn visit_float<const D: usize>(
+        &mut self,
+        param: &burn::module::Param<burn::tensor::Tensor<D>>,
+    ) {
         let _ = param.val();
     }
 }

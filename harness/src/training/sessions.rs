@@ -4,8 +4,8 @@
 use burn::tensor::{Device, Tensor};
 use protohead::burn::{class_means, cosine_logits};
 use protohead::cosine_logits::Options;
-use rand::seq::SliceRandom;
 use rand::SeedableRng;
+use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
@@ -29,12 +29,23 @@ pub(crate) struct Accuracy {
 }
 
 /// Embeddings `[INPUTS, rows, dim]` of examples, by the network as it is evaluated.
-fn embeddings(network: &Network, dataset: &Dataset, examples: &Examples, rows: &[usize], devices: &Devices) -> Tensor<3> {
+fn embeddings(
+    network: &Network,
+    dataset: &Dataset,
+    examples: &Examples,
+    rows: &[usize],
+    devices: &Devices,
+) -> Tensor<3> {
     let plain = devices.heads.clone().without_autodiff();
     let chunks: Vec<Tensor<3>> = rows
         .chunks(CHUNK)
         .map(|rows| {
-            let inputs = batch(dataset, examples, rows, &devices.encoder.clone().without_autodiff());
+            let inputs = batch(
+                dataset,
+                examples,
+                rows,
+                &devices.encoder.clone().without_autodiff(),
+            );
             network.embed(inputs, &plain)
         })
         .collect();
@@ -42,18 +53,28 @@ fn embeddings(network: &Network, dataset: &Dataset, examples: &Examples, rows: &
 }
 
 fn labels(examples: &Examples, rows: &[usize], device: &Device) -> Tensor<1, burn::tensor::Int> {
-    let values: Vec<i32> = rows.iter().map(|&row| examples.labels[row] as i32).collect();
+    let values: Vec<i32> = rows
+        .iter()
+        .map(|&row| examples.labels[row] as i32)
+        .collect();
     Tensor::from_data(values.as_slice(), device)
 }
 
 /// The network with the base classes' prototypes of every head replaced by class means.
-pub(crate) fn replace_prototypes(network: Network, dataset: &Dataset, protocol: Protocol, devices: &Devices) -> Result<Network, Error> {
+pub(crate) fn replace_prototypes(
+    network: Network,
+    dataset: &Dataset,
+    protocol: Protocol,
+    devices: &Devices,
+) -> Result<Network, Error> {
     let evaluated = burn::module::Module::valid(&network);
     let rows = dataset.train.of(0..protocol.base);
     let device = devices.heads.clone().without_autodiff();
     let embedded = embeddings(&evaluated, dataset, &dataset.train, &rows, devices);
     let targets = labels(&dataset.train, &rows, &device);
-    let (heads, _counts) = evaluated.heads.replace_prototypes(embedded, targets, protocol.base)?;
+    let (heads, _counts) = evaluated
+        .heads
+        .replace_prototypes(embedded, targets, protocol.base)?;
     Ok(Network {
         encoder: evaluated.encoder,
         heads,
@@ -61,14 +82,26 @@ pub(crate) fn replace_prototypes(network: Network, dataset: &Dataset, protocol: 
 }
 
 /// Evaluates every session; `network` has its prototypes replaced already.
-pub(crate) fn evaluate(network: &Network, dataset: &Dataset, protocol: Protocol, seed: u64, devices: &Devices) -> Result<Vec<Accuracy>, Error> {
+pub(crate) fn evaluate(
+    network: &Network,
+    dataset: &Dataset,
+    protocol: Protocol,
+    seed: u64,
+    devices: &Devices,
+) -> Result<Vec<Accuracy>, Error> {
     let device = devices.heads.clone().without_autodiff();
     let tested = dataset.test.of(0..protocol.classes());
     let speech = |embedded: Tensor<3>| {
         let [_, rows, dim] = embedded.dims();
         embedded.slice([0..1, 0..rows, 0..dim])
     };
-    let queries = speech(embeddings(network, dataset, &dataset.test, &tested, devices));
+    let queries = speech(embeddings(
+        network,
+        dataset,
+        &dataset.test,
+        &tested,
+        devices,
+    ));
     let mut weights = network.heads.weight.val().without_autodiff();
     let [_, classes, dim] = weights.dims();
     weights = weights.slice([0..1, 0..classes, 0..dim]);
@@ -77,7 +110,13 @@ pub(crate) fn evaluate(network: &Network, dataset: &Dataset, protocol: Protocol,
         let known = protocol.base + session * protocol.ways;
         if session > 0 {
             let shots = shots(dataset, known - protocol.ways..known, protocol.shots, seed);
-            let embedded = speech(embeddings(network, dataset, &dataset.train, &shots, devices));
+            let embedded = speech(embeddings(
+                network,
+                dataset,
+                &dataset.train,
+                &shots,
+                devices,
+            ));
             let targets = labels(&dataset.train, &shots, &device);
             // Only the new classes have shots, so only their rows change.
             (weights, _) = class_means(embedded, targets, weights, known, false)?;
@@ -99,7 +138,8 @@ pub(crate) fn evaluate(network: &Network, dataset: &Dataset, protocol: Protocol,
                 .filter(|(row, _)| range.contains(&dataset.test.labels[**row]))
                 .map(|(&row, &class)| dataset.test.labels[row] as i64 == class)
                 .collect();
-            100.0 * of_range.iter().filter(|&&hit| hit).count() as f64 / of_range.len().max(1) as f64
+            100.0 * of_range.iter().filter(|&&hit| hit).count() as f64
+                / of_range.len().max(1) as f64
         };
         let seen = share(0..protocol.base);
         let unseen = (session > 0).then(|| share(protocol.base..known));
@@ -122,7 +162,12 @@ pub(crate) fn evaluate(network: &Network, dataset: &Dataset, protocol: Protocol,
 }
 
 /// `count` training clips of each class, drawn from the seed.
-fn shots(dataset: &Dataset, classes: std::ops::Range<usize>, count: usize, seed: u64) -> Vec<usize> {
+fn shots(
+    dataset: &Dataset,
+    classes: std::ops::Range<usize>,
+    count: usize,
+    seed: u64,
+) -> Vec<usize> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed ^ 0x5407);
     let mut chosen = Vec::new();
     for class in classes {
@@ -137,9 +182,13 @@ fn shots(dataset: &Dataset, classes: std::ops::Range<usize>, count: usize, seed:
 
 /// The table as text.
 pub(crate) fn print(table: &[Accuracy]) {
-    println!("{:>7} {:>7} {:>8} {:>8} {:>8} {:>8}", "session", "classes", "all", "seen", "unseen", "harmonic");
+    println!(
+        "{:>7} {:>7} {:>8} {:>8} {:>8} {:>8}",
+        "session", "classes", "all", "seen", "unseen", "harmonic"
+    );
     for row in table {
-        let number = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |v| format!("{v:.2}"));
+        let number =
+            |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |v| format!("{v:.2}"));
         println!(
             "{:>7} {:>7} {:>8.2} {:>8.2} {:>8} {:>8}",
             row.session,

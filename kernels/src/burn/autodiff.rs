@@ -99,7 +99,10 @@ impl<B: Backend + ProtoheadGradOps> Backward<B, 3> for ReconstructionBackward {
             .state
             .map(|id| checkpointer.retrieve_node_output::<FloatTensor<B>>(id));
         let [of_whole, of_first, of_second] = ops.parents;
-        let need = [of_whole.is_some(), of_first.is_some() || of_second.is_some()];
+        let need = [
+            of_whole.is_some(),
+            of_first.is_some() || of_second.is_some(),
+        ];
         let (whole_grad, part_grad) =
             B::protohead_reconstruction_backward(grad, whole, first, second, need);
         if let (Some(node), MaybeGrad::Computed(gradient)) = (of_whole, whole_grad) {
@@ -133,14 +136,24 @@ impl<B: Backend + ProtoheadOps + ProtoheadGradOps, C: CheckpointStrategy> Protoh
         );
         match prepared.compute_bound().stateful() {
             OpsKind::Tracked(mut prepared) => {
-                let saved = (prepared.checkpoint(&embeddings), prepared.checkpoint(&weights));
+                let saved = (
+                    prepared.checkpoint(&embeddings),
+                    prepared.checkpoint(&weights),
+                );
                 let (loss, lse, predictions, status) = B::protohead_fused(
                     embeddings.into_primitive(),
                     weights.into_primitive(),
                     labels.clone(),
                     options.clone(),
                 );
-                let state = (saved.0, saved.1, labels, lse.clone(), status.clone(), options);
+                let state = (
+                    saved.0,
+                    saved.1,
+                    labels,
+                    lse.clone(),
+                    status.clone(),
+                    options,
+                );
                 (
                     prepared.finish(state, loss),
                     <Self as AutodiffBackend>::from_inner(lse),
@@ -176,7 +189,10 @@ impl<B: Backend + ProtoheadOps + ProtoheadGradOps, C: CheckpointStrategy> Protoh
         );
         match prepared.compute_bound().stateful() {
             OpsKind::Tracked(mut prepared) => {
-                let saved = (prepared.checkpoint(&embeddings), prepared.checkpoint(&weights));
+                let saved = (
+                    prepared.checkpoint(&embeddings),
+                    prepared.checkpoint(&weights),
+                );
                 let out = B::protohead_logits(
                     embeddings.into_primitive(),
                     weights.into_primitive(),

@@ -12,7 +12,10 @@ use cubecl::std::tensor::TensorHandle;
 use super::ops::{MaybeGrad, ProtoheadGradOps, ProtoheadOps};
 use crate::class_means::{ClassSums, Options as MeansOptions};
 use crate::loss::LossOutput;
-use crate::{Error, Strategy, Upstream, cosine_cross_entropy as fused, cosine_logits as logits, reconstruction};
+use crate::{
+    Error, Strategy, Upstream, cosine_cross_entropy as fused, cosine_logits as logits,
+    reconstruction,
+};
 
 /// The public functions have checked everything that the host can see; what is left is a bug of this crate.
 fn checked<T>(result: Result<T, Error>) -> T {
@@ -111,7 +114,11 @@ impl ProtoheadOps for CubeBackend {
             first: operand(first),
             second: operand(second),
         };
-        let output = checked(reconstruction::forward(&whole.client, &inputs, Strategy::Inferred));
+        let output = checked(reconstruction::forward(
+            &whole.client,
+            &inputs,
+            Strategy::Inferred,
+        ));
         tensor(&whole, output.loss, DType::F32)
     }
 

@@ -68,7 +68,8 @@ pub fn cosine_cross_entropy(
         return Err(Error::Shape {
             operand: "loss",
             got: embeddings.dims()[..2].to_vec(),
-            expected: "one number a head: without a reduction use cosine_cross_entropy_by_row".into(),
+            expected: "one number a head: without a reduction use cosine_cross_entropy_by_row"
+                .into(),
         });
     }
     fused_loss(embeddings, weights, labels, options)

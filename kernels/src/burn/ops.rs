@@ -123,13 +123,21 @@ fn fused_spec(
     )
 }
 
-fn logits_spec(embeddings: &TensorSpec, weights: &TensorSpec, options: &logits::Options) -> TensorSpec {
+fn logits_spec(
+    embeddings: &TensorSpec,
+    weights: &TensorSpec,
+    options: &logits::Options,
+) -> TensorSpec {
     let active = options.active.unwrap_or(weights.shape[1]);
     let shape = Shape::new([embeddings.shape[0], embeddings.shape[1], active]);
     TensorSpec::new(shape, embeddings.dtype)
 }
 
-fn reconstruction_spec(_whole: &TensorSpec, _first: &TensorSpec, _second: &TensorSpec) -> TensorSpec {
+fn reconstruction_spec(
+    _whole: &TensorSpec,
+    _first: &TensorSpec,
+    _second: &TensorSpec,
+) -> TensorSpec {
     TensorSpec::new(Shape::new([1]), DType::F32)
 }
 

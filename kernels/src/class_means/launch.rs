@@ -62,7 +62,8 @@ impl ClassSums {
         }
         addressable("class sums", heads as u128 * classes as u128 * dim as u128)?;
         let elements = heads * classes * dim;
-        let zeros = |count: usize| client.create(cubecl::bytes::Bytes::from_elems(vec![0u32; count]));
+        let zeros =
+            |count: usize| client.create(cubecl::bytes::Bytes::from_elems(vec![0u32; count]));
         Ok(Self {
             sums: TensorHandle::new_contiguous(shape, zeros(elements), F32),
             carries: TensorHandle::new_contiguous(shape, zeros(elements), F32),
@@ -96,7 +97,11 @@ impl ClassSums {
             return Err(Error::Shape {
                 operand: "embeddings",
                 got: embeddings.shape().to_vec(),
-                expected: format!("[{}, rows, {}], like the sums", self.dims()[0], self.dims()[2]),
+                expected: format!(
+                    "[{}, rows, {}], like the sums",
+                    self.dims()[0],
+                    self.dims()[2]
+                ),
             });
         }
         let labels = Labels::new(client, labels, rows)?;
@@ -119,7 +124,12 @@ impl ClassSums {
     ///
     /// # Errors
     /// [`Error::Shape`] if the states differ in shape.
-    pub fn merge(&mut self, client: &Client, other: &Self, strategy: Strategy) -> Result<(), Error> {
+    pub fn merge(
+        &mut self,
+        client: &Client,
+        other: &Self,
+        strategy: Strategy,
+    ) -> Result<(), Error> {
         if self.dims() != other.dims() {
             return Err(Error::Shape {
                 operand: "class sums",
@@ -269,12 +279,12 @@ fn merge(
 
 #[cube(launch_unchecked)]
 fn write_means<F: Float>(
-    sums: &[f32],      // [heads, classes, dim]
-    carries: &[f32],   // [heads, classes, dim]
-    counts: &[u32],    // [classes]
-    weights: &[F],     // [heads, stored, dim]
+    sums: &[f32],    // [heads, classes, dim]
+    carries: &[f32], // [heads, classes, dim]
+    counts: &[u32],  // [classes]
+    weights: &[F],   // [heads, stored, dim]
     strides: RowStrides,
-    out: &mut [F],     // [heads, stored, dim]
+    out: &mut [F], // [heads, stored, dim]
     classes: usize,
     stored: usize,
     dim: usize,

@@ -15,7 +15,11 @@ pub(super) fn launch(call: &AccumulateCall) {
     let rule = label_rule(call.labels.dtype(), classes, call.options.ignore_index);
     let (count, cube) = call.blueprint.unit_grid();
     // One norm a row, where rows are normalized; a single element otherwise.
-    let norms = if call.options.normalize { heads * rows } else { 1 };
+    let norms = if call.options.normalize {
+        heads * rows
+    } else {
+        1
+    };
     let inverse = call.client.empty(norms * size_of::<f32>());
     // SAFETY: `Strided` proved the embeddings, labels have `rows` elements, the sums are [heads, classes, dim].
     unsafe {

@@ -75,7 +75,13 @@ pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<Lo
     let blueprint = Blueprint::new(client, options.strategy)?;
     let (problem, labels) = validate(client, &blueprint, inputs, options)?;
     let sizes = problem.sizes;
-    let packed = Packed::new(client, &problem.embeddings, &problem.weights, sizes, &blueprint);
+    let packed = Packed::new(
+        client,
+        &problem.embeddings,
+        &problem.weights,
+        sizes,
+        &blueprint,
+    );
     let row_loss = empty(client, [sizes.heads, sizes.rows], F32);
     let lse = empty(client, [sizes.heads, sizes.rows], F32);
     let predictions = empty(client, [sizes.heads, sizes.rows], U32);
@@ -150,7 +156,13 @@ pub fn backward(
         upstream,
         sizes.rows_padded,
     )?;
-    let packed = Packed::new(client, &problem.embeddings, &problem.weights, sizes, &blueprint);
+    let packed = Packed::new(
+        client,
+        &problem.embeddings,
+        &problem.weights,
+        sizes,
+        &blueprint,
+    );
     let gradient = |owner: Operand, count: usize| {
         let grad = empty(
             client,

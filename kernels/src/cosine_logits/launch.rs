@@ -52,7 +52,13 @@ pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<Te
     let sizes = problem.sizes;
     let elements = sizes.heads as u128 * sizes.rows as u128 * sizes.active as u128;
     addressable("logits", elements)?;
-    let packed = Packed::new(client, &problem.embeddings, &problem.weights, sizes, &blueprint);
+    let packed = Packed::new(
+        client,
+        &problem.embeddings,
+        &problem.weights,
+        sizes,
+        &blueprint,
+    );
     let logits = empty(
         client,
         [sizes.heads, sizes.rows, sizes.active],
@@ -60,7 +66,9 @@ pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<Te
     );
     match blueprint.variant {
         Variant::Unit => unit::launch_forward(client, &blueprint, &packed, &logits, options.scale),
-        Variant::Plane => plane::launch_forward(client, &blueprint, &packed, &logits, options.scale),
+        Variant::Plane => {
+            plane::launch_forward(client, &blueprint, &packed, &logits, options.scale)
+        }
     }
     Ok(logits)
 }
@@ -97,7 +105,13 @@ pub fn backward(
             expected: format!("{}, like the embeddings", problem.embeddings.dtype()),
         });
     }
-    let packed = Packed::new(client, &problem.embeddings, &problem.weights, sizes, &blueprint);
+    let packed = Packed::new(
+        client,
+        &problem.embeddings,
+        &problem.weights,
+        sizes,
+        &blueprint,
+    );
     let gradient = |owner: Operand, count: usize| {
         let grad = empty(
             client,
@@ -147,7 +161,7 @@ pub(super) struct BackwardCall<'a> {
     pub client: &'a Client,
     pub blueprint: &'a Blueprint,
     pub packed: &'a Packed,
-    pub upstream: &'a Strided, // [heads, rows, active]
+    pub upstream: &'a Strided,  // [heads, rows, active]
     pub grad: &'a TensorHandle, // [heads, count, dim]
     pub owner: Operand,
     pub scale: f32,

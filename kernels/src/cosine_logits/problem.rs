@@ -33,7 +33,9 @@ impl CosineProblem {
             return Err(Error::Shape {
                 operand: "class weights",
                 got: weights.shape().to_vec(),
-                expected: format!("[{heads}, classes, {dim}] to go with embeddings [{heads}, {rows}, {dim}]"),
+                expected: format!(
+                    "[{heads}, classes, {dim}] to go with embeddings [{heads}, {rows}, {dim}]"
+                ),
             });
         }
         if weights.dtype() != embeddings.dtype() {

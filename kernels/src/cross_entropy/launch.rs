@@ -55,7 +55,14 @@ pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<Lo
         Variant::Unit => unit::launch_forward(&call),
         Variant::Plane => plane::launch_forward(&call),
     }
-    let reduced = reduce::launch(client, &blueprint, &row_loss, &labels, classes, &options.loss);
+    let reduced = reduce::launch(
+        client,
+        &blueprint,
+        &row_loss,
+        &labels,
+        classes,
+        &options.loss,
+    );
     Ok(LossOutput::new(
         row_loss,
         reduced,

@@ -86,6 +86,8 @@ impl LossOptions {
 
     /// The weight of each head.
     pub(crate) fn weights(&self, heads: usize) -> Vec<f32> {
-        self.head_weights.clone().unwrap_or_else(|| vec![1.0; heads])
+        self.head_weights
+            .clone()
+            .unwrap_or_else(|| vec![1.0; heads])
     }
 }

@@ -67,12 +67,12 @@ pub(crate) fn launch(
 
 #[cube(launch_unchecked)]
 fn reduce<I: Int>(
-    row_loss: &[f32],    // [heads, rows]
-    labels: &[I],        // [rows]
-    weights: &[f32],     // [heads]
-    loss: &mut [f32],    // [heads]
-    total: &mut [f32],   // [1]
-    status: &mut [u32],  // [STATUS_FIELDS]
+    row_loss: &[f32],   // [heads, rows]
+    labels: &[I],       // [rows]
+    weights: &[f32],    // [heads]
+    loss: &mut [f32],   // [heads]
+    total: &mut [f32],  // [1]
+    status: &mut [u32], // [STATUS_FIELDS]
     heads: usize,
     rows: usize,
     rule: LabelRule,

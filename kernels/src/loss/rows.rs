@@ -6,16 +6,16 @@ use cubecl::prelude::*;
 use cubecl::server::Handle;
 use cubecl::std::tensor::TensorHandle;
 
+use super::Upstream;
 use super::options::{LossOptions, Reduction};
 use super::target::{IGNORED, LabelRule, is_class, label_rule, target_of};
-use super::Upstream;
-use crate::blueprint::{Blueprint, Variant, PLANE_UNITS, cubes_for};
+use crate::blueprint::{Blueprint, PLANE_UNITS, Variant, cubes_for};
 use crate::error::Error;
 use crate::operand::{F32, Labels, whole};
 
 /// The padded rows on the device.
 pub(crate) struct Rows {
-    pub state: Handle,   // f32, [heads, 2, rows_padded]: lse, then the gradient that arrives
+    pub state: Handle, // f32, [heads, 2, rows_padded]: lse, then the gradient that arrives
     pub targets: Handle, // u32, [rows_padded]
     heads: usize,
     rows_padded: usize,
@@ -25,7 +25,10 @@ impl Rows {
     pub(crate) fn state_arg(&self, lanes: usize) -> BufferArg {
         // SAFETY: `launch` allocated exactly this; rows_padded is a multiple of the lanes.
         unsafe {
-            BufferArg::from_raw_parts(self.state.clone(), self.heads * 2 * self.rows_padded / lanes)
+            BufferArg::from_raw_parts(
+                self.state.clone(),
+                self.heads * 2 * self.rows_padded / lanes,
+            )
         }
     }
 
@@ -52,13 +55,22 @@ pub(crate) fn launch(
     let per_row = matches!(upstream, Upstream::Loss(_)) && options.reduction == Reduction::None;
     let (gradient, elements) = match upstream {
         Upstream::Total(gradient) => {
-            let weights: Vec<f32> = options.weights(heads).iter().map(|w| w * gradient).collect();
+            let weights: Vec<f32> = options
+                .weights(heads)
+                .iter()
+                .map(|w| w * gradient)
+                .collect();
             (client.create_from_slice(f32::as_bytes(&weights)), heads)
         }
         Upstream::Loss(tensor) => {
-            let expected = if per_row { vec![heads, rows] } else { vec![heads] };
+            let expected = if per_row {
+                vec![heads, rows]
+            } else {
+                vec![heads]
+            };
             let elements = expected.iter().product();
-            let contiguous = TensorHandle::new_contiguous(expected.clone(), tensor.handle.clone(), F32);
+            let contiguous =
+                TensorHandle::new_contiguous(expected.clone(), tensor.handle.clone(), F32);
             let contiguous = tensor.strides().to_vec() == contiguous.strides().to_vec();
             if tensor.dtype != F32 || tensor.shape().to_vec() != expected || !contiguous {
                 return Err(Error::Shape {
@@ -110,12 +122,12 @@ pub(crate) fn launch(
 
 #[cube(launch_unchecked)]
 fn gather<I: Int>(
-    lse: &[f32],          // [heads, rows]
-    labels: &[I],         // [rows]
-    status: &[u32],       // [STATUS_FIELDS]
-    gradient: &[f32],     // [heads], or [heads, rows] if per_row
-    state: &mut [f32],    // [heads, 2, rows_padded]
-    targets: &mut [u32],  // [rows_padded]
+    lse: &[f32],         // [heads, rows]
+    labels: &[I],        // [rows]
+    status: &[u32],      // [STATUS_FIELDS]
+    gradient: &[f32],    // [heads], or [heads, rows] if per_row
+    state: &mut [f32],   // [heads, 2, rows_padded]
+    targets: &mut [u32], // [rows_padded]
     heads: usize,
     rows: usize,
     rows_padded: usize,

@@ -42,7 +42,13 @@ pub(crate) struct PackedSizes {
 }
 
 impl PackedSizes {
-    pub(crate) fn new(heads: usize, rows: usize, active: usize, dim: usize, blueprint: &Blueprint) -> Self {
+    pub(crate) fn new(
+        heads: usize,
+        rows: usize,
+        active: usize,
+        dim: usize,
+        blueprint: &Blueprint,
+    ) -> Self {
         Self {
             heads,
             rows,
@@ -103,7 +109,9 @@ impl Packed {
             norms: client.empty(sizes.packed_rows() * float),
             sizes,
         };
-        let vector = embeddings.vector_size(blueprint).min(weights.vector_size(blueprint));
+        let vector = embeddings
+            .vector_size(blueprint)
+            .min(weights.vector_size(blueprint));
         match blueprint.variant {
             Variant::Unit => unit::launch(client, embeddings, weights, &packed, vector, blueprint),
             Variant::Plane => plane::launch(client, embeddings, weights, &packed),

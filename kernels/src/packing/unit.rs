@@ -219,7 +219,12 @@ pub(crate) fn scratch_len(units: usize, width: usize, dim_padded: usize) -> usiz
 
 /// Sets the gradient rows of the scratch to zero.
 #[cube]
-pub(crate) fn clear_gradient(scratch: &mut [f32], at: &Scratch, dim_padded: usize, #[comptime] width: usize) {
+pub(crate) fn clear_gradient(
+    scratch: &mut [f32],
+    at: &Scratch,
+    dim_padded: usize,
+    #[comptime] width: usize,
+) {
     for i in 0..width * dim_padded {
         scratch[at.gradient + i] = 0.0;
     }

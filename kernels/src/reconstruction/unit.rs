@@ -163,13 +163,9 @@ fn backward<F: Float, N: Size>(
     let share = -upstream[0] / f32::cast_from(rows as u32);
     let mut row = ABSOLUTE_POS;
     while row < rows {
-        let (whole_at, first_at, second_at) = (
-            row * whole_stride,
-            row * first_stride,
-            row * second_stride,
-        );
-        let of_row =
-            products::<F, N>(whole, first, second, whole_at, first_at, second_at, dim);
+        let (whole_at, first_at, second_at) =
+            (row * whole_stride, row * first_stride, row * second_stride);
+        let of_row = products::<F, N>(whole, first, second, whole_at, first_at, second_at, dim);
         let inverse_whole = 1.0 / max(of_row.whole, EPSILON);
         let inverse_part = 1.0 / max(of_row.part, EPSILON);
         let (norm, inverse, inverse_other) = if comptime!(of_whole) {

@@ -17,14 +17,29 @@ fn expected<T: reference::Real>(problem: &Problem, unit: bool) -> (Vec<T>, Vec<u
     let labels: Vec<i64> = data
         .labels
         .iter()
-        .map(|&l| if l == i64::from(problem.ignore_index) { -1 } else { l })
+        .map(|&l| {
+            if l == i64::from(problem.ignore_index) {
+                -1
+            } else {
+                l
+            }
+        })
         .collect();
     sums.add(&of(&data.embeddings), &labels, sizes, unit);
-    (reference::class_means(&sums, &of(&data.weights), sizes), sums.counts)
+    (
+        reference::class_means(&sums, &of(&data.weights), sizes),
+        sums.counts,
+    )
 }
 
 /// Accumulates the rows in two batches, split at `split`, either streamed or merged.
-fn means(run: &Run, problem: &Problem, unit: bool, split: usize, merged: bool) -> Result<(Vec<f64>, Vec<u32>), String> {
+fn means(
+    run: &Run,
+    problem: &Problem,
+    unit: bool,
+    split: usize,
+    merged: bool,
+) -> Result<(Vec<f64>, Vec<u32>), String> {
     let client = run.client;
     let data = problem.data();
     let (heads, rows, dim, classes, active) = problem.sizes;
@@ -42,19 +57,31 @@ fn means(run: &Run, problem: &Problem, unit: bool, split: usize, merged: bool) -
             continue;
         }
         let part: Vec<f32> = (0..heads)
-            .flat_map(|h| data.embeddings[(h * rows + first) * dim..(h * rows + last) * dim].to_vec())
+            .flat_map(|h| {
+                data.embeddings[(h * rows + first) * dim..(h * rows + last) * dim].to_vec()
+            })
             .collect();
         let embeddings = problem.upload(client, &part, &[heads, last - first, dim]);
         let labels = problem.upload_labels(client, &data.labels[first..last]);
-        let into = if merged && first > 0 { &mut other } else { &mut sums };
-        into.accumulate(client, &embeddings, &labels, &options).map_err(said)?;
+        let into = if merged && first > 0 {
+            &mut other
+        } else {
+            &mut sums
+        };
+        into.accumulate(client, &embeddings, &labels, &options)
+            .map_err(said)?;
     }
     if merged {
         sums.merge(client, &other, run.strategy).map_err(said)?;
     }
     let weights = problem.upload(client, &data.weights, &[heads, classes, dim]);
-    let means = sums.write_means(client, &weights, run.strategy).map_err(said)?;
-    Ok((download(client, &means), sums.read_counts(client).map_err(said)?))
+    let means = sums
+        .write_means(client, &weights, run.strategy)
+        .map_err(said)?;
+    Ok((
+        download(client, &means),
+        sums.read_counts(client).map_err(said)?,
+    ))
 }
 
 fn check(run: &Run, problem: &Problem, unit: bool, split: usize) -> Result<(), String> {
@@ -68,7 +95,9 @@ fn check(run: &Run, problem: &Problem, unit: bool, split: usize) -> Result<(), S
     }
     for (name, (ours, our_counts)) in [("means", &whole), ("merged means", &merged)] {
         if *our_counts != counts {
-            return Err(format!("{name}: counts {our_counts:?}, expected {counts:?}"));
+            return Err(format!(
+                "{name}: counts {our_counts:?}, expected {counts:?}"
+            ));
         }
         Comparison {
             name,

@@ -28,7 +28,13 @@ fn expected<T: reference::Real>(problem: &Problem, data: &Data) -> Expected<T> {
     let options = problem.reference_options(data);
     let gradients = |upstream: &reference::Upstream<T>| {
         reference::cosine_cross_entropy_backward(
-            &x, &w, &data.labels, sizes, scale, &options, upstream,
+            &x,
+            &w,
+            &data.labels,
+            sizes,
+            scale,
+            &options,
+            upstream,
         )
     };
     Expected {
@@ -82,31 +88,54 @@ fn check(
     let (t, w) = (&truth.forward, &working.forward);
     float("loss", &output.loss, &t.loss, &w.loss, f32s, scale * summed)?;
     let total_size = scale * rows as f64 * heads as f64;
-    float("total", &output.total, &[t.total], &[w.total], f32s, total_size)?;
+    float(
+        "total",
+        &output.total,
+        &[t.total],
+        &[w.total],
+        f32s,
+        total_size,
+    )?;
     float("lse", &output.lse, &t.lse, &w.lse, f32s, scale)?;
-    for (at, &class) in output.read_predictions(client).map_err(said)?.iter().enumerate() {
+    for (at, &class) in output
+        .read_predictions(client)
+        .map_err(said)?
+        .iter()
+        .enumerate()
+    {
         let row = &truth.logits[at * active..][..active];
         let best = row.iter().copied().fold(f64::MIN, f64::max);
         if class as usize >= active || row[class as usize] < best - 1e-5 * scale {
-            return Err(format!("prediction {at} is {class}, expected {}", t.predictions[at]));
+            return Err(format!(
+                "prediction {at} is {class}, expected {}",
+                t.predictions[at]
+            ));
         }
     }
 
     // An element of a gradient is a sum of logit gradients, each up to scale · upstream, over a norm.
     let counted = data.labels.len() as f64;
-    let share = if problem.reduction == Reduction::Mean { 1.0 / counted } else { 1.0 };
+    let share = if problem.reduction == Reduction::Mean {
+        1.0 / counted
+    } else {
+        1.0
+    };
     let size = |values: &[f32], other: usize| {
         let shortest = values
             .chunks(dim)
-            .map(|row| row.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt())
+            .map(|row| {
+                row.iter()
+                    .map(|&v| f64::from(v).powi(2))
+                    .sum::<f64>()
+                    .sqrt()
+            })
             .fold(f64::MAX, f64::min)
             .max(1e-12);
         2.0 * scale * share * (other as f64).sqrt() / shortest
     };
     let (x_size, w_size) = (size(&data.embeddings, 1), size(&data.weights, rows));
-    let loss_gradient = client.create_from_slice(cubecl::prelude::CubeElement::as_bytes(
-        &data.upstream[..],
-    ));
+    let loss_gradient =
+        client.create_from_slice(cubecl::prelude::CubeElement::as_bytes(&data.upstream[..]));
     let loss_gradient = TensorHandle::new_contiguous(
         output.loss.shape().to_vec(),
         loss_gradient,
@@ -114,18 +143,25 @@ fn check(
     );
     for (upstream, truth, working) in [
         (Upstream::Total(0.7), &truth.of_total, &working.of_total),
-        (Upstream::Loss(loss_gradient), &truth.of_loss, &working.of_loss),
+        (
+            Upstream::Loss(loss_gradient),
+            &truth.of_loss,
+            &working.of_loss,
+        ),
     ] {
-        let both = backward(client, &inputs, &options, &output, &upstream, true, true)
-            .map_err(said)?;
-        let (dx, dw) = (both.embeddings.ok_or("no dX")?, both.weights.ok_or("no dW")?);
+        let both =
+            backward(client, &inputs, &options, &output, &upstream, true, true).map_err(said)?;
+        let (dx, dw) = (
+            both.embeddings.ok_or("no dX")?,
+            both.weights.ok_or("no dW")?,
+        );
         float("dX", &dx, &truth.0, &working.0, problem.dtype, x_size)?;
         float("dW", &dw, &truth.1, &working.1, problem.dtype, w_size)?;
         // A frozen operand changes nothing for the other, and a second backward gives the same bits.
-        let only_x = backward(client, &inputs, &options, &output, &upstream, true, false)
-            .map_err(said)?;
-        let only_w = backward(client, &inputs, &options, &output, &upstream, false, true)
-            .map_err(said)?;
+        let only_x =
+            backward(client, &inputs, &options, &output, &upstream, true, false).map_err(said)?;
+        let only_w =
+            backward(client, &inputs, &options, &output, &upstream, false, true).map_err(said)?;
         if only_x.weights.is_some() || only_w.embeddings.is_some() {
             return Err("a gradient nobody asked for".into());
         }

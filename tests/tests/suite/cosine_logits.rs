@@ -26,7 +26,13 @@ fn expected<T: reference::Real>(problem: &Problem, upstream: &[f32]) -> Expected
     }
 }
 
-fn check(run: &Run, problem: &Problem, truth: &Expected<f64>, working: &Expected<f32>, upstream: &[f32]) -> Result<(), String> {
+fn check(
+    run: &Run,
+    problem: &Problem,
+    truth: &Expected<f64>,
+    working: &Expected<f32>,
+    upstream: &[f32],
+) -> Result<(), String> {
     let client = run.client;
     let data = problem.data();
     let (heads, rows, dim, classes, active) = problem.sizes;
@@ -56,13 +62,32 @@ fn check(run: &Run, problem: &Problem, truth: &Expected<f64>, working: &Expected
     let shortest = |values: &[f32]| {
         values
             .chunks(dim)
-            .map(|row| row.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt())
+            .map(|row| {
+                row.iter()
+                    .map(|&v| f64::from(v).powi(2))
+                    .sum::<f64>()
+                    .sqrt()
+            })
             .fold(f64::MAX, f64::min)
             .max(1e-12)
     };
     for (name, ours, truth, working, values, terms) in [
-        ("dX", both.embeddings, &truth.gradients.0, &working.gradients.0, &data.embeddings, active),
-        ("dW", both.weights, &truth.gradients.1, &working.gradients.1, &data.weights, rows),
+        (
+            "dX",
+            both.embeddings,
+            &truth.gradients.0,
+            &working.gradients.0,
+            &data.embeddings,
+            active,
+        ),
+        (
+            "dW",
+            both.weights,
+            &truth.gradients.1,
+            &working.gradients.1,
+            &data.weights,
+            rows,
+        ),
     ] {
         Comparison {
             name,

@@ -67,7 +67,14 @@ fn check(
     };
     let size = f64::from(problem.scale.abs());
     let (t, w) = (&truth.forward, &working.forward);
-    float("loss", &output.loss, &t.loss, &w.loss, Dtype::F32, size * rows as f64)?;
+    float(
+        "loss",
+        &output.loss,
+        &t.loss,
+        &w.loss,
+        Dtype::F32,
+        size * rows as f64,
+    )?;
     float("lse", &output.lse, &t.lse, &w.lse, Dtype::F32, size)?;
     if output.read_predictions(client).map_err(said)? != t.predictions {
         return Err("predictions differ".into());
@@ -79,7 +86,11 @@ fn check(
     );
     for (upstream, truth, working) in [
         (Upstream::Total(-0.3), &truth.of_total, &working.of_total),
-        (Upstream::Loss(loss_gradient), &truth.of_loss, &working.of_loss),
+        (
+            Upstream::Loss(loss_gradient),
+            &truth.of_loss,
+            &working.of_loss,
+        ),
     ] {
         let dz = backward(client, &inputs, &options, &output, &upstream).map_err(said)?;
         float("dz", &dz, truth, working, problem.dtype, 2.0)?;

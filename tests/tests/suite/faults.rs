@@ -12,7 +12,9 @@ use protohead_tests::problem::{Dtype, download};
 
 fn floats(client: &Client, shape: &[usize]) -> TensorHandle {
     let count = shape.iter().product();
-    let values: Vec<f32> = (0..count).map(|i| ((i * 37 + 11) % 17) as f32 - 8.0).collect();
+    let values: Vec<f32> = (0..count)
+        .map(|i| ((i * 37 + 11) % 17) as f32 - 8.0)
+        .collect();
     TensorHandle::new_contiguous(
         shape.to_vec(),
         client.create_from_slice(f32::as_bytes(&values)),
@@ -42,7 +44,9 @@ fn what_the_host_can_see_is_a_typed_error() {
         let client = &device.client;
         let good = || inputs(client);
         let refused = |inputs: Inputs, options: Options| {
-            forward(client, &inputs, &options).expect_err("must be refused").to_string()
+            forward(client, &inputs, &options)
+                .expect_err("must be refused")
+                .to_string()
         };
         let with = |change: fn(&mut Options)| {
             let mut options = Options::default();
@@ -50,40 +54,87 @@ fn what_the_host_can_see_is_a_typed_error() {
             refused(good(), options)
         };
         assert_eq!(
-            refused(Inputs { weights: floats(client, &[2, 3, 6]), ..good() }, Options::default()),
+            refused(
+                Inputs {
+                    weights: floats(client, &[2, 3, 6]),
+                    ..good()
+                },
+                Options::default()
+            ),
             "class weights has shape [2, 3, 6], expected [2, classes, 5] to go with embeddings [2, 4, 5]"
         );
         assert_eq!(
-            refused(Inputs { weights: floats(client, &[1, 3, 5]), ..good() }, Options::default()),
+            refused(
+                Inputs {
+                    weights: floats(client, &[1, 3, 5]),
+                    ..good()
+                },
+                Options::default()
+            ),
             "class weights has shape [1, 3, 5], expected [2, classes, 5] to go with embeddings [2, 4, 5]"
         );
         assert_eq!(
-            refused(Inputs { embeddings: floats(client, &[4, 5]), ..good() }, Options::default()),
+            refused(
+                Inputs {
+                    embeddings: floats(client, &[4, 5]),
+                    ..good()
+                },
+                Options::default()
+            ),
             "embeddings has shape [4, 5], expected 3 axes"
         );
         assert_eq!(
-            refused(Inputs { labels: labels(client, &[0, 1]), ..good() }, Options::default()),
+            refused(
+                Inputs {
+                    labels: labels(client, &[0, 1]),
+                    ..good()
+                },
+                Options::default()
+            ),
             "labels has shape [2], expected [4]"
         );
         let empty = TensorHandle::new_contiguous([2, 4, 0], client.empty(4), Dtype::F32.elem());
         assert_eq!(
-            refused(Inputs { embeddings: empty, ..good() }, Options::default()),
+            refused(
+                Inputs {
+                    embeddings: empty,
+                    ..good()
+                },
+                Options::default()
+            ),
             "embeddings has shape [2, 4, 0]: every axis must have at least one element"
         );
         let mut unpacked = good();
         unpacked.embeddings.metadata.strides = vec![20, 1, 4].into();
-        assert!(refused(unpacked, Options::default()).starts_with("embeddings has strides [20, 1, 4]"));
+        assert!(
+            refused(unpacked, Options::default()).starts_with("embeddings has strides [20, 1, 4]")
+        );
         let mut outside = good();
         outside.embeddings.metadata.strides = vec![21, 5, 1].into();
         assert!(refused(outside, Options::default()).contains("in a buffer of 40 elements"));
         let mut integers = good();
         integers.embeddings.dtype = ElemType::UInt(UIntKind::U32);
         assert!(refused(integers, Options::default()).starts_with("embeddings has dtype"));
-        assert_eq!(with(|o| o.active = Some(4)), "4 active classes were asked for, expected between 1 and 3");
-        assert_eq!(with(|o| o.active = Some(0)), "0 active classes were asked for, expected between 1 and 3");
-        assert_eq!(with(|o| o.scale = f32::NAN), "scale is NaN, expected finite");
-        assert_eq!(with(|o| o.loss.label_smoothing = 1.5), "label_smoothing is 1.5, expected between 0 and 1");
-        assert_eq!(with(|o| o.loss.head_weights = Some(vec![1.0])), "1 head weights for 2 heads");
+        assert_eq!(
+            with(|o| o.active = Some(4)),
+            "4 active classes were asked for, expected between 1 and 3"
+        );
+        assert_eq!(
+            with(|o| o.active = Some(0)),
+            "0 active classes were asked for, expected between 1 and 3"
+        );
+        assert_eq!(
+            with(|o| o.scale = f32::NAN),
+            "scale is NaN, expected finite"
+        );
+        assert_eq!(
+            with(|o| o.loss.label_smoothing = 1.5),
+            "label_smoothing is 1.5, expected between 0 and 1"
+        );
+        assert_eq!(
+            with(|o| o.loss.head_weights = Some(vec![1.0])),
+            "1 head weights for 2 heads"
+        );
         assert!(ClassSums::new(client, 0, 3, 5).is_err());
     }
 }
@@ -125,9 +176,16 @@ fn a_bad_label_is_reported_and_its_row_counts_as_ignored() {
                 ..inputs(client)
             };
             let output = forward(client, &inputs, &options).expect("the host sees nothing wrong");
-            let gradients =
-                backward(client, &inputs, &options, &output, &Upstream::default(), true, true)
-                    .expect("the host sees nothing wrong");
+            let gradients = backward(
+                client,
+                &inputs,
+                &options,
+                &output,
+                &Upstream::default(),
+                true,
+                true,
+            )
+            .expect("the host sees nothing wrong");
             let [dx, dw] = [gradients.embeddings, gradients.weights]
                 .map(|gradient| download(client, &gradient.expect("asked for")));
             (output, dx, dw)
@@ -145,7 +203,11 @@ fn a_bad_label_is_reported_and_its_row_counts_as_ignored() {
             "on {run}"
         );
         assert!(ignored.read_total(client).is_ok(), "on {run}");
-        assert_eq!(download(client, &bad.total), download(client, &ignored.total), "on {run}");
+        assert_eq!(
+            download(client, &bad.total),
+            download(client, &ignored.total),
+            "on {run}"
+        );
         assert_eq!((bad_dx, bad_dw), (dx, dw), "on {run}");
     }
 }
@@ -159,9 +221,17 @@ fn a_bad_label_leaves_class_means_untouched_and_is_reported() {
             ..Default::default()
         };
         let mut sums = ClassSums::new(client, 2, 3, 5).expect("valid");
-        sums.accumulate(client, &floats(client, &[2, 4, 5]), &labels(client, &[7, -1, 3, -100]), &options)
-            .expect("the host sees nothing wrong");
-        assert!(download(client, &sums.sums).iter().all(|&v| v == 0.0), "on {run}");
+        sums.accumulate(
+            client,
+            &floats(client, &[2, 4, 5]),
+            &labels(client, &[7, -1, 3, -100]),
+            &options,
+        )
+        .expect("the host sees nothing wrong");
+        assert!(
+            download(client, &sums.sums).iter().all(|&v| v == 0.0),
+            "on {run}"
+        );
         assert_eq!(
             sums.read_counts(client),
             Err(Error::ClassMeansLabel {
@@ -179,7 +249,10 @@ fn a_nan_stays_in_its_row() {
     for run in runs() {
         let client = run.client;
         let mut values = vec![0.5f32; 40];
-        values.iter_mut().enumerate().for_each(|(i, v)| *v += (i % 7) as f32);
+        values
+            .iter_mut()
+            .enumerate()
+            .for_each(|(i, v)| *v += (i % 7) as f32);
         let clean = values.clone();
         values[5 + 2] = f32::NAN; // head 0, row 1
         let of = |values: &[f32]| {
@@ -200,9 +273,16 @@ fn a_nan_stays_in_its_row() {
                 ..Options::default()
             };
             let output = forward(client, &inputs, &options).expect("valid");
-            let gradients =
-                backward(client, &inputs, &options, &output, &Upstream::default(), true, false)
-                    .expect("valid");
+            let gradients = backward(
+                client,
+                &inputs,
+                &options,
+                &output,
+                &Upstream::default(),
+                true,
+                false,
+            )
+            .expect("valid");
             (
                 download(client, &output.loss),
                 download(client, &gradients.embeddings.expect("asked for")),

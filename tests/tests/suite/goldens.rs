@@ -21,7 +21,8 @@ struct Goldens {
 impl Goldens {
     fn open(op: &str) -> Self {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("goldens/{op}.safetensors"));
-        let bytes = std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        let bytes =
+            std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
         let (_, metadata) = SafeTensors::read_metadata(&bytes).expect("goldens are safetensors");
         let cases = metadata.metadata().as_ref().expect("goldens have metadata")["cases"].clone();
         Self { bytes, cases }
@@ -29,11 +30,19 @@ impl Goldens {
 
     fn tensor(&self, case: usize, name: &str) -> (Vec<usize>, Vec<f64>) {
         let file = SafeTensors::deserialize(&self.bytes).expect("goldens are safetensors");
-        let view = file.tensor(&format!("{case:02}.{name}")).expect("the golden has this tensor");
+        let view = file
+            .tensor(&format!("{case:02}.{name}"))
+            .expect("the golden has this tensor");
         let values = match view.dtype() {
             safetensors::Dtype::F64 => f64::from_bytes(view.data()).to_vec(),
-            safetensors::Dtype::I64 => i64::from_bytes(view.data()).iter().map(|&v| v as f64).collect(),
-            _ => f32::from_bytes(view.data()).iter().map(|&v| f64::from(v)).collect(),
+            safetensors::Dtype::I64 => i64::from_bytes(view.data())
+                .iter()
+                .map(|&v| v as f64)
+                .collect(),
+            _ => f32::from_bytes(view.data())
+                .iter()
+                .map(|&v| f64::from(v))
+                .collect(),
         };
         (view.shape().to_vec(), values)
     }
@@ -49,7 +58,10 @@ fn same(name: &str, ours: &[f64], torch: &[f64]) {
     let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
     let error = norm(&mut ours.iter().zip(torch).map(|(a, b)| a - b));
     let size = norm(&mut torch.iter().copied());
-    assert!(error <= 1e-12 * size + 1e-13, "{name}: error {error:e} of {size:e}");
+    assert!(
+        error <= 1e-12 * size + 1e-13,
+        "{name}: error {error:e} of {size:e}"
+    );
 }
 
 #[derive(Deserialize)]
@@ -72,7 +84,11 @@ impl LossCase {
             },
             label_smoothing: T::of(self.label_smoothing),
             ignore_index: i64::from(self.ignore_index),
-            head_weights: self.head_weights.iter().map(|&w| T::of(f64::from(w))).collect(),
+            head_weights: self
+                .head_weights
+                .iter()
+                .map(|&w| T::of(f64::from(w)))
+                .collect(),
         }
     }
 }
@@ -85,7 +101,11 @@ fn the_fused_op_does_what_pytorch_does() {
     for (number, case) in cases.iter().enumerate() {
         let (shape, x) = goldens.tensor(number, "embeddings");
         let (weight_shape, w) = goldens.tensor(number, "weights");
-        let labels: Vec<i64> = goldens.values(number, "labels").iter().map(|&v| v as i64).collect();
+        let labels: Vec<i64> = goldens
+            .values(number, "labels")
+            .iter()
+            .map(|&v| v as i64)
+            .collect();
         let sizes = reference::Sizes {
             heads: shape[0],
             rows: shape[1],
@@ -97,27 +117,52 @@ fn the_fused_op_does_what_pytorch_does() {
         let options = case.reference_options();
         let truth = reference::cosine_cross_entropy(&x, &w, &labels, sizes, scale, &options);
         let (dx, dw) = reference::cosine_cross_entropy_backward(
-            &x, &w, &labels, sizes, scale, &options, &reference::Upstream::Total(1.0),
+            &x,
+            &w,
+            &labels,
+            sizes,
+            scale,
+            &options,
+            &reference::Upstream::Total(1.0),
         );
         same("loss", &truth.loss, &goldens.values(number, "loss"));
         same("total", &[truth.total], &goldens.values(number, "total"));
         same("lse", &truth.lse, &goldens.values(number, "lse"));
-        same("grad_embeddings", &dx, &goldens.values(number, "grad_embeddings"));
+        same(
+            "grad_embeddings",
+            &dx,
+            &goldens.values(number, "grad_embeddings"),
+        );
         same("grad_weights", &dw, &goldens.values(number, "grad_weights"));
 
         let narrow = |values: &[f64]| values.iter().map(|&v| v as f32).collect::<Vec<f32>>();
         let (x32, w32) = (narrow(&x), narrow(&w));
         let options32 = case.reference_options::<f32>();
-        let working = reference::cosine_cross_entropy(&x32, &w32, &labels, sizes, case.scale, &options32);
+        let working =
+            reference::cosine_cross_entropy(&x32, &w32, &labels, sizes, case.scale, &options32);
         let (dx32, dw32) = reference::cosine_cross_entropy_backward(
-            &x32, &w32, &labels, sizes, case.scale, &options32, &reference::Upstream::Total(1.0),
+            &x32,
+            &w32,
+            &labels,
+            sizes,
+            case.scale,
+            &options32,
+            &reference::Upstream::Total(1.0),
         );
         for run in runs() {
             let client = run.client;
             let labels: Vec<i32> = labels.iter().map(|&l| l as i32).collect();
             let inputs = cosine_cross_entropy::Inputs {
-                embeddings: TensorHandle::new_contiguous(shape.clone(), client.create_from_slice(f32::as_bytes(&x32)), Dtype::F32.elem()),
-                weights: TensorHandle::new_contiguous(weight_shape.clone(), client.create_from_slice(f32::as_bytes(&w32)), Dtype::F32.elem()),
+                embeddings: TensorHandle::new_contiguous(
+                    shape.clone(),
+                    client.create_from_slice(f32::as_bytes(&x32)),
+                    Dtype::F32.elem(),
+                ),
+                weights: TensorHandle::new_contiguous(
+                    weight_shape.clone(),
+                    client.create_from_slice(f32::as_bytes(&w32)),
+                    Dtype::F32.elem(),
+                ),
                 labels: TensorHandle::new_contiguous(
                     [labels.len()],
                     client.create_from_slice(i32::as_bytes(&labels)),
@@ -138,13 +183,24 @@ fn the_fused_op_does_what_pytorch_does() {
             let output = cosine_cross_entropy::forward(client, &inputs, &options).expect("valid");
             output.read_total(client).expect("labels are valid");
             let gradients = cosine_cross_entropy::backward(
-                client, &inputs, &options, &output, &Upstream::default(), true, true,
+                client,
+                &inputs,
+                &options,
+                &output,
+                &Upstream::default(),
+                true,
+                true,
             )
             .expect("valid");
             let size = scale * shape[1] as f64;
             for (name, tensor, truth, working) in [
                 ("loss", Some(output.loss), &truth.loss, &working.loss),
-                ("total", Some(output.total), &vec![truth.total], &vec![working.total]),
+                (
+                    "total",
+                    Some(output.total),
+                    &vec![truth.total],
+                    &vec![working.total],
+                ),
                 ("grad_embeddings", gradients.embeddings, &dx, &dx32),
                 ("grad_weights", gradients.weights, &dw, &dw32),
             ] {
@@ -175,7 +231,11 @@ fn class_means_are_those_of_the_loop_in_pytorch() {
     for (number, case) in cases.iter().enumerate() {
         let (shape, x) = goldens.tensor(number, "embeddings");
         let (weight_shape, w) = goldens.tensor(number, "weights");
-        let labels: Vec<i64> = goldens.values(number, "labels").iter().map(|&v| v as i64).collect();
+        let labels: Vec<i64> = goldens
+            .values(number, "labels")
+            .iter()
+            .map(|&v| v as i64)
+            .collect();
         let sizes = reference::Sizes {
             heads: shape[0],
             rows: shape[1],
@@ -185,7 +245,11 @@ fn class_means_are_those_of_the_loop_in_pytorch() {
         };
         let mut sums = reference::ClassSums::zeros(sizes);
         sums.add(&x, &labels, sizes, false);
-        same("means", &reference::class_means(&sums, &w, sizes), &goldens.values(number, "means"));
+        same(
+            "means",
+            &reference::class_means(&sums, &w, sizes),
+            &goldens.values(number, "means"),
+        );
     }
 }
 
@@ -194,11 +258,19 @@ fn reconstruction_does_what_pytorch_does() {
     let goldens = Goldens::open("reconstruction");
     for number in 0..3 {
         let (shape, whole) = goldens.tensor(number, "whole");
-        let (first, second) = (goldens.values(number, "first"), goldens.values(number, "second"));
+        let (first, second) = (
+            goldens.values(number, "first"),
+            goldens.values(number, "second"),
+        );
         let ours = reference::reconstruction(&whole, &first, &second, shape[1]);
-        let (of_whole, of_part) = reference::reconstruction_backward(&whole, &first, &second, shape[1], 1.0);
+        let (of_whole, of_part) =
+            reference::reconstruction_backward(&whole, &first, &second, shape[1], 1.0);
         same("loss", &[ours.loss], &goldens.values(number, "loss"));
-        same("grad_whole", &of_whole, &goldens.values(number, "grad_whole"));
+        same(
+            "grad_whole",
+            &of_whole,
+            &goldens.values(number, "grad_whole"),
+        );
         same("grad_part", &of_part, &goldens.values(number, "grad_part"));
     }
 }

@@ -38,8 +38,16 @@ fn answer(run: &Run, problem: &Problem, x: &[f32], w: &[f32], labels: &[i64]) ->
         strategy: run.strategy,
     };
     let output = forward(client, &inputs, &options).expect("valid");
-    let gradients = backward(client, &inputs, &options, &output, &Upstream::default(), true, true)
-        .expect("valid");
+    let gradients = backward(
+        client,
+        &inputs,
+        &options,
+        &output,
+        &Upstream::default(),
+        true,
+        true,
+    )
+    .expect("valid");
     Answer {
         loss: download(client, &output.loss),
         predictions: output.read_predictions(client).expect("labels are valid"),
@@ -52,7 +60,11 @@ fn answer(run: &Run, problem: &Problem, x: &[f32], w: &[f32], labels: &[i64]) ->
 fn permuted<T: Copy>(values: &[T], count: usize, width: usize, order: &[usize]) -> Vec<T> {
     values
         .chunks(count * width)
-        .flat_map(|head| order.iter().flat_map(|&from| head[from * width..][..width].to_vec()))
+        .flat_map(|head| {
+            order
+                .iter()
+                .flat_map(|&from| head[from * width..][..width].to_vec())
+        })
         .collect()
 }
 
@@ -158,12 +170,30 @@ fn the_fused_op_needs_no_memory_that_grows_with_rows_times_classes() {
             let operands = (2 * (rows + classes) * dim * size_of::<f32>()) as u64;
             assert!(logits > 40 * operands, "the shape does not tell");
             let data = problem.data();
-            let reserved = || device.client.memory_report(MemoryScope::CurrentStream).usage().bytes_reserved;
-            device.client.memory_cleanup().expect("memory can be cleaned up");
+            let reserved = || {
+                device
+                    .client
+                    .memory_report(MemoryScope::CurrentStream)
+                    .usage()
+                    .bytes_reserved
+            };
+            device
+                .client
+                .memory_cleanup()
+                .expect("memory can be cleaned up");
             let before = reserved();
-            let _kept = answer(&run, &problem, &data.embeddings, &data.weights, &data.labels);
+            let _kept = answer(
+                &run,
+                &problem,
+                &data.embeddings,
+                &data.weights,
+                &data.labels,
+            );
             let grown = reserved().saturating_sub(before);
-            assert!(grown < logits, "on {run}: {grown} bytes more, [N, K] is {logits}");
+            assert!(
+                grown < logits,
+                "on {run}: {grown} bytes more, [N, K] is {logits}"
+            );
         }
     }
 }

@@ -22,12 +22,23 @@ fn expected<T: reference::Real>(parts: &[Vec<f32>; 3], dim: usize) -> Expected<T
     )
 }
 
-fn check(run: &Run, problem: &Problem, parts: &[Vec<f32>; 3], truth: &Expected<f64>, working: &Expected<f32>) -> Result<(), String> {
+fn check(
+    run: &Run,
+    problem: &Problem,
+    parts: &[Vec<f32>; 3],
+    truth: &Expected<f64>,
+    working: &Expected<f32>,
+) -> Result<(), String> {
     let client = run.client;
     let (_, rows, dim, _, _) = problem.sizes;
-    let [whole, first, second] =
-        parts.each_ref().map(|values| problem.upload(client, values, &[rows, dim]));
-    let inputs = Inputs { whole, first, second };
+    let [whole, first, second] = parts
+        .each_ref()
+        .map(|values| problem.upload(client, values, &[rows, dim]));
+    let inputs = Inputs {
+        whole,
+        first,
+        second,
+    };
     let said = |error: protohead::Error| error.to_string();
     let output = forward(client, &inputs, run.strategy).map_err(said)?;
     let upstream = TensorHandle::new_contiguous(
@@ -39,16 +50,49 @@ fn check(run: &Run, problem: &Problem, parts: &[Vec<f32>; 3], truth: &Expected<f
     let shortest = |values: &[f32]| {
         values
             .chunks(dim)
-            .map(|row| row.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt())
+            .map(|row| {
+                row.iter()
+                    .map(|&v| f64::from(v).powi(2))
+                    .sum::<f64>()
+                    .sqrt()
+            })
             .fold(f64::MAX, f64::min)
             .max(1e-12)
     };
     let sum: Vec<f32> = parts[1].iter().zip(&parts[2]).map(|(a, b)| a + b).collect();
     for (name, ours, truth, working, dtype, magnitude) in [
-        ("loss", Some(output.loss), &vec![truth.0.loss], &vec![working.0.loss], Dtype::F32, 1.0),
-        ("cosines", Some(output.cosines), &truth.0.cosines, &working.0.cosines, Dtype::F32, 1.0),
-        ("d whole", gradients.whole, &truth.1.0, &working.1.0, problem.dtype, 1.5 / rows as f64 / shortest(&parts[0])),
-        ("d part", gradients.part, &truth.1.1, &working.1.1, problem.dtype, 1.5 / rows as f64 / shortest(&sum)),
+        (
+            "loss",
+            Some(output.loss),
+            &vec![truth.0.loss],
+            &vec![working.0.loss],
+            Dtype::F32,
+            1.0,
+        ),
+        (
+            "cosines",
+            Some(output.cosines),
+            &truth.0.cosines,
+            &working.0.cosines,
+            Dtype::F32,
+            1.0,
+        ),
+        (
+            "d whole",
+            gradients.whole,
+            &truth.1.0,
+            &working.1.0,
+            problem.dtype,
+            1.5 / rows as f64 / shortest(&parts[0]),
+        ),
+        (
+            "d part",
+            gradients.part,
+            &truth.1.1,
+            &working.1.1,
+            problem.dtype,
+            1.5 / rows as f64 / shortest(&sum),
+        ),
     ] {
         Comparison {
             name,

@@ -58,10 +58,17 @@ fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) if error.use_stderr() => {
-            // clap explains at length; the first line says what is wrong.
+            // clap explains at length; its first paragraph says what is wrong.
             let text = error.to_string();
-            let line = text.lines().next().unwrap_or_default();
-            eprintln!("protohead: {}", line.trim_start_matches("error: "));
+            let paragraph: Vec<&str> = text
+                .lines()
+                .take_while(|line| !line.is_empty())
+                .map(str::trim)
+                .collect();
+            eprintln!(
+                "protohead: {}",
+                paragraph.join(" ").trim_start_matches("error: ")
+            );
             return ExitCode::from(MISTAKE);
         }
         Err(help) => help.exit(),

@@ -112,11 +112,11 @@ pub enum Error {
         /// How many such rows there are.
         rows: usize,
     },
-    /// A label given to class means is neither a class nor ignored.
+    /// A label is neither a class nor ignored, and only its row is known.
     #[error(
         "the label of row {row} is not a class below {classes} ({rows} row(s) with such a label)"
     )]
-    ClassMeansLabel {
+    BadLabel {
         /// The first such row, counted in its batch.
         row: usize,
         /// K

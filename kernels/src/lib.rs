@@ -17,6 +17,9 @@
 //! The crate links no runtime: turn on `cubecl`'s `cpu`, `cuda` or `wgpu` in the program that uses it. With the feature
 //! `burn` the ops are also functions on Burn tensors, in the module `burn`.
 
+// In kernels loops run over ranges: CubeCL compiles no iterator adaptors.
+#![allow(clippy::needless_range_loop)]
+
 pub mod class_means;
 pub mod cosine_cross_entropy;
 pub mod cosine_logits;

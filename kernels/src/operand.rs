@@ -105,7 +105,7 @@ impl Strided {
         let mut vector = blueprint.lanes;
         while [columns, self.row_stride, self.outer_stride]
             .iter()
-            .any(|length| length % vector != 0)
+            .any(|length| !length.is_multiple_of(vector))
         {
             vector /= 2;
         }

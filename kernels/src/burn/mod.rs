@@ -35,7 +35,7 @@ impl<const D: usize> CrossEntropy<D> {
     /// Waits, and says whether every label was a class or ignored.
     ///
     /// # Errors
-    /// [`Error::ClassMeansLabel`] with the first row that was not, [`Error::Device`] if the device failed.
+    /// [`Error::BadLabel`] with the first row that was not, [`Error::Device`] if the device failed.
     pub fn check(&self) -> Result<(), Error> {
         let status = self
             .status
@@ -45,7 +45,7 @@ impl<const D: usize> CrossEntropy<D> {
         if status[1] == 0 {
             return Ok(());
         }
-        Err(Error::ClassMeansLabel {
+        Err(Error::BadLabel {
             row: status[2] as usize,
             classes: self.active,
             rows: status[1] as usize,

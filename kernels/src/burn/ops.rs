@@ -69,7 +69,7 @@ pub(super) trait ProtoheadOps: Backend {
 #[backend_extension(Fusion)]
 pub(super) trait ProtoheadGradOps: Backend {
     #[fusion(meta = fused_grad_spec)]
-    #[allow(unused_variables)]
+    #[allow(unused_variables, clippy::too_many_arguments)] // one per thing that was saved
     fn protohead_fused_backward(
         grad: FloatTensor<Self>,
         embeddings: FloatTensor<Self>,

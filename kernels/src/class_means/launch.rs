@@ -207,14 +207,14 @@ impl ClassSums {
     /// Waits, and reads how many rows each class has had.
     ///
     /// # Errors
-    /// [`Error::ClassMeansLabel`] if a label was neither a class nor ignored, [`Error::Device`] if the device failed.
+    /// [`Error::BadLabel`] if a label was neither a class nor ignored, [`Error::Device`] if the device failed.
     pub fn read_counts(&self, client: &Client) -> Result<Vec<u32>, Error> {
         let read = client
             .read(vec![self.counts.handle.clone(), self.status.handle.clone()])
             .map_err(|error| Error::Device(format!("{error:?}")))?;
         let [counts, status] = [&read[0], &read[1]].map(|bytes| u32::from_bytes(bytes).to_vec());
         if status[0] > 0 {
-            return Err(Error::ClassMeansLabel {
+            return Err(Error::BadLabel {
                 row: status[1] as usize,
                 classes: self.dims()[1],
                 rows: status[0] as usize,

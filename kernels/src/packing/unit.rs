@@ -321,7 +321,7 @@ pub(crate) fn finish_row<F: Float, M: Size>(
 /// The widest vector in which a gradient of `dim` columns is written.
 pub(crate) fn gradient_vector(dim: usize, lanes: usize) -> usize {
     let mut vector = lanes;
-    while dim % vector != 0 {
+    while !dim.is_multiple_of(vector) {
         vector /= 2;
     }
     vector

@@ -234,7 +234,7 @@ fn a_bad_label_leaves_class_means_untouched_and_is_reported() {
         );
         assert_eq!(
             sums.read_counts(client),
-            Err(Error::ClassMeansLabel {
+            Err(Error::BadLabel {
                 row: 0,
                 classes: 3,
                 rows: 3

@@ -1,0 +1,387 @@
+//! The program as its users see it: what it computes, and what it says of damaged input.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+
+fn protohead(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_protohead"))
+        .args(arguments)
+        .output()
+        .expect("the program starts")
+}
+
+/// A tensor to be written: name, dtype, shape, bytes.
+type Tensor<'a> = (&'a str, Dtype, Vec<usize>, Vec<u8>);
+
+fn floats<'a>(name: &'a str, shape: &[usize]) -> Tensor<'a> {
+    let count: usize = shape.iter().product();
+    let bytes = (0..count)
+        .flat_map(|i| (((i * 37 + 11) % 17) as f32 - 8.0).to_le_bytes())
+        .collect();
+    (name, Dtype::F32, shape.to_vec(), bytes)
+}
+
+fn labels(values: &[i64]) -> Tensor<'static> {
+    let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+    ("labels", Dtype::I64, vec![values.len()], bytes)
+}
+
+fn good() -> Vec<Tensor<'static>> {
+    vec![
+        floats("embeddings", &[2, 4, 5]),
+        floats("prototypes", &[2, 3, 5]),
+        labels(&[0, 2, 1, 0]),
+    ]
+}
+
+fn write(path: &Path, tensors: &[Tensor]) {
+    let views = tensors.iter().map(|(name, dtype, shape, bytes)| {
+        let view =
+            TensorView::new(*dtype, shape.clone(), bytes).expect("the test's tensors are sound");
+        (*name, view)
+    });
+    let bytes = safetensors::serialize(views, None).expect("the test's tensors are sound");
+    fs::write(path, bytes).expect("the folder is writable");
+}
+
+/// Exit code 2, one line on stderr that contains `says`, and no output.
+fn refused(arguments: &[&str], out: &Path, says: &str) {
+    let output = protohead(arguments);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{arguments:?}: {stderr}");
+    assert_eq!(
+        stderr.trim_end().lines().count(),
+        1,
+        "{arguments:?}: {stderr}"
+    );
+    assert!(
+        stderr.contains(says),
+        "{arguments:?}: {stderr} does not say {says}"
+    );
+    assert!(!out.exists(), "{arguments:?} left {}", out.display());
+    let folder = out.parent().expect("a file is in a folder");
+    let left = fs::read_dir(folder)
+        .expect("the folder is readable")
+        .count();
+    assert!(left <= 1, "{arguments:?} left something beside its input");
+}
+
+#[test]
+fn loss_writes_what_it_promises_and_the_same_bytes_twice() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let [input, out, again] = ["in", "out", "again"].map(|name| folder.path().join(name));
+    write(&input, &good());
+    let path = |p: &Path| p.to_string_lossy().into_owned();
+    for (reduction, loss) in [("mean", vec![2]), ("sum", vec![2]), ("none", vec![2, 4])] {
+        let run = |out: &Path| {
+            let output = protohead(&[
+                "loss",
+                &path(&input),
+                "--out",
+                &path(out),
+                "--reduction",
+                reduction,
+                "--head-weights",
+                "1,-0.5",
+                "--device",
+                "cpu",
+            ]);
+            assert!(
+                output.status.success(),
+                "{}",
+                String::from_utf8_lossy(&output.stderr)
+            );
+            fs::read(out).expect("the output is there")
+        };
+        let bytes = run(&out);
+        assert_eq!(bytes, run(&again));
+        let file = SafeTensors::deserialize(&bytes).expect("the output is safetensors");
+        for (name, dtype, shape) in [
+            ("loss", Dtype::F32, loss),
+            ("total", Dtype::F32, vec![]),
+            ("lse", Dtype::F32, vec![2, 4]),
+            ("predictions", Dtype::I64, vec![2, 4]),
+            ("grad_embeddings", Dtype::F32, vec![2, 4, 5]),
+            ("grad_prototypes", Dtype::F32, vec![2, 3, 5]),
+        ] {
+            let tensor = file.tensor(name).expect("promised");
+            assert_eq!(
+                (tensor.dtype(), tensor.shape()),
+                (dtype, &shape[..]),
+                "{name}"
+            );
+        }
+    }
+}
+
+#[test]
+fn prototypes_are_class_means_and_counts() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let [input, out] =
+        ["in", "out"].map(|name| folder.path().join(name).to_string_lossy().into_owned());
+    write(
+        Path::new(&input),
+        &[floats("embeddings", &[1, 4, 2]), labels(&[0, 2, 0, 2])],
+    );
+    let output = protohead(&[
+        "prototypes",
+        &input,
+        "--out",
+        &out,
+        "--classes",
+        "4",
+        "--device",
+        "cpu",
+    ]);
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let bytes = fs::read(&out).expect("the output is there");
+    let file = SafeTensors::deserialize(&bytes).expect("the output is safetensors");
+    let numbers: Vec<f32> = file
+        .tensor("prototypes")
+        .expect("promised")
+        .data()
+        .chunks_exact(4)
+        .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+        .collect();
+    // The rows are (3, 6), (0, 3), (-3, 0), (-6, -3) modulo the test's pattern.
+    let value = |i: usize| ((i * 37 + 11) % 17) as f32 - 8.0;
+    let mean = |a: usize, b: usize, d: usize| (value(a * 2 + d) + value(b * 2 + d)) / 2.0;
+    let expected = [
+        mean(0, 2, 0),
+        mean(0, 2, 1),
+        0.0,
+        0.0,
+        mean(1, 3, 0),
+        mean(1, 3, 1),
+        0.0,
+        0.0,
+    ];
+    assert_eq!(numbers, expected);
+    let counts: Vec<u8> = [2i64, 0, 2, 0]
+        .iter()
+        .flat_map(|v| v.to_le_bytes())
+        .collect();
+    assert_eq!(file.tensor("counts").expect("promised").data(), counts);
+}
+
+#[test]
+fn damaged_input_of_loss_gets_one_line_and_leaves_nothing() {
+    let with = |name: &str, tensor: Tensor<'static>| -> Vec<Tensor<'static>> {
+        let mut tensors = good();
+        tensors.retain(|t| t.0 != name);
+        tensors.push(tensor);
+        tensors
+    };
+    let mut nan = floats("embeddings", &[2, 4, 5]);
+    nan.3[4 * 7..4 * 8].copy_from_slice(&f32::NAN.to_le_bytes());
+    let without: Vec<Tensor> = good().into_iter().filter(|t| t.0 != "prototypes").collect();
+    let wrong_dtype = ("embeddings", Dtype::F64, vec![1], vec![0; 8]);
+    let cases: Vec<(Vec<Tensor>, Vec<&str>, &str)> = vec![
+        (without, vec![], "no tensor `prototypes`"),
+        (with("embeddings", nan), vec![], "not finite at [0, 1, 2]"),
+        (with("embeddings", wrong_dtype), vec![], "F64"),
+        (
+            with("embeddings", floats("embeddings", &[4, 5])),
+            vec![],
+            "shape [4, 5]",
+        ),
+        (
+            with("embeddings", floats("embeddings", &[2, 0, 5])),
+            vec![],
+            "empty",
+        ),
+        (
+            with("prototypes", floats("prototypes", &[2, 3, 4])),
+            vec![],
+            "shape [2, 3, 4]",
+        ),
+        (
+            with("labels", labels(&[0, 1])),
+            vec![],
+            "labels has shape [2], expected [4]",
+        ),
+        (
+            with("labels", labels(&[0, 1, 3, 0])),
+            vec![],
+            "label 3 of row 2",
+        ),
+        (
+            with("labels", labels(&[0, 1, 1 << 40, 0])),
+            vec![],
+            "label 1099511627776 of row 2",
+        ),
+        (good(), vec!["--active", "9"], "9 active classes"),
+        (good(), vec!["--scale", "NaN"], "scale is NaN"),
+        (
+            good(),
+            vec!["--label-smoothing", "2"],
+            "label_smoothing is 2",
+        ),
+        (
+            good(),
+            vec!["--head-weights", "1"],
+            "1 head weights for 2 heads",
+        ),
+        (good(), vec!["--device", "abacus"], "abacus"),
+        (good(), vec!["--reduction", "median"], "median"),
+    ];
+    for (tensors, options, says) in cases {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let [input, out] = ["in", "out"].map(|name| folder.path().join(name));
+        write(&input, &tensors);
+        let [input, out_name] = [&input, &out].map(|p| p.to_string_lossy().into_owned());
+        let mut arguments = vec!["loss", &input, "--out", &out_name];
+        if !options.contains(&"--device") {
+            arguments.extend(["--device", "cpu"]);
+        }
+        arguments.extend(options);
+        refused(&arguments, &out, says);
+    }
+}
+
+#[test]
+fn damaged_files_get_one_line_and_leave_nothing() {
+    for command in ["loss", "prototypes"] {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let [input, out] = ["in", "out"].map(|name| folder.path().join(name));
+        let [name, out_name] = [&input, &out].map(|p| p.to_string_lossy().into_owned());
+        refused(&[command, &name, "--out", &out_name], &out, "No such file");
+        write(&input, &good());
+        let whole = fs::read(&input).expect("just written");
+        for length in [0, 4, 40, whole.len() - 1] {
+            fs::write(&input, &whole[..length]).expect("the folder is writable");
+            refused(
+                &[command, &name, "--out", &out_name],
+                &out,
+                "not a safetensors file",
+            );
+        }
+        fs::write(&input, b"RIFF....WAVEfmt not tensors at all").expect("the folder is writable");
+        refused(
+            &[command, &name, "--out", &out_name],
+            &out,
+            "not a safetensors file",
+        );
+        let missing = folder.path().join("nowhere/out");
+        write(&input, &good());
+        let output = protohead(&[
+            command,
+            &name,
+            "--out",
+            &missing.to_string_lossy(),
+            "--device",
+            "cpu",
+        ]);
+        assert_eq!(output.status.code(), Some(2));
+        refused(&[command, &name], &out, "--out");
+        refused(&[command, "--out", &out_name], &out, "INPUT");
+    }
+}
+
+#[test]
+fn damaged_input_of_prototypes_gets_one_line_and_leaves_nothing() {
+    let cases: Vec<(Vec<Tensor>, Vec<&str>, &str)> = vec![
+        (
+            vec![floats("embeddings", &[1, 2, 2])],
+            vec![],
+            "no tensor `labels`",
+        ),
+        (vec![labels(&[0, 1])], vec![], "no tensor `embeddings`"),
+        (
+            vec![floats("embeddings", &[4]), labels(&[0, 1])],
+            vec![],
+            "shape [4]",
+        ),
+        (
+            vec![floats("embeddings", &[1, 2, 2]), labels(&[0])],
+            vec![],
+            "labels has shape [1]",
+        ),
+        (
+            vec![floats("embeddings", &[1, 2, 2]), labels(&[0, 5])],
+            vec!["--classes", "2"],
+            "the label of row 1",
+        ),
+        (
+            vec![floats("embeddings", &[1, 2, 2]), labels(&[-3, -1])],
+            vec![],
+            "not a class",
+        ),
+        (
+            vec![floats("embeddings", &[1, 2, 2]), labels(&[0, 1])],
+            vec!["--classes", "0"],
+            "at least one element",
+        ),
+    ];
+    for (tensors, options, says) in cases {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let [input, out] = ["in", "out"].map(|name| folder.path().join(name));
+        write(&input, &tensors);
+        let [input, out_name] = [&input, &out].map(|p| p.to_string_lossy().into_owned());
+        let mut arguments = vec!["prototypes", &input, "--out", &out_name, "--device", "cpu"];
+        arguments.extend(options);
+        refused(&arguments, &out, says);
+    }
+}
+
+#[test]
+fn damaged_input_of_train_gets_one_line_and_leaves_nothing() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let data = folder.path().join("data");
+    let out = folder.path().join("run");
+    let [data_name, out_name] = [&data, &out].map(|p| p.to_string_lossy().into_owned());
+    let train = |says: &str| {
+        refused(
+            &[
+                "train", "--data", &data_name, "--out", &out_name, "--device", "cpu",
+            ],
+            &out,
+            says,
+        );
+    };
+    train("No such file");
+    fs::create_dir(&data).expect("the folder is writable");
+    train("0 folders with WAV files");
+    for keyword in ["no", "yes"] {
+        fs::create_dir(data.join(keyword)).expect("the folder is writable");
+        for clip in ["a.wav", "b.wav"] {
+            fs::write(data.join(keyword).join(clip), b"RIFFnot a wav")
+                .expect("the folder is writable");
+        }
+    }
+    train("testing_list.txt must name some");
+    fs::write(data.join("testing_list.txt"), "no/b.wav\nyes/b.wav\n")
+        .expect("the folder is writable");
+    train("not a WAV file");
+    refused(
+        &["train", "--synthetic", "--epochs", "0", "--out", &out_name],
+        &out,
+        "--epochs is 0",
+    );
+    refused(
+        &[
+            "train",
+            "--synthetic",
+            "--keywords",
+            "1",
+            "--out",
+            &out_name,
+        ],
+        &out,
+        "--keywords is 1",
+    );
+    refused(&["train", "--out", &out_name], &out, "");
+    refused(
+        &["train", "--synthetic", "--tau", "x", "--out", &out_name],
+        &out,
+        "x",
+    );
+    refused(&["evaluate", &out_name], &out, "No such file");
+}

@@ -1,0 +1,258 @@
+//! The ops on Burn tensors: through fusion and autodiff they give the reference's numbers.
+
+use burn::module::Module;
+use burn::store::ModuleRecord;
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use protohead::burn::{
+    CosineHeads, CosineHeadsConfig, cosine_cross_entropy_by_row, reconstruction,
+};
+use protohead::{Error, LossOptions, cosine_cross_entropy as fused};
+use protohead_reference as reference;
+
+const SIZES: reference::Sizes = reference::Sizes {
+    heads: 3,
+    rows: 7,
+    dim: 6,
+    classes: 5,
+    active: 4,
+};
+const LABELS: [i64; 7] = [0, 3, 1, -100, 2, 2, 0];
+
+fn numbers(count: usize, seed: u64) -> Vec<f32> {
+    let mut state = seed;
+    (0..count)
+        .map(|_| {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+        })
+        .collect()
+}
+
+fn tensor<const D: usize>(values: &[f32], shape: [usize; D], device: &Device) -> Tensor<D> {
+    Tensor::from_data(TensorData::new(values.to_vec(), shape), device)
+}
+
+fn labels(device: &Device) -> Tensor<1, Int> {
+    let values: Vec<i32> = LABELS.iter().map(|&l| l as i32).collect();
+    Tensor::from_data(TensorData::new(values, [LABELS.len()]), device)
+}
+
+fn read<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+    tensor.try_into_vec_as::<f32>().expect("the device works")
+}
+
+/// f32 against f64: a few rounding errors of sums of this length.
+fn near(name: &str, ours: &[f32], truth: &[f64]) {
+    assert_eq!(ours.len(), truth.len(), "{name}");
+    let size = truth.iter().map(|v| v * v).sum::<f64>().sqrt();
+    let error = ours
+        .iter()
+        .zip(truth)
+        .map(|(&a, b)| (f64::from(a) - b).powi(2))
+        .sum::<f64>()
+        .sqrt();
+    assert!(
+        error <= 4e-6 * size + 1e-7,
+        "{name}: error {error:e} of {size:e}"
+    );
+}
+
+fn heads(device: &Device, weights: &[f32]) -> CosineHeads {
+    let mut heads = CosineHeadsConfig::new(3, 5, 6)
+        .with_active(Some(4))
+        .init(device);
+    let values = tensor(weights, [3, 5, 6], device);
+    heads.weight = heads.weight.map(|_| values.require_grad());
+    heads
+}
+
+#[test]
+fn the_module_gives_the_references_loss_gradients_and_prototypes() {
+    let device = Device::cpu().autodiff();
+    let (x, w) = (numbers(3 * 7 * 6, 1), numbers(3 * 5 * 6, 2));
+    let wide = |values: &[f32]| values.iter().map(|&v| f64::from(v)).collect::<Vec<f64>>();
+    let alphas = vec![1.0, 0.5, -2.0];
+    let options = reference::LossOptions {
+        reduction: reference::Reduction::Mean,
+        label_smoothing: 0.0,
+        ignore_index: -100,
+        head_weights: alphas.clone(),
+    };
+    let truth =
+        reference::cosine_cross_entropy(&wide(&x), &wide(&w), &LABELS, SIZES, 16.0, &options);
+    let (dx, dw) = reference::cosine_cross_entropy_backward(
+        &wide(&x),
+        &wide(&w),
+        &LABELS,
+        SIZES,
+        16.0,
+        &options,
+        &reference::Upstream::Total(1.0),
+    );
+
+    let module = heads(&device, &w);
+    let embeddings = tensor(&x, [3, 7, 6], &device).require_grad();
+    let loss_options = LossOptions {
+        head_weights: Some(alphas.iter().map(|&a| a as f32).collect()),
+        ..LossOptions::default()
+    };
+    let loss = module
+        .loss(embeddings.clone(), labels(&device), &loss_options)
+        .expect("valid");
+    loss.heads.check().expect("labels are valid");
+    near("loss", &read(loss.heads.loss.clone()), &truth.loss);
+    near("total", &read(loss.total.clone()), &[truth.total]);
+    let gradients = loss.total.backward();
+    near(
+        "dX",
+        &read(embeddings.grad(&gradients).expect("tracked")),
+        &dx,
+    );
+    near(
+        "dW",
+        &read(module.weight.val().grad(&gradients).expect("tracked")),
+        &dw,
+    );
+
+    let logits = module.forward(embeddings.clone()).expect("valid");
+    near(
+        "logits",
+        &read(logits),
+        &reference::cosine_logits(&wide(&x), &wide(&w), SIZES, 16.0),
+    );
+
+    let mut sums = reference::ClassSums::zeros(SIZES);
+    sums.add(&wide(&x), &LABELS, SIZES, false);
+    let means = reference::class_means(&sums, &wide(&w), SIZES);
+    let (replaced, counts) = module
+        .replace_prototypes(embeddings, labels(&device), 4)
+        .expect("valid");
+    near("prototypes", &read(replaced.weight.val()), &means);
+    assert_eq!(
+        counts.try_into_vec_as::<u32>().expect("the device works"),
+        sums.counts
+    );
+}
+
+#[test]
+fn an_upstream_gradient_by_row_and_frozen_embeddings_are_honoured() {
+    let device = Device::cpu().autodiff();
+    let (x, w, upstream) = (numbers(126, 3), numbers(90, 4), numbers(21, 5));
+    let wide = |values: &[f32]| values.iter().map(|&v| f64::from(v)).collect::<Vec<f64>>();
+    let options = reference::LossOptions {
+        reduction: reference::Reduction::None,
+        label_smoothing: 0.0,
+        ignore_index: -100,
+        head_weights: vec![1.0; 3],
+    };
+    let (_, dw) = reference::cosine_cross_entropy_backward(
+        &wide(&x),
+        &wide(&w),
+        &LABELS,
+        SIZES,
+        16.0,
+        &options,
+        &reference::Upstream::Loss(wide(&upstream)),
+    );
+    let embeddings = tensor(&x, [3, 7, 6], &device);
+    let weights = tensor(&w, [3, 5, 6], &device).require_grad();
+    let fused_options = fused::Options {
+        active: Some(4),
+        ..fused::Options::default()
+    };
+    let loss = cosine_cross_entropy_by_row(
+        embeddings.clone(),
+        weights.clone(),
+        labels(&device),
+        &fused_options,
+    )
+    .expect("valid");
+    let gradients = (loss.loss * tensor(&upstream, [3, 7], &device))
+        .sum()
+        .backward();
+    near("dW", &read(weights.grad(&gradients).expect("tracked")), &dw);
+    assert!(embeddings.grad(&gradients).is_none());
+}
+
+#[test]
+fn reconstruction_reaches_all_three_parts() {
+    let device = Device::cpu().autodiff();
+    let values = [6, 7, 8].map(|seed| numbers(20, seed));
+    let [whole, first, second] = values
+        .each_ref()
+        .map(|v| tensor(v, [4, 5], &device).require_grad());
+    let loss = reconstruction(whole.clone(), first.clone(), second.clone()).expect("valid");
+    let gradients = loss.mul_scalar(3.0).backward();
+    let wide = values.map(|v| v.iter().map(|&v| f64::from(v)).collect::<Vec<f64>>());
+    let (of_whole, of_part) =
+        reference::reconstruction_backward(&wide[0], &wide[1], &wide[2], 5, 3.0);
+    near(
+        "d whole",
+        &read(whole.grad(&gradients).expect("tracked")),
+        &of_whole,
+    );
+    near(
+        "d first",
+        &read(first.grad(&gradients).expect("tracked")),
+        &of_part,
+    );
+    near(
+        "d second",
+        &read(second.grad(&gradients).expect("tracked")),
+        &of_part,
+    );
+}
+
+#[test]
+fn the_modules_record_saves_and_loads() {
+    let device = Device::cpu();
+    let saved = CosineHeadsConfig::new(3, 5, 6).init(&device);
+    let bytes = saved
+        .clone()
+        .into_record()
+        .into_bytes()
+        .expect("a record has bytes");
+    let record = ModuleRecord::from_bytes(bytes).expect("the bytes are a record");
+    let loaded = CosineHeadsConfig::new(3, 5, 6)
+        .init(&device)
+        .try_load_record(record)
+        .expect("it fits");
+    assert_eq!(read(saved.weight.val()), read(loaded.weight.val()));
+}
+
+#[test]
+fn what_does_not_fit_is_refused_at_the_call() {
+    let device = Device::cpu();
+    let module = heads(&device.clone().autodiff(), &numbers(90, 2));
+    let wrong = tensor(&numbers(3 * 7 * 4, 1), [3, 7, 4], &device);
+    assert!(matches!(
+        module.forward(wrong),
+        Err(Error::Shape {
+            operand: "class weights",
+            ..
+        })
+    ));
+    assert_eq!(
+        module.clone().with_active(6).map(|_| ()),
+        Err(Error::ActiveClasses {
+            active: 6,
+            classes: 5
+        })
+    );
+    let bad: Tensor<1, Int> =
+        Tensor::from_data(TensorData::new(vec![0i32, 1, 2, 3, 9, 0, 0], [7]), &device);
+    let embeddings = tensor(&numbers(126, 1), [3, 7, 6], &device);
+    let loss = module
+        .loss(embeddings, bad, &LossOptions::default())
+        .expect("shapes fit");
+    assert_eq!(
+        loss.heads.check(),
+        Err(Error::BadLabel {
+            row: 4,
+            classes: 4,
+            rows: 1
+        })
+    );
+}

@@ -20,7 +20,7 @@ enum ReductionName {
 
 #[derive(Args)]
 pub(crate) struct Arguments {
-    /// A safetensors file with `embeddings` [H,N,D], `prototypes` [H,C,D] and `labels` [N].
+    /// A safetensors file with `embeddings [H,N,D]`, `prototypes [H,C,D]` and `labels [N]`.
     input: PathBuf,
     /// Where to write `loss`, `total`, `lse`, `predictions`, `grad_embeddings`, `grad_prototypes`.
     #[arg(long)]

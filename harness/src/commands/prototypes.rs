@@ -14,9 +14,9 @@ use crate::tensors::{TensorFile, Written};
 
 #[derive(Args)]
 pub(crate) struct Arguments {
-    /// A safetensors file with `embeddings` [H,N,D] and `labels` [N].
+    /// A safetensors file with `embeddings [H,N,D]` and `labels [N]`.
     input: PathBuf,
-    /// Where to write `prototypes` [H,K,D] and `counts` [K].
+    /// Where to write `prototypes [H,K,D]` and `counts [K]`.
     #[arg(long)]
     out: PathBuf,
     /// K; one more than the highest label if absent.

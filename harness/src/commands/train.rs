@@ -12,7 +12,7 @@ use crate::training::sessions;
 
 #[derive(Args)]
 pub(crate) struct Train {
-    /// A Speech-Commands folder: DIR/<keyword>/*.wav with testing_list.txt.
+    /// A Speech-Commands folder: `DIR/<keyword>/*.wav` with `testing_list.txt`.
     #[arg(
         long,
         value_name = "DIR",
@@ -120,7 +120,7 @@ pub(crate) fn train(arguments: &Train) -> Result<(), Error> {
         seed: arguments.seed,
     };
     let devices = arguments.device.training_devices()?;
-    eprintln!(
+    println!(
         "seed {}, {}: preparing the clips",
         config.seed,
         arguments.device.resolve()
@@ -133,7 +133,7 @@ pub(crate) fn train(arguments: &Train) -> Result<(), Error> {
         arguments.resume,
     )?;
     let protocol = run.protocol();
-    eprintln!(
+    println!(
         "{} keywords: {} base classes, {} sessions of {}; {} training and {} test clips",
         data.keywords.len(),
         protocol.base,

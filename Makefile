@@ -2,7 +2,7 @@
 export XDG_RUNTIME_DIR ?= /tmp
 cargo_flags := --release --workspace
 
-demo_flags := --synthetic --tau 1 --epochs 12 --batch 64 --voices 24 --out runs/demo
+demo_flags := --synthetic --keywords 21 --voices 30 --tau 1 --epochs 20 --batch 24 --out runs/demo
 
 .PHONY: demo help setup setup-tests build test check clean
 

@@ -385,3 +385,78 @@ fn damaged_input_of_train_gets_one_line_and_leaves_nothing() {
     );
     refused(&["evaluate", &out_name], &out, "No such file");
 }
+
+/// Trains a tiny network on synthesised keywords.
+fn train(out: &Path, epochs: &str, more: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_protohead"));
+    command
+        .args([
+            "train",
+            "--synthetic",
+            "--keywords",
+            "4",
+            "--voices",
+            "4",
+            "--tau",
+            "1",
+            "--batch",
+            "6",
+        ])
+        .args(["--device", "cpu", "--epochs", epochs, "--out"])
+        .arg(out)
+        .args(more);
+    command
+}
+
+#[test]
+fn a_run_that_was_killed_resumes_to_the_same_weights_to_the_bit() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let [straight, broken] = ["straight", "broken"].map(|name| folder.path().join(name));
+    assert!(
+        train(&straight, "3", &[])
+            .output()
+            .expect("starts")
+            .status
+            .success()
+    );
+    // Killed as soon as the first epoch is on disk.
+    let mut child = train(&broken, "3", &[])
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .expect("starts");
+    while !broken.join("metrics.jsonl").exists() {
+        assert!(
+            child.try_wait().expect("can be asked").is_none(),
+            "it ended before its first epoch"
+        );
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    child.kill().expect("can be killed");
+    child.wait().expect("can be waited for");
+    assert!(!broken.join("accuracy.json").exists());
+    let refused = train(&broken, "3", &[]).output().expect("starts");
+    assert_eq!(refused.status.code(), Some(2));
+    assert!(
+        train(&broken, "3", &["--resume"])
+            .output()
+            .expect("starts")
+            .status
+            .success()
+    );
+    for name in ["metrics.jsonl", "weights.blake3", "accuracy.json"] {
+        let [a, b] =
+            [&straight, &broken].map(|run| fs::read_to_string(run.join(name)).expect("written"));
+        assert_eq!(a, b, "{name}");
+    }
+    // Evaluating again prints the same table.
+    let evaluate = |run: &Path| {
+        let output = protohead(&["evaluate", &run.to_string_lossy(), "--device", "cpu"]);
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        output.stdout
+    };
+    assert_eq!(evaluate(&straight), evaluate(&broken));
+}

@@ -112,7 +112,8 @@ pub(crate) fn speak(seed: u64, word: &[usize], speaker: &Speaker, take: u64) -> 
         .map(|_| rng.random_range(0.09..0.15) / speaker.rate * RATE as f64)
         .collect();
     let spoken = lengths.iter().sum::<f64>().min(0.95 * CLIP as f64);
-    let start = rng.random_range(0.0..CLIP as f64 - spoken);
+    // Roughly in the middle, as recordings cut to a second are.
+    let start = (CLIP as f64 - spoken) * rng.random_range(0.35..0.65);
     let pitch = speaker.pitch * rng.random_range(0.92..1.08);
     let mut clip = vec![0.0f64; CLIP];
     let mut resonators = [Resonator::default(); 3];

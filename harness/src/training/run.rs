@@ -1,4 +1,5 @@
-//! A training run in a folder: `config.json`, `metrics.jsonl`, `curves.svg`, `checkpoint/`, `model.bpk`, `accuracy.json`.
+//! A training run in a folder: `config.json`, `metrics.jsonl`, `curves.svg`, `checkpoint/`, `model.bpk`,
+//! `weights.blake3`, `accuracy.json`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -212,6 +213,11 @@ impl Run {
             .into_bytes()
             .map_err(|e| damaged(&path, e))?;
         write_atomically(&path, &bytes)?;
+        // Records name their parameters at random; the digest is of the values alone.
+        let mut digest = Digest(blake3::Hasher::new());
+        network.visit(&mut digest);
+        let digest = format!("{}\n", digest.0.finalize().to_hex());
+        write_atomically(&self.folder.join("weights.blake3"), digest.as_bytes())?;
         let table = sessions::evaluate(&network, dataset, self.protocol, config.seed, devices)?;
         write_atomically(&self.folder.join("accuracy.json"), &to_json(&table))?;
         Ok(table)
@@ -361,6 +367,18 @@ fn progress(steps: u64) -> ProgressBar {
     }
     bar.enable_steady_tick(Duration::from_millis(500));
     bar
+}
+
+/// Hashes every value of a network: two runs with the same digest have the same weights to the bit.
+struct Digest(blake3::Hasher);
+
+impl burn::module::ModuleVisitor for Digest {
+    fn visit_float<const D: usize>(
+        &mut self,
+        param: &burn::module::Param<burn::tensor::Tensor<D>>,
+    ) {
+        self.0.update(param.val().into_data().as_bytes());
+    }
 }
 
 /// Draws every parameter now, in the order of the fields: parameters are lazy.

@@ -102,8 +102,10 @@ impl Strided {
     /// The widest vector, up to the blueprint's, that every row starts and ends on.
     pub(crate) fn vector_size(&self, blueprint: &Blueprint) -> usize {
         let columns = self.shape()[self.shape().len() - 1];
+        // A handle may begin inside its allocation, where vectors would not be aligned.
+        let offset = self.tensor.handle.offset_start.unwrap_or(0) as usize / self.dtype().size();
         let mut vector = blueprint.lanes;
-        while [columns, self.row_stride, self.outer_stride]
+        while [columns, self.row_stride, self.outer_stride, offset]
             .iter()
             .any(|length| !length.is_multiple_of(vector))
         {

@@ -197,3 +197,39 @@ fn the_fused_op_needs_no_memory_that_grows_with_rows_times_classes() {
         }
     }
 }
+
+#[test]
+fn a_handle_that_begins_inside_its_allocation_gives_the_same_logits() {
+    let Some(device) = devices().iter().find(|device| device.name == "cpu") else {
+        return; // other devices ask for their own alignment of offsets
+    };
+    let client = &device.client;
+    let (rows, dim) = (5usize, 32usize);
+    let values: Vec<f32> = (0..rows * dim + 3)
+        .map(|i| ((i * 37 + 11) % 17) as f32 - 8.0)
+        .collect();
+    let upload =
+        |values: &[f32]| client.create_from_slice(cubecl::prelude::CubeElement::as_bytes(values));
+    let inside = upload(&values).offset_start(3 * size_of::<f32>() as u64);
+    let logits = |handle| {
+        let tensor = cubecl::std::tensor::TensorHandle::new_contiguous(
+            [1, rows, dim],
+            handle,
+            Dtype::F32.elem(),
+        );
+        let inputs = protohead::cosine_logits::Inputs {
+            embeddings: tensor.clone(),
+            weights: tensor,
+        };
+        let logits =
+            protohead::cosine_logits::forward(client, &inputs, &Default::default()).expect("valid");
+        download(client, &logits)
+    };
+    let close = |a: &f64, b: &f64| (a - b).abs() < 1e-5;
+    assert!(
+        logits(inside)
+            .iter()
+            .zip(&logits(upload(&values[3..])))
+            .all(|(a, b)| close(a, b))
+    );
+}

@@ -9,7 +9,10 @@ use protohead_benches::SHAPES;
 
 /// Forward alone, and forward with both gradients; fresh inputs for every iteration, results waited for.
 fn fused(criterion: &mut Criterion) {
-    let client = cubecl::Device::default().client();
+    let device = cubecl::Device::cuda(0)
+        .or_else(|_| cubecl::Device::cpu())
+        .expect("a device");
+    let client = device.client();
     for (group_name, with_backward) in [
         ("cosine_cross_entropy_forward", false),
         ("cosine_cross_entropy", true),

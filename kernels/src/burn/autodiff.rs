@@ -10,7 +10,7 @@ use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{AutodiffBackend, Backend};
 
 use super::ops::{MaybeGrad, ProtoheadGradOps, ProtoheadOps};
-use crate::{cosine_cross_entropy as fused, cosine_logits as logits};
+use crate::{cosine_cross_entropy as fused, cosine_logits as logits, cross_entropy};
 
 #[derive(Debug)]
 struct FusedBackward;
@@ -48,6 +48,36 @@ impl<B: Backend + ProtoheadGradOps> Backward<B, 2> for FusedBackward {
             if let (Some(node), MaybeGrad::Computed(gradient)) = (parent, gradient) {
                 grads.register::<B>(node.id, gradient);
             }
+        }
+    }
+}
+
+#[derive(Debug)]
+struct CrossEntropyBackward;
+
+impl<B: Backend + ProtoheadGradOps> Backward<B, 1> for CrossEntropyBackward {
+    type State = (
+        NodeId,
+        IntTensor<B>,
+        FloatTensor<B>,
+        IntTensor<B>,
+        cross_entropy::Options,
+    );
+
+    fn backward(
+        self,
+        ops: Ops<Self::State, 1>,
+        grads: &mut Gradients,
+        checkpointer: &mut Checkpointer,
+    ) {
+        let grad = grads.consume::<B>(&ops.node);
+        let (logits, labels, lse, status, options) = ops.state;
+        let logits = checkpointer.retrieve_node_output(logits);
+        let [parent] = ops.parents;
+        if let Some(node) = parent {
+            let gradient =
+                B::protohead_cross_entropy_backward(grad, logits, labels, lse, status, options);
+            grads.register::<B>(node.id, gradient);
         }
     }
 }
@@ -176,6 +206,41 @@ impl<B: Backend + ProtoheadOps + ProtoheadGradOps, C: CheckpointStrategy> Protoh
                 )
             }
         }
+    }
+
+    fn protohead_cross_entropy(
+        logits: FloatTensor<Self>,
+        labels: IntTensor<Self>,
+        options: cross_entropy::Options,
+    ) -> (
+        FloatTensor<Self>,
+        FloatTensor<Self>,
+        IntTensor<Self>,
+        IntTensor<Self>,
+    ) {
+        let prepared = <CrossEntropyBackward as Backward<B, 1>>::prepare::<C>(
+            CrossEntropyBackward,
+            [logits.node()],
+        );
+        let (loss, lse, predictions, status) = match prepared.compute_bound().stateful() {
+            OpsKind::Tracked(mut prepared) => {
+                let saved = prepared.checkpoint(&logits);
+                let (loss, lse, predictions, status) = B::protohead_cross_entropy(
+                    logits.into_primitive(),
+                    labels.clone(),
+                    options.clone(),
+                );
+                let state = (saved, labels, lse.clone(), status.clone(), options);
+                (prepared.finish(state, loss), lse, predictions, status)
+            }
+            OpsKind::UnTracked(prepared) => {
+                let (loss, lse, predictions, status) =
+                    B::protohead_cross_entropy(logits.into_primitive(), labels, options);
+                (prepared.finish(loss), lse, predictions, status)
+            }
+        };
+        let lse = <Self as AutodiffBackend>::from_inner(lse);
+        (loss, lse, predictions, status)
     }
 
     fn protohead_logits(

@@ -14,7 +14,7 @@ use crate::class_means::{ClassSums, Options as MeansOptions};
 use crate::loss::LossOutput;
 use crate::{
     Error, Strategy, Upstream, cosine_cross_entropy as fused, cosine_logits as logits,
-    reconstruction,
+    cross_entropy, reconstruction,
 };
 
 /// The public functions have checked everything that the host can see; what is left is a bug of this crate.
@@ -88,6 +88,29 @@ impl ProtoheadOps for CubeBackend {
             tensor(&embeddings, output.lse, DType::F32),
             tensor(&embeddings, output.predictions, DType::U32),
             tensor(&embeddings, output.status, DType::U32),
+        )
+    }
+
+    fn protohead_cross_entropy(
+        z: FloatTensor<Self>,
+        rows: IntTensor<Self>,
+        options: cross_entropy::Options,
+    ) -> (
+        FloatTensor<Self>,
+        FloatTensor<Self>,
+        IntTensor<Self>,
+        IntTensor<Self>,
+    ) {
+        let inputs = cross_entropy::Inputs {
+            logits: operand(z.clone()),
+            labels: labels(rows),
+        };
+        let output = checked(cross_entropy::forward(&z.client, &inputs, &options));
+        (
+            tensor(&z, output.loss, DType::F32),
+            tensor(&z, output.lse, DType::F32),
+            tensor(&z, output.predictions, DType::U32),
+            tensor(&z, output.status, DType::U32),
         )
     }
 
@@ -176,6 +199,26 @@ impl ProtoheadGradOps for CubeBackend {
             gradient(&embeddings, gradients.embeddings),
             gradient(&embeddings, gradients.weights),
         )
+    }
+
+    fn protohead_cross_entropy_backward(
+        grad: FloatTensor<Self>,
+        z: FloatTensor<Self>,
+        rows: IntTensor<Self>,
+        lse: FloatTensor<Self>,
+        status: IntTensor<Self>,
+        options: cross_entropy::Options,
+    ) -> FloatTensor<Self> {
+        let inputs = cross_entropy::Inputs {
+            logits: operand(z.clone()),
+            labels: labels(rows),
+        };
+        let output = LossOutput::saved(handle(lse), handle(status), &inputs.labels);
+        let upstream = Upstream::Loss(handle(into_contiguous(grad)));
+        let gradient = checked(cross_entropy::backward(
+            &z.client, &inputs, &options, &output, &upstream,
+        ));
+        tensor(&z, gradient, z.dtype)
     }
 
     fn protohead_logits_backward(

@@ -15,7 +15,10 @@ pub use heads::{CosineHeads, CosineHeadsConfig, HeadsLoss};
 use burn::backend::Dispatch;
 use burn::tensor::{DType, Device, Int, Tensor};
 
-use crate::{Error, Reduction, cosine_cross_entropy as fused, cosine_logits as logits_op};
+use crate::{
+    Error, Reduction, cosine_cross_entropy as fused, cosine_logits as logits_op,
+    cross_entropy as cross_entropy_op,
+};
 use ops::ProtoheadOps;
 
 /// The result of a cross-entropy.
@@ -116,6 +119,39 @@ fn fused_loss<const D: usize>(
     })
 }
 
+/// The loss of each row of each head, `[heads, rows]`, of given `logits [heads, rows, classes]`: see
+/// [`cross_entropy`](crate::cross_entropy). The options' reduction takes no part; reduce the result.
+///
+/// # Errors
+/// A typed [`Error`] if shapes, dtypes, devices or options do not fit.
+pub fn cross_entropy_by_row(
+    logits: Tensor<3>,
+    labels: Tensor<1, Int>,
+    options: &cross_entropy_op::Options,
+) -> Result<CrossEntropy<2>, Error> {
+    cube_device(&logits.device())?;
+    let [heads, rows, active] = logits.dims();
+    not_empty("logits", &logits.dims())?;
+    float_dtype("logits", logits.dtype())?;
+    let mut options = options.clone();
+    options.loss.reduction = Reduction::None;
+    options.loss.validate(heads)?;
+    row_labels(&labels, rows)?;
+    let int = logits.device().settings().int_dtype;
+    let (loss, lse, predictions, status) = <Dispatch as ProtoheadOps>::protohead_cross_entropy(
+        logits.into_dispatch(),
+        labels.into_dispatch(),
+        options,
+    );
+    Ok(CrossEntropy {
+        loss: Tensor::from_dispatch(loss),
+        lse: Tensor::from_dispatch(lse),
+        predictions: Tensor::<2, Int>::from_dispatch(predictions).cast(int),
+        status: Tensor::from_dispatch(status),
+        active,
+    })
+}
+
 /// Logits `[heads, rows, K]`: see [`cosine_logits`](crate::cosine_logits).
 ///
 /// # Errors
@@ -155,6 +191,7 @@ pub fn reconstruction(
         }
     }
     not_empty("whole", &whole.dims())?;
+    float_dtype("whole", whole.dtype())?;
     Ok(Tensor::from_dispatch(
         <Dispatch as ProtoheadOps>::protohead_reconstruction(
             whole.into_dispatch(),
@@ -243,12 +280,7 @@ fn head_operands(
             embeddings.device()
         )));
     }
-    if !matches!(embeddings.dtype(), DType::F32 | DType::F16 | DType::BF16) {
-        return Err(Error::Device(format!(
-            "embeddings are {:?}, expected f32, f16 or bf16",
-            embeddings.dtype()
-        )));
-    }
+    float_dtype("embeddings", embeddings.dtype())?;
     if !scale.is_finite() {
         return Err(Error::Option {
             option: "scale",
@@ -261,6 +293,15 @@ fn head_operands(
         return Err(Error::ActiveClasses { active, classes });
     }
     Ok(active)
+}
+
+fn float_dtype(operand: &str, dtype: DType) -> Result<(), Error> {
+    match dtype {
+        DType::F32 | DType::F16 | DType::BF16 => Ok(()),
+        other => Err(Error::Device(format!(
+            "{operand} are {other:?}, expected f32, f16 or bf16"
+        ))),
+    }
 }
 
 fn row_labels(labels: &Tensor<1, Int>, rows: usize) -> Result<(), Error> {

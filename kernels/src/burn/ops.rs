@@ -5,7 +5,7 @@ use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, ExtensionType, backend_extension};
 use burn::tensor::{DType, Shape};
 
-use crate::{Reduction, cosine_cross_entropy as fused, cosine_logits as logits};
+use crate::{Reduction, cosine_cross_entropy as fused, cosine_logits as logits, cross_entropy};
 
 /// A gradient that was asked for, or not.
 #[derive(ExtensionType)]
@@ -30,6 +30,20 @@ pub(super) trait ProtoheadOps: Backend {
         weights: FloatTensor<Self>,
         labels: IntTensor<Self>,
         options: fused::Options,
+    ) -> (
+        FloatTensor<Self>,
+        FloatTensor<Self>,
+        IntTensor<Self>,
+        IntTensor<Self>,
+    );
+
+    /// Loss, lse, predictions, status of given logits.
+    #[fusion(meta = cross_entropy_spec)]
+    #[allow(unused_variables)]
+    fn protohead_cross_entropy(
+        logits: FloatTensor<Self>,
+        labels: IntTensor<Self>,
+        options: cross_entropy::Options,
     ) -> (
         FloatTensor<Self>,
         FloatTensor<Self>,
@@ -81,6 +95,17 @@ pub(super) trait ProtoheadGradOps: Backend {
         need: [bool; 2],
     ) -> (MaybeGrad<Self>, MaybeGrad<Self>);
 
+    #[fusion(meta = cross_entropy_grad_spec)]
+    #[allow(unused_variables)]
+    fn protohead_cross_entropy_backward(
+        grad: FloatTensor<Self>,
+        logits: FloatTensor<Self>,
+        labels: IntTensor<Self>,
+        lse: FloatTensor<Self>,
+        status: IntTensor<Self>,
+        options: cross_entropy::Options,
+    ) -> FloatTensor<Self>;
+
     #[fusion(meta = logits_grad_spec)]
     #[allow(unused_variables)]
     fn protohead_logits_backward(
@@ -109,9 +134,36 @@ fn fused_spec(
     _labels: &TensorSpec,
     options: &fused::Options,
 ) -> (TensorSpec, TensorSpec, TensorSpec, TensorSpec) {
-    let (heads, rows) = (embeddings.shape[0], embeddings.shape[1]);
+    loss_spec(embeddings, options.loss.reduction)
+}
+
+fn cross_entropy_spec(
+    logits: &TensorSpec,
+    _labels: &TensorSpec,
+    options: &cross_entropy::Options,
+) -> (TensorSpec, TensorSpec, TensorSpec, TensorSpec) {
+    loss_spec(logits, options.loss.reduction)
+}
+
+fn cross_entropy_grad_spec(
+    _grad: &TensorSpec,
+    logits: &TensorSpec,
+    _labels: &TensorSpec,
+    _lse: &TensorSpec,
+    _status: &TensorSpec,
+    _options: &cross_entropy::Options,
+) -> TensorSpec {
+    logits.clone()
+}
+
+/// Of an operand `[heads, rows, ..]`.
+fn loss_spec(
+    operand: &TensorSpec,
+    reduction: Reduction,
+) -> (TensorSpec, TensorSpec, TensorSpec, TensorSpec) {
+    let (heads, rows) = (operand.shape[0], operand.shape[1]);
     let by_row = Shape::new([heads, rows]);
-    let loss = match options.loss.reduction {
+    let loss = match reduction {
         Reduction::None => by_row.clone(),
         Reduction::Sum | Reduction::Mean => Shape::new([heads]),
     };

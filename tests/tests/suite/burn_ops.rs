@@ -4,7 +4,8 @@ use burn::module::Module;
 use burn::store::ModuleRecord;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use protohead::burn::{
-    CosineHeads, CosineHeadsConfig, cosine_cross_entropy_by_row, reconstruction,
+    CosineHeads, CosineHeadsConfig, cosine_cross_entropy_by_row, cross_entropy_by_row,
+    reconstruction,
 };
 use protohead::{Error, LossOptions, cosine_cross_entropy as fused};
 use protohead_reference as reference;
@@ -174,6 +175,35 @@ fn an_upstream_gradient_by_row_and_frozen_embeddings_are_honoured() {
         .backward();
     near("dW", &read(weights.grad(&gradients).expect("tracked")), &dw);
     assert!(embeddings.grad(&gradients).is_none());
+}
+
+#[test]
+fn cross_entropy_of_given_logits_reaches_them() {
+    let device = Device::cpu().autodiff();
+    let (z, upstream) = (numbers(3 * 7 * 4, 9), numbers(21, 5));
+    let wide = |values: &[f32]| values.iter().map(|&v| f64::from(v)).collect::<Vec<f64>>();
+    let options = reference::LossOptions {
+        reduction: reference::Reduction::None,
+        label_smoothing: 0.0,
+        ignore_index: -100,
+        head_weights: vec![1.0; 3],
+    };
+    let truth = reference::cross_entropy(&wide(&z), &LABELS, SIZES, &options);
+    let dz = reference::cross_entropy_backward(
+        &wide(&z),
+        &LABELS,
+        SIZES,
+        &options,
+        &reference::Upstream::Loss(wide(&upstream)),
+    );
+    let logits = tensor(&z, [3, 7, 4], &device).require_grad();
+    let loss =
+        cross_entropy_by_row(logits.clone(), labels(&device), &Default::default()).expect("valid");
+    near("loss", &read(loss.loss.clone()), &truth.loss);
+    let gradients = (loss.loss * tensor(&upstream, [3, 7], &device))
+        .sum()
+        .backward();
+    near("dz", &read(logits.grad(&gradients).expect("tracked")), &dz);
 }
 
 #[test]

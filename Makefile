@@ -22,7 +22,7 @@ demo: build ## train on synthesised keywords and print the table of accuracies
 	rm -rf runs/demo
 	$${CARGO_TARGET_DIR:-target}/release/protohead train $(demo_flags)
 
-test: setup-tests ## all tests, on every device of this machine
+test: setup-tests ## all tests, on the CPU and on whatever Vulkan driver there is
 	cargo test $(cargo_flags)
 
 check: setup-tests ## formatting, lints, documentation, tests: what CI runs

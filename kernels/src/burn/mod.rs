@@ -3,7 +3,8 @@
 //!
 //! They run on every CubeCL device (with the crate's features `cpu`, `cuda` and `wgpu`), with Burn's fusion on or
 //! off. Shapes and options are checked at the call and returned as an [`Error`]; labels are data on the
-//! device, so a bad one is counted and reported by [`CrossEntropy::check`].
+//! device, so a bad one is counted and reported by [`CrossEntropy::check`]. The device picks the variant: an option's
+//! strategy takes no part.
 
 mod autodiff;
 mod cube;
@@ -16,7 +17,7 @@ use burn::backend::Dispatch;
 use burn::tensor::{DType, Device, Int, Tensor};
 
 use crate::{
-    Error, Reduction, cosine_cross_entropy as fused, cosine_logits as logits_op,
+    Error, Reduction, Strategy, cosine_cross_entropy as fused, cosine_logits as logits_op,
     cross_entropy as cross_entropy_op,
 };
 use ops::ProtoheadOps;
@@ -108,7 +109,10 @@ fn fused_loss<const D: usize>(
         embeddings.into_dispatch(),
         weights.into_dispatch(),
         labels.into_dispatch(),
-        options.clone(),
+        fused::Options {
+            strategy: Strategy::Inferred,
+            ..options.clone()
+        },
     );
     Ok(CrossEntropy {
         loss: Tensor::from_dispatch(loss),
@@ -135,6 +139,7 @@ pub fn cross_entropy_by_row(
     float_dtype("logits", logits.dtype())?;
     let mut options = options.clone();
     options.loss.reduction = Reduction::None;
+    options.strategy = Strategy::Inferred;
     options.loss.validate(heads)?;
     row_labels(&labels, rows)?;
     let int = logits.device().settings().int_dtype;
@@ -166,7 +171,10 @@ pub fn cosine_logits(
         <Dispatch as ProtoheadOps>::protohead_logits(
             embeddings.into_dispatch(),
             weights.into_dispatch(),
-            options.clone(),
+            logits_op::Options {
+                strategy: Strategy::Inferred,
+                ..options.clone()
+            },
         ),
     ))
 }
@@ -188,6 +196,15 @@ pub fn reconstruction(
                 got: part.dims().to_vec(),
                 expected: format!("{:?} and {:?}, like the whole", whole.dims(), whole.dtype()),
             });
+        }
+    }
+    for part in [&first, &second] {
+        if part.device() != whole.device() {
+            return Err(Error::Device(format!(
+                "a part is on {:?}, the whole on {:?}",
+                part.device(),
+                whole.device()
+            )));
         }
     }
     not_empty("whole", &whole.dims())?;

@@ -253,6 +253,29 @@ fn the_modules_record_saves_and_loads() {
 }
 
 #[test]
+fn a_strategy_that_the_device_cannot_run_takes_no_part() {
+    let device = Device::cpu();
+    let embeddings = tensor(&numbers(126, 1), [3, 7, 6], &device);
+    let weights = tensor(&numbers(90, 2), [3, 5, 6], &device);
+    let by = |strategy| {
+        let options = fused::Options {
+            active: Some(4),
+            strategy,
+            ..fused::Options::default()
+        };
+        let loss = cosine_cross_entropy_by_row(
+            embeddings.clone(),
+            weights.clone(),
+            labels(&device),
+            &options,
+        );
+        read(loss.expect("valid").loss)
+    };
+    let forced = protohead::Strategy::Forced(protohead::Variant::Plane);
+    assert_eq!(by(protohead::Strategy::Inferred), by(forced));
+}
+
+#[test]
 fn what_does_not_fit_is_refused_at_the_call() {
     let device = Device::cpu();
     let module = heads(&device.clone().autodiff(), &numbers(90, 2));

@@ -4,7 +4,7 @@
 #
 #   scripts/make-speech.sh DIR [SPEEDS_AND_PITCHES]
 #
-# 14 keywords; 17 voices to train on and 6 others to test on, each at so many speeds and pitches (3 if not given).
+# 14 keywords; 48 voices to train on, and 6 others to test on, each at so many speeds and pitches (3 if not given).
 set -euo pipefail
 
 [ $# -ge 1 ] || { echo "usage: make-speech.sh DIR [SPEEDS_AND_PITCHES]" >&2; exit 2; }
@@ -14,21 +14,33 @@ command -v espeak-ng >/dev/null || { echo "make-speech: install espeak-ng first 
 
 keywords=(yes no up down left right on off stop go happy seven marvin wow)
 train=(en-us+m1 en-us+m2 en-us+m3 en-us+m4 en-us+m5 en-us+f1 en-us+f2 en-us+f3 en-gb+m1 en-gb+m3 en-gb+m4 en-gb+f1 en-gb+f2
-  en-gb+f4 en-gb-x-rp+m2 en-gb-x-rp+f3 en-us+croak)
+  en-gb-x-rp+m2 en-gb-x-rp+f3 en-us+croak en-gb-scotland+m2 en-gb-scotland+f1 en-us+klatt en-gb+klatt3 en-us+klatt4
+  en-us+adam en-gb+anika en-us+antonio en-gb+aunty en-us+belinda en-gb+benjamin en-us+boris en-gb+caleb en-us+david en-gb+ed
+  en-us+edward en-gb+gustave en-us+john en-gb+linda en-us+max en-gb+michel en-us+paul en-gb+pedro en-us+quincy en-gb+rob
+  en-us+robert en-gb+shelby en-us+steph en-gb+travis en-us+victor en-gb+zac en-us+Alicia)
 test=(en-us+m7 en-us+f4 en-gb+m6 en-gb+f5 en-gb-scotland+m8 en-us+klatt2)
 
 mkdir -p "$out"
 : >"$out/testing_list.txt"
+
+speak() { # keyword, voice, take
+  # Speeds from 120 to 200 words a minute, pitches from 30 to 70.
+  local speed=$((120 + ($3 * 53 + ${#2} * 17) % 80)) pitch=$((30 + ($3 * 29 + ${#2} * 11) % 40))
+  name="${2//+/_}_$3.wav"
+  espeak-ng -v "$2" -s "$speed" -p "$pitch" -w "$out/$1/$name" "$1"
+}
+
 for keyword in "${keywords[@]}"; do
   mkdir -p "$out/$keyword"
-  for voice in "${train[@]}" "${test[@]}"; do
+  for voice in "${train[@]}"; do
     for ((take = 0; take < takes; take++)); do
-      name="${voice//+/_}_$take.wav"
-      # Speeds from 120 to 200 words a minute, pitches from 30 to 70.
-      speed=$((120 + (take * 53 + ${#voice} * 17) % 80))
-      pitch=$((30 + (take * 29 + ${#voice} * 11) % 40))
-      espeak-ng -v "$voice" -s "$speed" -p "$pitch" -w "$out/$keyword/$name" "$keyword"
-      case " ${test[*]} " in *" $voice "*) echo "$keyword/$name" >>"$out/testing_list.txt" ;; esac
+      speak "$keyword" "$voice" "$take"
+    done
+  done
+  for voice in "${test[@]}"; do
+    for ((take = 0; take < takes; take++)); do
+      speak "$keyword" "$voice" "$take"
+      echo "$keyword/$name" >>"$out/testing_list.txt"
     done
   done
 done

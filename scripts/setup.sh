@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What a build and its tests need beside Rust: LLVM for CubeCL's CPU and CUDA compilers, and a software Vulkan
-# driver on which the tests run the GPU-shaped kernels. Installs what is missing, says what, and does
+# What a build and its tests need beside Rust: LLVM for CubeCL's CPU and CUDA compilers; espeak-ng, which speaks the
+# keywords that a test trains on, and a software Vulkan driver on which the tests run the GPU-shaped kernels. Installs what is missing, says what, and does
 # nothing the second time.
 set -euo pipefail
 
@@ -54,6 +54,9 @@ WRAPPER
   fi
 fi
 
+if [ "${1:-}" = "--tests" ] && ! command -v espeak-ng >/dev/null; then
+  apt_install espeak-ng || fail "the tests train on speech that espeak-ng makes, and it could not be installed"
+fi
 if [ "${1:-}" = "--tests" ] && ! ls /usr/share/vulkan/icd.d/*.json >/dev/null 2>&1; then
   apt_install mesa-vulkan-drivers libvulkan1 ||
     echo "setup: no Vulkan driver could be installed: the tests will skip wgpu and say so" >&2

@@ -12,9 +12,9 @@ use crate::error::Error;
 /// The shape of a kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Variant {
-    /// One unit owns register tiles and shares nothing: the CPU's shape, and the fallback everywhere.
+    /// One unit a core owns register tiles: the CPU's shape, on CPU devices only.
     Unit,
-    /// A cube of 256 units shares tiles in shared memory: the GPU's shape.
+    /// A cube of 256 units shares tiles in shared memory: the GPU's shape, on every GPU that WebGPU admits.
     Plane,
 }
 
@@ -53,8 +53,8 @@ pub(crate) struct Blueprint {
     pub tile_rows: usize,
     /// The plane variant's register tile is `micro × micro` a unit.
     pub micro: usize,
-    cubes: usize,
-    units: usize,
+    /// Units of a cube.
+    pub units: usize,
 }
 
 impl Blueprint {
@@ -66,33 +66,24 @@ impl Blueprint {
         };
         let variant = match strategy {
             Strategy::Forced(variant) => variant,
-            Strategy::Inferred if fits(2) => Variant::Plane,
-            Strategy::Inferred => Variant::Unit,
+            Strategy::Inferred if hardware.num_cpu_cores.is_some() => Variant::Unit,
+            Strategy::Inferred => Variant::Plane,
         };
         match variant {
             Variant::Unit => {
-                // The unit kernels read one buffer both as scalars and as vectors, which WGSL cannot: as a fallback on
-                // a GPU they are scalar.
-                let lanes = match hardware.num_cpu_cores {
-                    Some(_) => (hardware.load_width as usize / 32)
-                        .min(hardware.max_vector_size)
-                        .clamp(1, 16),
-                    None => 1,
-                };
+                let cores = hardware.num_cpu_cores.ok_or(Error::NoCpu)?;
+                let lanes = (hardware.load_width as usize / 32)
+                    .min(hardware.max_vector_size)
+                    .clamp(1, 16);
                 let lanes = 1 << lanes.ilog2();
                 let registers = hardware.vector_register_count.unwrap_or(16);
                 let tile_rows = if registers >= 32 { 8 } else { 4 };
-                let (cubes, units) = match hardware.num_cpu_cores {
-                    Some(cores) => (1, cores.min(hardware.max_units_per_cube)),
-                    None => (32, 32.min(hardware.max_units_per_cube)),
-                };
                 Ok(Self {
                     variant,
                     lanes,
                     tile_rows: tile_rows.min(lanes * crate::packing::unit::TILE_VECTORS),
                     micro: 0,
-                    cubes,
-                    units: units.max(1) as usize,
+                    units: cores.min(hardware.max_units_per_cube).max(1) as usize,
                 })
             }
             Variant::Plane if fits(2) => Ok(Self {
@@ -100,7 +91,6 @@ impl Blueprint {
                 lanes: 1,
                 tile_rows: 0,
                 micro: if fits(4) { 4 } else { 2 },
-                cubes: 0,
                 units: PLANE_UNITS,
             }),
             Variant::Plane => Err(Error::Variant {
@@ -121,17 +111,9 @@ impl Blueprint {
         }
     }
 
-    /// Units of the whole unit-variant grid.
-    pub(crate) fn total_units(&self) -> usize {
-        self.cubes * self.units
-    }
-
-    /// The fixed grid of a unit variant, whose units stride over the work.
+    /// The grid of a unit variant: one cube, a unit a core, striding over the work. Its units meet at barriers.
     pub(crate) fn unit_grid(&self) -> (CubeCount, CubeDim) {
-        (
-            CubeCount::new_1d(self.cubes as u32),
-            CubeDim::new_1d(self.units as u32),
-        )
+        (CubeCount::new_single(), CubeDim::new_1d(self.units as u32))
     }
 }
 

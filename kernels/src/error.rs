@@ -98,6 +98,9 @@ pub enum Error {
         /// The shared memory a cube may have.
         memory: usize,
     },
+    /// The unit variant was forced on a device that is no CPU.
+    #[error("the unit variant runs on CPU devices only")]
+    NoCpu,
     /// A label is neither a class nor ignored.
     #[error(
         "label {label} of row {row} is not a class below {active} ({rows} row(s) with such a label)"

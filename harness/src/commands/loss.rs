@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
-use protohead::cosine_cross_entropy::{Inputs, Options, backward, forward};
+use protohead::cosine_cross_entropy::{Inputs, Options, forward_backward};
 use protohead::{LossOptions, Reduction, Strategy, Upstream};
 
 use crate::device::DeviceName;
@@ -71,10 +71,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Error> {
         },
         strategy: Strategy::Inferred,
     };
-    let output = forward(&client, &inputs, &options)?;
-    let total = output.read_total(&client)?;
     let upstream = Upstream::Total(1.0);
-    let gradients = backward(&client, &inputs, &options, &output, &upstream, true, true)?;
+    let (output, gradients) = forward_backward(&client, &inputs, &options, &upstream, true, true)?;
+    let total = output.read_total(&client)?;
     let mut written = Written::default();
     written.floats(&client, "loss", &output.loss, output.loss.shape())?;
     written.floats(&client, "total", &output.total, &[])?;

@@ -42,7 +42,7 @@ pub(crate) struct Train {
     #[arg(long, default_value_t = 16.0)]
     scale: f64,
     /// The highest learning rate, before cosine decay.
-    #[arg(long, default_value_t = 0.1)]
+    #[arg(long, default_value_t = 0.004)]
     learning_rate: f64,
     /// Weight of the reconstruction loss.
     #[arg(long, default_value_t = 1.0)]
@@ -88,24 +88,6 @@ fn dataset(config: &RunConfig, folder: Option<&Path>, run: &Path) -> Result<Data
 }
 
 pub(crate) fn train(arguments: &Train) -> Result<(), Error> {
-    for (option, value) in [
-        ("epochs", arguments.epochs),
-        ("batch", arguments.batch),
-        ("tau", arguments.tau),
-        ("voices", arguments.voices),
-    ] {
-        if value == 0 {
-            return Err(Error::Usage(format!(
-                "--{option} is 0, expected at least 1"
-            )));
-        }
-    }
-    if !(2..=200).contains(&arguments.keywords) {
-        return Err(Error::Usage(format!(
-            "--keywords is {}, expected 2 to 200",
-            arguments.keywords
-        )));
-    }
     let config = RunConfig {
         data: arguments.data.clone(),
         synthetic_voices: arguments.voices,
@@ -119,6 +101,9 @@ pub(crate) fn train(arguments: &Train) -> Result<(), Error> {
         lambda_shuffled: arguments.lambda_shuffled,
         seed: arguments.seed,
     };
+    config
+        .validate()
+        .map_err(|reason| Error::Usage(format!("--{reason}")))?;
     let devices = arguments.device.training_devices()?;
     println!(
         "seed {}, {}: preparing the clips",

@@ -37,15 +37,38 @@ pub(crate) struct RunConfig {
     pub seed: u64,
 }
 
-/// One line of the metrics.
+impl RunConfig {
+    /// What no run can have, whether it was asked for or read from a damaged file.
+    pub(crate) fn validate(&self) -> Result<(), String> {
+        for (option, value) in [
+            ("epochs", self.epochs),
+            ("batch", self.batch),
+            ("tau", self.tau),
+            ("voices", self.synthetic_voices),
+        ] {
+            if value == 0 {
+                return Err(format!("{option} is 0, expected at least 1"));
+            }
+        }
+        if !(2..=200).contains(&self.synthetic_keywords) {
+            return Err(format!(
+                "keywords is {}, expected 2 to 200",
+                self.synthetic_keywords
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// One line of the metrics. In f32, since a resumed run reads and writes them again: JSON's reader may miss the last bit of an f64.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct EpochMetrics {
     epoch: usize,
-    learning_rate: f64,
-    loss: f64,
-    classification: f64,
-    reconstruction: f64,
-    accuracy: f64,
+    learning_rate: f32,
+    loss: f32,
+    classification: f32,
+    reconstruction: f32,
+    accuracy: f32,
 }
 
 /// A run's folder.
@@ -196,11 +219,11 @@ impl Run {
             }
             metrics.push(EpochMetrics {
                 epoch: epoch + 1,
-                learning_rate: rate,
-                loss: sums[0],
-                classification: sums[1],
-                reconstruction: sums[2],
-                accuracy: 100.0 * correct as f64 / rows as f64,
+                learning_rate: rate as f32,
+                loss: sums[0] as f32,
+                classification: sums[1] as f32,
+                reconstruction: sums[2] as f32,
+                accuracy: 100.0 * correct as f32 / rows as f32,
             });
             self.save(&network, &optimizer, &metrics)?;
         }
@@ -324,10 +347,18 @@ fn plot(
     metrics: &[EpochMetrics],
 ) -> Result<(), Box<dyn std::error::Error>> {
     area.fill(&WHITE)?;
-    let highest = metrics.iter().map(|m| m.loss).fold(0.1, f64::max);
+    let highest = metrics
+        .iter()
+        .map(|m| f64::from(m.loss))
+        .fold(0.1, f64::max);
     for (half, name, top, value) in [
-        (0, "loss", highest, (|m| m.loss) as fn(&EpochMetrics) -> f64),
-        (1, "training accuracy, %", 100.0, |m| m.accuracy),
+        (
+            0,
+            "loss",
+            highest,
+            (|m| f64::from(m.loss)) as fn(&EpochMetrics) -> f64,
+        ),
+        (1, "training accuracy, %", 100.0, |m| f64::from(m.accuracy)),
     ] {
         let panels = area.split_evenly((2, 1));
         let mut chart = ChartBuilder::on(&panels[half])
@@ -348,7 +379,9 @@ fn plot(
 
 fn read_config(path: &Path) -> Result<RunConfig, Error> {
     let bytes = fs::read(path).map_err(io(path))?;
-    serde_json::from_slice(&bytes).map_err(|error| damaged(path, error))
+    let config: RunConfig = serde_json::from_slice(&bytes).map_err(|error| damaged(path, error))?;
+    config.validate().map_err(|reason| damaged(path, reason))?;
+    Ok(config)
 }
 
 fn optimizer() -> ModuleOptimizer {

@@ -45,10 +45,12 @@ pub struct ClassSums {
     pub counts: TensorHandle,
     /// u32, `[2]`: rows whose label was neither a class nor ignored, and the first of them in its batch.
     pub status: TensorHandle,
+    /// Nothing was added yet: sums and carries are unspecified, and stand for zeros.
+    fresh: bool,
 }
 
 impl ClassSums {
-    /// Of no rows: `heads × classes × dim` zeros.
+    /// Of no rows, for `heads × classes × dim`.
     ///
     /// # Errors
     /// [`Error::Empty`] if a size is zero, [`Error::TooLarge`] if the sums pass 32-bit addresses.
@@ -61,14 +63,14 @@ impl ClassSums {
             });
         }
         addressable("class sums", heads as u128 * classes as u128 * dim as u128)?;
-        let elements = heads * classes * dim;
         let zeros =
             |count: usize| client.create(cubecl::bytes::Bytes::from_elems(vec![0u32; count]));
         Ok(Self {
-            sums: TensorHandle::new_contiguous(shape, zeros(elements), F32),
-            carries: TensorHandle::new_contiguous(shape, zeros(elements), F32),
+            sums: empty(client, shape, F32),
+            carries: empty(client, shape, F32),
             counts: TensorHandle::new_contiguous([classes], zeros(classes), U32),
             status: TensorHandle::new_contiguous([2], zeros(2), U32),
+            fresh: true,
         })
     }
 
@@ -111,12 +113,14 @@ impl ClassSums {
             embeddings: &embeddings,
             labels: &labels,
             sums: self,
+            fresh: self.fresh,
             options,
         };
         match blueprint.variant {
             Variant::Unit => unit::launch(&call),
             Variant::Plane => plane::launch(&call),
         }
+        self.fresh = false;
         Ok(())
     }
 
@@ -137,6 +141,9 @@ impl ClassSums {
                 expected: format!("{:?}", self.dims()),
             });
         }
+        if other.fresh {
+            return Ok(());
+        }
         let blueprint = Blueprint::new(client, strategy)?;
         let [heads, classes, dim] = self.dims();
         let (count, cube) = elementwise(client, &blueprint, heads * classes * dim);
@@ -154,8 +161,10 @@ impl ClassSums {
                 whole(&other.carries, 1),
                 whole(&other.counts, 1),
                 whole(&other.status, 1),
+                self.fresh,
             );
         }
+        self.fresh = false;
         Ok(())
     }
 
@@ -182,6 +191,10 @@ impl ClassSums {
             });
         }
         let out = empty(client, [heads, stored, dim], weights.dtype());
+        let vector = match blueprint.variant {
+            Variant::Unit => weights.vector_size(&blueprint),
+            Variant::Plane => 1,
+        };
         let (count, cube) = elementwise(client, &blueprint, heads * stored * dim);
         // SAFETY: `Strided` proved the weights, the sums are [heads, classes ≤ stored, dim].
         unsafe {
@@ -189,15 +202,16 @@ impl ClassSums {
                 client,
                 count,
                 cube,
-                whole(&self.sums, 1),
-                whole(&self.carries, 1),
+                vector,
+                whole(&self.sums, vector),
+                whole(&self.carries, vector),
                 whole(&self.counts, 1),
-                weights.buffer_arg(1),
-                weights.strides_arg(1),
-                whole(&out, 1),
+                weights.buffer_arg(vector),
+                weights.strides_arg(vector),
+                whole(&out, vector),
                 classes,
                 stored,
-                dim,
+                dim / vector,
                 weights.dtype(),
             );
         }
@@ -231,6 +245,8 @@ pub(super) struct AccumulateCall<'a> {
     pub embeddings: &'a Strided, // [heads, rows, dim]
     pub labels: &'a Labels,
     pub sums: &'a ClassSums,
+    /// The sums begin with zeros, whatever is in them.
+    pub fresh: bool,
     pub options: &'a Options,
 }
 
@@ -254,14 +270,20 @@ fn merge(
     other_carries: &[f32],
     other_counts: &[u32],
     other_status: &[u32],
+    #[comptime] fresh: bool,
 ) {
     let step = CUBE_COUNT * CUBE_DIM as usize;
     let mut i = ABSOLUTE_POS;
     while i < sums.len() {
-        let corrected = (other_sums[i] - other_carries[i]) - carries[i];
-        let next = sums[i] + corrected;
-        carries[i] = (next - sums[i]) - corrected;
-        sums[i] = next;
+        if comptime!(fresh) {
+            sums[i] = other_sums[i];
+            carries[i] = other_carries[i];
+        } else {
+            let corrected = (other_sums[i] - other_carries[i]) - carries[i];
+            let next = sums[i] + corrected;
+            carries[i] = (next - sums[i]) - corrected;
+            sums[i] = next;
+        }
         i += step;
     }
     let mut class = ABSOLUTE_POS;
@@ -278,29 +300,30 @@ fn merge(
 }
 
 #[cube(launch_unchecked)]
-fn write_means<F: Float>(
-    sums: &[f32],    // [heads, classes, dim]
-    carries: &[f32], // [heads, classes, dim]
-    counts: &[u32],  // [classes]
-    weights: &[F],   // [heads, stored, dim]
+fn write_means<F: Float, N: Size>(
+    sums: &[Vector<f32, N>],    // [heads, classes, dim]
+    carries: &[Vector<f32, N>], // [heads, classes, dim]
+    counts: &[u32],             // [classes]
+    weights: &[Vector<F, N>],   // [heads, stored, dim]
     strides: RowStrides,
-    out: &mut [F], // [heads, stored, dim]
+    out: &mut [Vector<F, N>], // [heads, stored, dim]
     classes: usize,
     stored: usize,
-    dim: usize,
+    columns: usize, // vectors of a row
     #[define(F)] _dtype: ElemType,
 ) {
     let mut i = ABSOLUTE_POS;
     while i < out.len() {
-        let d = i % dim;
-        let class = i / dim % stored;
-        let head = i / dim / stored;
+        let d = i % columns;
+        let class = i / columns % stored;
+        let head = i / columns / stored;
         let mut value = weights[head * strides.head + class * strides.row + d];
         if class < classes {
             let count = counts[class];
             if count > 0 {
-                let at = (head * classes + class) * dim + d;
-                value = F::cast_from((sums[at] - carries[at]) / f32::cast_from(count));
+                let at = (head * classes + class) * columns + d;
+                let count = Vector::<f32, N>::new(f32::cast_from(count));
+                value = Vector::<F, N>::cast_from((sums[at] - carries[at]) / count);
             }
         }
         out[i] = value;

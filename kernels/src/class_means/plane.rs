@@ -76,6 +76,7 @@ pub(super) fn launch(call: &AccumulateCall) {
             dim,
             classes,
             call.options.normalize,
+            call.fresh,
             call.embeddings.dtype(),
         );
     }
@@ -214,6 +215,7 @@ fn sum<F: Float>(
     dim: usize,
     classes: usize,
     #[comptime] normalize: bool,
+    #[comptime] fresh: bool,
     #[define(F)] _dtype: ElemType,
 ) {
     if CUBE_POS >= heads * classes {
@@ -228,6 +230,14 @@ fn sum<F: Float>(
         start = histograms[BLOCKS * classes + class - 1];
     }
     let end = histograms[BLOCKS * classes + class];
+    if comptime!(fresh) {
+        let mut d = unit;
+        while d < dim {
+            sums[CUBE_POS * dim + d] = 0.0;
+            carries[CUBE_POS * dim + d] = 0.0;
+            d += PLANE_UNITS;
+        }
+    }
     for place in start as usize..end as usize {
         let source = head * strides.head + order[place] as usize * strides.row;
         let mut inverse = 1.0f32.runtime();

@@ -1,14 +1,21 @@
-//! A unit owns some columns of every class of a head, and walks the rows once. Linear in the rows, independent
-//! of the number of classes.
+//! Rows are first sorted by class, stably, then each unit sums the rows of its classes in registers: every embedding is read
+//! once, every sum touched once, whatever the number of classes is.
+//!
+//! Bytes: `4·H·(N + 2K)·D` for f32 (embeddings, sums and carries), and 4·(N + K) for the order.
 
 use cubecl::prelude::*;
 
 use super::launch::AccumulateCall;
 use crate::loss::target::{INVALID, LabelRule, is_class, label_rule, target_of};
+use crate::math::span::share;
 use crate::operand::whole;
 use crate::packing::unit::{EPSILON, RowStrides};
 
+/// Vectors of columns that are summed together: with their carries they fill half of the vector registers.
+const COLUMNS: usize = 8;
+
 pub(super) fn launch(call: &AccumulateCall) {
+    let client = call.client;
     let [heads, rows, dim] = call.embeddings.dims3();
     let classes = call.sums.counts.shape()[0];
     let vector = call.embeddings.vector_size(call.blueprint);
@@ -20,12 +27,14 @@ pub(super) fn launch(call: &AccumulateCall) {
     } else {
         1
     };
-    let inverse = call.client.empty(norms * size_of::<f32>());
+    let inverse = client.empty(norms * size_of::<f32>());
+    let order = client.empty(rows * size_of::<u32>());
+    let ends = client.empty(classes * size_of::<u32>());
     // SAFETY: `Strided` proved the embeddings, labels have `rows` elements, the sums are [heads, classes, dim].
     unsafe {
         if call.options.normalize {
             inverse_norms::launch_unchecked(
-                call.client,
+                client,
                 count.clone(),
                 cube,
                 vector,
@@ -39,7 +48,7 @@ pub(super) fn launch(call: &AccumulateCall) {
             );
         }
         accumulate::launch_unchecked(
-            call.client,
+            client,
             count,
             cube,
             vector,
@@ -47,6 +56,8 @@ pub(super) fn launch(call: &AccumulateCall) {
             call.embeddings.strides_arg(vector),
             call.labels.buffer_arg(),
             BufferArg::from_raw_parts(inverse, norms),
+            BufferArg::from_raw_parts(order, rows),
+            BufferArg::from_raw_parts(ends, classes),
             whole(&call.sums.sums, vector),
             whole(&call.sums.carries, vector),
             whole(&call.sums.counts, 1),
@@ -57,6 +68,7 @@ pub(super) fn launch(call: &AccumulateCall) {
             classes,
             rule,
             call.options.normalize,
+            call.fresh,
             call.embeddings.dtype(),
             call.labels.dtype(),
         );
@@ -64,7 +76,7 @@ pub(super) fn launch(call: &AccumulateCall) {
 }
 
 #[cube(launch_unchecked)]
-pub(super) fn inverse_norms<F: Float, N: Size>(
+fn inverse_norms<F: Float, N: Size>(
     embeddings: &[Vector<F, N>],
     strides: RowStrides,
     inverse: &mut [f32], // [heads, rows]
@@ -73,17 +85,15 @@ pub(super) fn inverse_norms<F: Float, N: Size>(
     dim: usize,
     #[define(F)] _dtype: ElemType,
 ) {
-    let lanes = N::value();
-    let mut at = ABSOLUTE_POS;
-    while at < heads * rows {
+    let mine = share(0, heads * rows);
+    for at in mine.start..mine.end {
         let from = at / rows * strides.head + at % rows * strides.row;
         let mut squares = Vector::<f32, N>::new(0.0);
-        for d in 0..dim / lanes {
+        for d in 0..dim / N::value() {
             let value = Vector::<f32, N>::cast_from(embeddings[from + d]);
             squares = fma(value, value, squares);
         }
         inverse[at] = 1.0 / max(squares.vector_sum().sqrt(), EPSILON);
-        at += CUBE_COUNT * CUBE_DIM as usize;
     }
 }
 
@@ -92,61 +102,162 @@ fn accumulate<F: Float, I: Int, N: Size>(
     embeddings: &[Vector<F, N>],
     strides: RowStrides,
     labels: &[I],
-    inverse: &[f32],
-    sums: &mut [Vector<f32, N>],
-    carries: &mut [Vector<f32, N>],
-    counts: &mut [u32],
-    status: &mut [u32],
+    inverse: &[f32],                // [heads, rows], or one element
+    order: &mut [u32],              // [rows]
+    ends: &mut [u32],               // [classes]
+    sums: &mut [Vector<f32, N>],    // [heads, classes, dim]
+    carries: &mut [Vector<f32, N>], // [heads, classes, dim]
+    counts: &mut [u32],             // [classes]
+    status: &mut [u32],             // [2]
     heads: usize,
     rows: usize,
     dim: usize,
     classes: usize,
     rule: LabelRule,
     #[comptime] normalize: bool,
+    #[comptime] fresh: bool,
     #[define(F)] _dtype: ElemType,
     #[define(I)] _label: ElemType,
 ) {
-    let units = CUBE_COUNT * CUBE_DIM as usize;
-    let columns = dim / N::value();
-    // Each unit takes a contiguous share of the columns of all heads.
-    let share = (heads * columns).div_ceil(units);
-    let start = ABSOLUTE_POS * share;
-    let end = min(start + share, heads * columns);
-    let mut from = start;
-    while from < end {
-        let head = from / columns;
-        let first = from % columns;
-        let last = min(columns, first + end - from);
-        for row in 0..rows {
-            let target = target_of::<I>(labels[row], &rule);
-            if is_class(target) {
-                let source = head * strides.head + row * strides.row;
-                let sum = (head * classes + target as usize) * columns;
-                for d in first..last {
-                    let mut value = Vector::<f32, N>::cast_from(embeddings[source + d]);
-                    if comptime!(normalize) {
-                        value *= Vector::<f32, N>::new(inverse[head * rows + row]);
-                    }
-                    let corrected = value - carries[sum + d];
-                    let next = sums[sum + d] + corrected;
-                    carries[sum + d] = (next - sums[sum + d]) - corrected;
-                    sums[sum + d] = next;
-                }
-            }
-        }
-        from += last - first;
+    let mut sorted = Shared::<[u32]>::new_slice(1usize);
+    if UNIT_POS == 0 {
+        sorted[0] = sort::<I>(labels, order, ends, counts, status, rows, classes, &rule);
     }
-    if ABSOLUTE_POS == 0 {
-        for row in 0..rows {
-            let target = target_of::<I>(labels[row], &rule);
-            if is_class(target) {
-                counts[target as usize] += 1;
-            } else if target == INVALID {
-                if status[0] == 0 {
-                    status[1] = row as u32;
+    sync_cube();
+    let columns = dim / N::value();
+    let blocks = columns.div_ceil(COLUMNS);
+    // The work of a class is its rows, and one more for its sums; each unit takes an equal part of it all.
+    let work = sorted[0] as usize + classes;
+    let mine = share(0, heads * blocks * work);
+    for block in 0..heads * blocks {
+        let base = block * work;
+        if base < mine.end && base + work > mine.start {
+            let head = block / blocks;
+            let first = block % blocks * COLUMNS;
+            let mut begin = 0usize.runtime();
+            for class in 0..classes {
+                let end = ends[class] as usize;
+                let at = base + begin + class;
+                if at >= mine.start && at < mine.end && (comptime!(fresh) || begin < end) {
+                    let sum = (head * classes + class) * columns;
+                    if first + COLUMNS <= columns {
+                        add_rows::<F, N>(
+                            embeddings, &strides, inverse, &*order, sums, carries, head, first,
+                            sum, begin, end, rows, normalize, fresh, COLUMNS,
+                        );
+                    } else {
+                        for column in first..columns {
+                            add_rows::<F, N>(
+                                embeddings, &strides, inverse, &*order, sums, carries, head,
+                                column, sum, begin, end, rows, normalize, fresh, 1usize,
+                            );
+                        }
+                    }
                 }
-                status[0] += 1;
+                begin = end;
             }
         }
+    }
+}
+
+/// `order`: the rows that have a class, class by class; `ends`: where each class ends in it. Gives their number, adds to
+/// the counts, and counts the bad labels.
+#[cube]
+fn sort<I: Int>(
+    labels: &[I],
+    order: &mut [u32],
+    ends: &mut [u32],
+    counts: &mut [u32],
+    status: &mut [u32],
+    rows: usize,
+    classes: usize,
+    rule: &LabelRule,
+) -> u32 {
+    for class in 0..classes {
+        ends[class] = 0;
+    }
+    for row in 0..rows {
+        let target = target_of::<I>(labels[row], rule);
+        if is_class(target) {
+            ends[target as usize] += 1;
+        } else if target == INVALID {
+            if status[0] == 0 {
+                status[1] = row as u32;
+            }
+            status[0] += 1;
+        }
+    }
+    let mut place = 0u32.runtime();
+    for class in 0..classes {
+        let here = ends[class];
+        counts[class] += here;
+        ends[class] = place;
+        place += here;
+    }
+    // Each class's place moves on to its end.
+    for row in 0..rows {
+        let target = target_of::<I>(labels[row], rule);
+        if is_class(target) {
+            let at = ends[target as usize];
+            order[at as usize] = row as u32;
+            ends[target as usize] = at + 1;
+        }
+    }
+    place
+}
+
+/// Adds the rows `order[begin..end]` to `count` vectors of columns of a sum, by Kahan.
+#[cube]
+fn add_rows<F: Float, N: Size>(
+    embeddings: &[Vector<F, N>],
+    strides: &RowStrides,
+    inverse: &[f32],
+    order: &[u32],
+    sums: &mut [Vector<f32, N>],
+    carries: &mut [Vector<f32, N>],
+    head: usize,
+    first: usize,
+    sum: usize,
+    begin: usize,
+    end: usize,
+    rows: usize,
+    #[comptime] normalize: bool,
+    #[comptime] fresh: bool,
+    #[comptime] count: usize,
+) {
+    let mut total = Array::<Vector<f32, N>>::new(count);
+    let mut carry = Array::<Vector<f32, N>>::new(count);
+    #[unroll]
+    for d in 0..count {
+        match comptime!(fresh) {
+            true => {
+                total[d] = Vector::<f32, N>::new(0.0);
+                carry[d] = Vector::<f32, N>::new(0.0);
+            }
+            false => {
+                total[d] = sums[sum + first + d];
+                carry[d] = carries[sum + first + d];
+            }
+        }
+    }
+    for place in begin..end {
+        let row = order[place] as usize;
+        let source = head * strides.head + row * strides.row + first;
+        #[unroll]
+        for d in 0..count {
+            let mut value = Vector::<f32, N>::cast_from(embeddings[source + d]);
+            if comptime!(normalize) {
+                value *= Vector::<f32, N>::new(inverse[head * rows + row]);
+            }
+            let corrected = value - carry[d];
+            let next = total[d] + corrected;
+            carry[d] = (next - total[d]) - corrected;
+            total[d] = next;
+        }
+    }
+    #[unroll]
+    for d in 0..count {
+        sums[sum + first + d] = total[d];
+        carries[sum + first + d] = carry[d];
     }
 }

@@ -1,6 +1,7 @@
 //! The public forward and backward.
 
 use cubecl::client::Client;
+use cubecl::ir::ElemType;
 use cubecl::std::tensor::TensorHandle;
 use serde::{Deserialize, Serialize};
 
@@ -9,7 +10,9 @@ use crate::Gradients;
 use crate::blueprint::{Blueprint, Strategy, Variant};
 use crate::cosine_logits::CosineProblem;
 use crate::error::Error;
-use crate::loss::{LossOptions, LossOutput, Upstream, reduce, rows};
+use crate::loss::reduce::{self, Reduced};
+use crate::loss::rows::{self, Arriving};
+use crate::loss::{LossOptions, LossOutput, Upstream};
 use crate::operand::{F32, Labels, U32, empty};
 use crate::packing::{Operand, Packed};
 
@@ -72,51 +75,11 @@ impl Default for Options {
 /// # Ok(()) }
 /// ```
 pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<LossOutput, Error> {
-    let blueprint = Blueprint::new(client, options.strategy)?;
-    let (problem, labels) = validate(client, &blueprint, inputs, options)?;
-    let sizes = problem.sizes;
-    let packed = Packed::new(
-        client,
-        &problem.embeddings,
-        &problem.weights,
-        sizes,
-        &blueprint,
-    );
-    let row_loss = empty(client, [sizes.heads, sizes.rows], F32);
-    let lse = empty(client, [sizes.heads, sizes.rows], F32);
-    let predictions = empty(client, [sizes.heads, sizes.rows], U32);
-    let call = ForwardCall {
-        client,
-        blueprint: &blueprint,
-        packed: &packed,
-        labels: &labels,
-        row_loss: &row_loss,
-        lse: &lse,
-        predictions: &predictions,
-        scale: options.scale,
-        loss: &options.loss,
-    };
-    match blueprint.variant {
-        Variant::Unit => unit::launch_forward(&call),
-        Variant::Plane => plane::launch_forward(&call),
-    }
-    let reduced = reduce::launch(
-        client,
-        &blueprint,
-        &row_loss,
-        &labels,
-        sizes.active,
-        &options.loss,
-    );
-    Ok(LossOutput::new(
-        row_loss,
-        reduced,
-        lse,
-        predictions,
-        &labels,
-        sizes.active,
-        &options.loss,
-    ))
+    let call = Call::new(client, inputs, options)?;
+    Ok(match call.blueprint.variant {
+        Variant::Unit => call.unit_forward(),
+        Variant::Plane => call.plane_forward(),
+    })
 }
 
 /// The gradients of the operands, from a [`forward`] with the same inputs and options. May be called again.
@@ -134,9 +97,8 @@ pub fn backward(
     embeddings: bool,
     weights: bool,
 ) -> Result<Gradients, Error> {
-    let blueprint = Blueprint::new(client, options.strategy)?;
-    let (problem, labels) = validate(client, &blueprint, inputs, options)?;
-    let sizes = problem.sizes;
+    let call = Call::new(client, inputs, options)?;
+    let sizes = call.problem.sizes;
     let saved = output.lse.shape().to_vec();
     if saved != [sizes.heads, sizes.rows] {
         return Err(Error::Shape {
@@ -145,92 +107,239 @@ pub fn backward(
             expected: format!("[{}, {}]", sizes.heads, sizes.rows),
         });
     }
-    let rows = rows::launch(
-        client,
-        &blueprint,
-        &output.lse,
-        &output.status,
-        &labels,
-        sizes.active,
-        &options.loss,
-        upstream,
-        sizes.rows_padded,
-    )?;
-    let packed = Packed::new(
-        client,
-        &problem.embeddings,
-        &problem.weights,
-        sizes,
-        &blueprint,
-    );
-    let gradient = |owner: Operand, count: usize| {
-        let grad = empty(
-            client,
-            [sizes.heads, count, sizes.dim],
-            problem.embeddings.dtype(),
-        );
-        let call = BackwardCall {
-            client,
-            blueprint: &blueprint,
-            packed: &packed,
-            rows: &rows,
-            grad: &grad,
-            owner,
-            scale: options.scale,
-            smoothing: options.loss.label_smoothing,
-        };
-        match blueprint.variant {
-            Variant::Unit => unit::launch_backward(&call),
-            Variant::Plane => plane::launch_backward(&call),
-        }
-        grad
-    };
-    Ok(Gradients {
-        embeddings: embeddings.then(|| gradient(Operand::Embeddings, sizes.rows)),
-        weights: weights.then(|| gradient(Operand::Weights, problem.classes)),
+    let arriving = call.arriving(upstream)?;
+    Ok(match call.blueprint.variant {
+        Variant::Unit => call.unit_backward(output, &arriving, embeddings, weights),
+        Variant::Plane => call.plane_backward(output, &arriving, embeddings, weights),
     })
 }
 
-fn validate(
+/// [`forward`] and [`backward`] in one, for when the upstream gradient is known beforehand, as it is where the loss itself
+/// is minimized.
+///
+/// On a CPU it saves the second computation of the logits: exponentials wait in a workspace of at most 60 MiB, whatever
+/// `N·K` is. The gradients agree with those of the two calls to f32's rounding, not to the bit.
+///
+/// # Errors
+/// As [`forward`] and [`backward`].
+pub fn forward_backward(
     client: &Client,
-    blueprint: &Blueprint,
     inputs: &Inputs,
     options: &Options,
-) -> Result<(CosineProblem, Labels), Error> {
-    let problem = CosineProblem::new(
-        client,
-        blueprint,
-        &inputs.embeddings,
-        &inputs.weights,
-        options.scale,
-        options.active,
+    upstream: &Upstream,
+    embeddings: bool,
+    weights: bool,
+) -> Result<(LossOutput, Gradients), Error> {
+    let call = Call::new(client, inputs, options)?;
+    let arriving = call.arriving(upstream)?;
+    if call.blueprint.variant == Variant::Unit
+        && let Some(both) = call.unit_forward_backward(&arriving, embeddings, weights)
+    {
+        return Ok(both);
+    }
+    let output = forward(client, inputs, options)?;
+    let gradients = backward(
+        client, inputs, options, &output, upstream, embeddings, weights,
     )?;
-    options.loss.validate(problem.sizes.heads)?;
-    let labels = Labels::new(client, &inputs.labels, problem.sizes.rows)?;
-    Ok((problem, labels))
+    Ok((output, gradients))
 }
 
-/// A forward launch of either variant.
-pub(super) struct ForwardCall<'a> {
+/// A call whose operands are proved.
+pub(super) struct Call<'a> {
     pub client: &'a Client,
-    pub blueprint: &'a Blueprint,
-    pub packed: &'a Packed,
-    pub labels: &'a Labels,
-    pub row_loss: &'a TensorHandle,    // [heads, rows], f32
-    pub lse: &'a TensorHandle,         // [heads, rows], f32
-    pub predictions: &'a TensorHandle, // [heads, rows], u32
-    pub scale: f32,
-    pub loss: &'a LossOptions,
+    pub options: &'a Options,
+    pub blueprint: Blueprint,
+    pub problem: CosineProblem,
+    pub labels: Labels,
 }
 
-/// A backward launch of either variant, for one operand.
-pub(super) struct BackwardCall<'a> {
-    pub client: &'a Client,
-    pub blueprint: &'a Blueprint,
-    pub packed: &'a Packed,
-    pub rows: &'a rows::Rows,
-    pub grad: &'a TensorHandle, // [heads, count, dim], the operands' dtype
-    pub owner: Operand,
-    pub scale: f32,
-    pub smoothing: f32,
+/// What a forward pass writes.
+pub(super) struct Results {
+    pub row_loss: TensorHandle,    // [heads, rows], f32
+    pub lse: TensorHandle,         // [heads, rows], f32
+    pub predictions: TensorHandle, // [heads, rows], u32
+    pub reduced: Reduced,
+}
+
+impl<'a> Call<'a> {
+    fn new(client: &'a Client, inputs: &Inputs, options: &'a Options) -> Result<Self, Error> {
+        let blueprint = Blueprint::new(client, options.strategy)?;
+        let problem = CosineProblem::new(
+            client,
+            &blueprint,
+            &inputs.embeddings,
+            &inputs.weights,
+            options.scale,
+            options.active,
+        )?;
+        options.loss.validate(problem.sizes.heads)?;
+        let labels = Labels::new(client, &inputs.labels, problem.sizes.rows)?;
+        Ok(Self {
+            client,
+            options,
+            blueprint,
+            problem,
+            labels,
+        })
+    }
+
+    fn arriving(&self, upstream: &Upstream) -> Result<Arriving, Error> {
+        let sizes = &self.problem.sizes;
+        Arriving::new(
+            self.client,
+            upstream,
+            &self.options.loss,
+            sizes.heads,
+            sizes.rows,
+        )
+    }
+
+    fn rows_of(&self, dtype: ElemType) -> TensorHandle {
+        let sizes = &self.problem.sizes;
+        empty(self.client, [sizes.heads, sizes.rows], dtype)
+    }
+
+    fn gradients(&self, embeddings: bool, weights: bool) -> Gradients {
+        let sizes = &self.problem.sizes;
+        let gradient = |count: usize| {
+            empty(
+                self.client,
+                [sizes.heads, count, sizes.dim],
+                self.problem.embeddings.dtype(),
+            )
+        };
+        Gradients {
+            embeddings: embeddings.then(|| gradient(sizes.rows)),
+            weights: weights.then(|| gradient(self.problem.classes)),
+        }
+    }
+
+    fn output(&self, results: Results) -> LossOutput {
+        LossOutput::new(
+            results.row_loss,
+            results.reduced,
+            results.lse,
+            results.predictions,
+            &self.labels,
+            self.problem.sizes.active,
+            &self.options.loss,
+        )
+    }
+
+    fn unit_results(&self) -> Results {
+        Results {
+            row_loss: self.rows_of(F32),
+            lse: self.rows_of(F32),
+            predictions: self.rows_of(U32),
+            reduced: Reduced::empty(self.client, self.problem.sizes.heads),
+        }
+    }
+
+    fn unit_forward(&self) -> LossOutput {
+        let results = self.unit_results();
+        if let Some(step) = unit::Step::new(self, true, None, &Gradients::default()) {
+            step.launch(&results);
+        }
+        self.output(results)
+    }
+
+    fn unit_backward(
+        &self,
+        output: &LossOutput,
+        arriving: &Arriving,
+        embeddings: bool,
+        weights: bool,
+    ) -> Gradients {
+        let gradients = self.gradients(embeddings, weights);
+        let read = Results {
+            row_loss: output.lse.clone(),
+            lse: output.lse.clone(),
+            predictions: output.lse.clone(),
+            reduced: Reduced {
+                loss: output.lse.clone(),
+                total: output.lse.clone(),
+                status: output.status.clone(),
+            },
+        };
+        if let Some(step) = unit::Step::new(self, false, Some(arriving), &gradients) {
+            step.launch(&read);
+        }
+        gradients
+    }
+
+    fn unit_forward_backward(
+        &self,
+        arriving: &Arriving,
+        embeddings: bool,
+        weights: bool,
+    ) -> Option<(LossOutput, Gradients)> {
+        let gradients = self.gradients(embeddings, weights);
+        let step = unit::Step::new(self, true, Some(arriving), &gradients)?;
+        let results = self.unit_results();
+        step.launch(&results);
+        Some((self.output(results), gradients))
+    }
+
+    fn packed(&self) -> Packed {
+        Packed::new(
+            self.client,
+            &self.problem.embeddings,
+            &self.problem.weights,
+            self.problem.sizes,
+            &self.blueprint,
+        )
+    }
+
+    fn plane_forward(&self) -> LossOutput {
+        let row_loss = self.rows_of(F32);
+        let lse = self.rows_of(F32);
+        let predictions = self.rows_of(U32);
+        plane::launch_forward(self, &self.packed(), &row_loss, &lse, &predictions);
+        let reduced = reduce::launch(
+            self.client,
+            &self.blueprint,
+            &row_loss,
+            &self.labels,
+            self.problem.sizes.active,
+            &self.options.loss,
+        );
+        self.output(Results {
+            row_loss,
+            lse,
+            predictions,
+            reduced,
+        })
+    }
+
+    fn plane_backward(
+        &self,
+        output: &LossOutput,
+        arriving: &Arriving,
+        embeddings: bool,
+        weights: bool,
+    ) -> Gradients {
+        let sizes = &self.problem.sizes;
+        let rows = rows::launch(
+            self.client,
+            &self.blueprint,
+            &output.lse,
+            &output.status,
+            &self.labels,
+            sizes.active,
+            &self.options.loss,
+            arriving,
+            sizes.rows_padded,
+        );
+        let packed = self.packed();
+        let gradients = self.gradients(embeddings, weights);
+        for (grad, owner) in [
+            (&gradients.embeddings, Operand::Embeddings),
+            (&gradients.weights, Operand::Weights),
+        ] {
+            if let Some(grad) = grad {
+                plane::launch_backward(self, &packed, &rows, grad, owner);
+            }
+        }
+        gradients
+    }
 }

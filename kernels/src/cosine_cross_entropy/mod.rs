@@ -18,12 +18,13 @@
 //! dŵ = scale Σ_n g x̂_n      dw likewise
 //! ```
 //!
-//! Memory beside the outputs: unit-norm f32 copies of the operands, `4·H·(N + K)·D` bytes (twice that in the
-//! unit variant), and a few tiles. Nothing grows with `N·K`. Every output element has one owner that
+//! Memory beside the outputs: in the plane variant unit-norm f32 copies of the operands, `4·H·(N + K)·D` bytes; in the unit
+//! variant a workspace of at most 60 MiB, through which the operands go in chunks (f16 and bf16 gradients of a head with
+//! more rows than fit are carried in f32 beside it). Nothing grows with `N·K`. Every output element has one owner that
 //! adds in a fixed order, so the same input gives the same bits on the same device.
 
 mod launch;
 mod plane;
 mod unit;
 
-pub use launch::{Inputs, Options, backward, forward};
+pub use launch::{Inputs, Options, backward, forward, forward_backward};

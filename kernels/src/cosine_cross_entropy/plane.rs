@@ -1,64 +1,84 @@
 //! A cube owns a square tile's rows (forward, dX) or classes (dW) and walks the other operand's tiles.
 
 use cubecl::prelude::*;
+use cubecl::std::tensor::TensorHandle;
 
-use super::launch::{BackwardCall, ForwardCall};
+use super::launch::Call;
 use crate::blueprint::{PLANE_SIDE, PLANE_UNITS, cubes_for};
+use crate::loss::rows::Rows;
 use crate::loss::target::{LabelRule, is_class, label_rule, target_of};
 use crate::math::cube::merge_softmax;
 use crate::math::lanes::One;
 use crate::math::online_softmax::{OnlineSoftmax, SoftmaxRows, logit_gradient};
 use crate::operand::whole;
 use crate::packing::plane::{add_product, cosines, finish, place};
-use crate::packing::{Layout, Operand};
+use crate::packing::{Layout, Operand, Packed};
 
-pub(super) fn launch_forward(call: &ForwardCall) {
-    let sizes = &call.packed.sizes;
-    let tile = call.blueprint.tile();
+pub(super) fn launch_forward(
+    call: &Call,
+    packed: &Packed,
+    row_loss: &TensorHandle,
+    lse: &TensorHandle,
+    predictions: &TensorHandle,
+) {
+    let sizes = &packed.sizes;
+    let loss = &call.options.loss;
     // SAFETY: `Packed` holds whole tiles, the outputs are [heads, rows], labels have `rows` elements.
     unsafe {
         forward::launch_unchecked(
             call.client,
-            cubes_for(call.client, sizes.heads * sizes.rows_padded / tile),
+            cubes_for(
+                call.client,
+                sizes.heads * sizes.rows_padded / call.blueprint.tile(),
+            ),
             CubeDim::new_1d(PLANE_UNITS as u32),
-            call.packed.rows_arg(),
+            packed.rows_arg(),
             call.labels.buffer_arg(),
-            whole(call.row_loss, 1),
-            whole(call.lse, 1),
-            whole(call.predictions, 1),
+            whole(row_loss, 1),
+            whole(lse, 1),
+            whole(predictions, 1),
             sizes.launch_arg(),
-            label_rule(call.labels.dtype(), sizes.active, call.loss.ignore_index),
-            call.scale,
-            call.loss.label_smoothing,
+            label_rule(call.labels.dtype(), sizes.active, loss.ignore_index),
+            call.options.scale,
+            loss.label_smoothing,
             call.blueprint.micro,
             call.labels.dtype(),
         );
     }
 }
 
-pub(super) fn launch_backward(call: &BackwardCall) {
-    let sizes = &call.packed.sizes;
-    let tile = call.blueprint.tile();
-    let elements = sizes.gradient_len(call.owner);
+/// The gradient of one operand.
+pub(super) fn launch_backward(
+    call: &Call,
+    packed: &Packed,
+    rows: &Rows,
+    grad: &TensorHandle,
+    owner: Operand,
+) {
+    let sizes = &packed.sizes;
+    let elements = sizes.gradient_len(owner);
     let gradient = call.client.empty(elements * size_of::<f32>());
     // SAFETY: `Packed`, `Rows` and the gradient hold whole tiles.
     unsafe {
         backward::launch_unchecked(
             call.client,
-            cubes_for(call.client, elements / sizes.dim_padded / tile),
+            cubes_for(
+                call.client,
+                elements / sizes.dim_padded / call.blueprint.tile(),
+            ),
             CubeDim::new_1d(PLANE_UNITS as u32),
-            call.packed.rows_arg(),
-            call.rows.state_arg(1),
-            call.rows.targets_arg(1),
+            packed.rows_arg(),
+            rows.state_arg(1),
+            rows.targets_arg(1),
             BufferArg::from_raw_parts(gradient.clone(), elements),
             sizes.launch_arg(),
-            call.scale,
-            call.smoothing,
-            call.owner,
+            call.options.scale,
+            call.options.loss.label_smoothing,
+            owner,
             call.blueprint.micro,
         );
     }
-    finish(call.client, call.packed, &gradient, call.grad, call.owner);
+    finish(call.client, packed, &gradient, grad, owner);
 }
 
 #[cube(launch_unchecked)]

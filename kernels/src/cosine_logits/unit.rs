@@ -45,7 +45,7 @@ pub(super) fn launch_backward(call: &BackwardCall) {
     let lanes = call.blueprint.lanes;
     let vector = gradient_vector(sizes.dim, lanes);
     let scratch = scratch_len(
-        call.blueprint.total_units(),
+        call.blueprint.units,
         call.blueprint.tile(),
         sizes.dim_padded,
     );

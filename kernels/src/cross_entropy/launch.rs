@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::{plane, unit};
 use crate::blueprint::{Blueprint, Strategy, Variant};
 use crate::error::Error;
+use crate::loss::rows::Arriving;
 use crate::loss::{LossOptions, LossOutput, Upstream, reduce, rows};
 use crate::operand::{F32, Labels, Strided, U32, empty};
 
@@ -103,9 +104,9 @@ pub fn backward(
         &labels,
         classes,
         &options.loss,
-        upstream,
+        &Arriving::new(client, upstream, &options.loss, heads, rows)?,
         rows,
-    )?;
+    );
     let grad = empty(client, [heads, rows, classes], logits.dtype());
     let call = BackwardCall {
         client,

@@ -22,6 +22,16 @@ pub(crate) struct Reduced {
     pub status: TensorHandle, // [STATUS_FIELDS], u32
 }
 
+impl Reduced {
+    pub(crate) fn empty(client: &Client, heads: usize) -> Self {
+        Self {
+            loss: empty(client, [heads], F32),
+            total: empty(client, [1], F32),
+            status: empty(client, [STATUS_FIELDS], U32),
+        }
+    }
+}
+
 /// Reduces `row_loss [heads, rows]`.
 pub(crate) fn launch(
     client: &Client,
@@ -32,11 +42,7 @@ pub(crate) fn launch(
     options: &LossOptions,
 ) -> Reduced {
     let [heads, rows] = [row_loss.shape()[0], row_loss.shape()[1]];
-    let reduced = Reduced {
-        loss: empty(client, [heads], F32),
-        total: empty(client, [1], F32),
-        status: empty(client, [STATUS_FIELDS], U32),
-    };
+    let reduced = Reduced::empty(client, heads);
     let weights = client.create_from_slice(f32::as_bytes(&options.weights(heads)));
     let units = match blueprint.variant {
         Variant::Unit => 1,

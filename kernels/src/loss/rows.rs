@@ -38,6 +38,60 @@ impl Rows {
     }
 }
 
+/// The gradient that arrives, as a kernel reads it.
+pub(crate) struct Arriving {
+    pub gradient: Handle, // f32, [heads], or [heads, rows] if per_row
+    pub elements: usize,
+    pub per_row: bool,
+}
+
+impl Arriving {
+    /// Folds the head weights into a total's gradient, or checks the shape of a loss's.
+    pub(crate) fn new(
+        client: &Client,
+        upstream: &Upstream,
+        options: &LossOptions,
+        heads: usize,
+        rows: usize,
+    ) -> Result<Self, Error> {
+        let tensor = match upstream {
+            Upstream::Total(gradient) => {
+                let weights: Vec<f32> = options
+                    .weights(heads)
+                    .iter()
+                    .map(|w| w * gradient)
+                    .collect();
+                return Ok(Self {
+                    gradient: client.create_from_slice(f32::as_bytes(&weights)),
+                    elements: heads,
+                    per_row: false,
+                });
+            }
+            Upstream::Loss(tensor) => tensor,
+        };
+        let per_row = options.reduction == Reduction::None;
+        let expected = if per_row {
+            vec![heads, rows]
+        } else {
+            vec![heads]
+        };
+        let contiguous = TensorHandle::new_contiguous(expected.clone(), tensor.handle.clone(), F32);
+        let contiguous = tensor.strides().to_vec() == contiguous.strides().to_vec();
+        if tensor.dtype != F32 || tensor.shape().to_vec() != expected || !contiguous {
+            return Err(Error::Shape {
+                operand: "upstream gradient",
+                got: tensor.shape().to_vec(),
+                expected: format!("contiguous f32 {expected:?}, like the loss"),
+            });
+        }
+        Ok(Self {
+            gradient: tensor.handle.clone(),
+            elements: expected.iter().product(),
+            per_row,
+        })
+    }
+}
+
 /// Gathers the rows of a loss whose forward pass left `lse [heads, rows]` and `status`.
 #[allow(clippy::too_many_arguments)] // one per thing a row's gradient depends on
 pub(crate) fn launch(
@@ -48,40 +102,10 @@ pub(crate) fn launch(
     labels: &Labels,
     active: usize,
     options: &LossOptions,
-    upstream: &Upstream,
+    arriving: &Arriving,
     rows_padded: usize,
-) -> Result<Rows, Error> {
+) -> Rows {
     let [heads, rows] = [lse.shape()[0], lse.shape()[1]];
-    let per_row = matches!(upstream, Upstream::Loss(_)) && options.reduction == Reduction::None;
-    let (gradient, elements) = match upstream {
-        Upstream::Total(gradient) => {
-            let weights: Vec<f32> = options
-                .weights(heads)
-                .iter()
-                .map(|w| w * gradient)
-                .collect();
-            (client.create_from_slice(f32::as_bytes(&weights)), heads)
-        }
-        Upstream::Loss(tensor) => {
-            let expected = if per_row {
-                vec![heads, rows]
-            } else {
-                vec![heads]
-            };
-            let elements = expected.iter().product();
-            let contiguous =
-                TensorHandle::new_contiguous(expected.clone(), tensor.handle.clone(), F32);
-            let contiguous = tensor.strides().to_vec() == contiguous.strides().to_vec();
-            if tensor.dtype != F32 || tensor.shape().to_vec() != expected || !contiguous {
-                return Err(Error::Shape {
-                    operand: "upstream gradient",
-                    got: tensor.shape().to_vec(),
-                    expected: format!("contiguous f32 {expected:?}, like the loss"),
-                });
-            }
-            (tensor.handle.clone(), elements)
-        }
-    };
     let float = size_of::<f32>();
     let out = Rows {
         state: client.empty(heads * 2 * rows_padded * float),
@@ -105,19 +129,19 @@ pub(crate) fn launch(
             whole(lse, 1),
             labels.buffer_arg(),
             whole(status, 1),
-            BufferArg::from_raw_parts(gradient, elements),
+            BufferArg::from_raw_parts(arriving.gradient.clone(), arriving.elements),
             out.state_arg(1),
             out.targets_arg(1),
             heads,
             rows,
             rows_padded,
             label_rule(labels.dtype(), active, options.ignore_index),
-            per_row,
+            arriving.per_row,
             options.reduction == Reduction::Mean,
             labels.dtype(),
         );
     }
-    Ok(out)
+    out
 }
 
 #[cube(launch_unchecked)]

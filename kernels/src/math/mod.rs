@@ -3,5 +3,6 @@
 pub(crate) mod cube;
 pub(crate) mod lanes;
 pub(crate) mod online_softmax;
+pub(crate) mod span;
 pub(crate) mod sum;
 pub(crate) mod tile;

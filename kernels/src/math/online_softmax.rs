@@ -81,11 +81,11 @@ impl<N: Size> OnlineSoftmax<N> {
 /// The states of several rows.
 #[derive(CubeType)]
 pub(crate) struct SoftmaxRows<N: Size> {
-    peak: Array<Vector<f32, N>>,
-    sum: Array<Vector<f32, N>>,
-    best: Array<Vector<u32, N>>,
-    target: Array<Vector<f32, N>>,
-    total: Array<Vector<f32, N>>,
+    pub peak: Array<Vector<f32, N>>,
+    pub sum: Array<Vector<f32, N>>,
+    pub best: Array<Vector<u32, N>>,
+    pub target: Array<Vector<f32, N>>,
+    pub total: Array<Vector<f32, N>>,
 }
 
 #[cube]

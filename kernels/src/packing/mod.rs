@@ -137,7 +137,7 @@ impl Packed {
 }
 
 /// The gradients of a cosine head's operands that were asked for, contiguous and of the operands' dtype.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Gradients {
     /// `[heads, rows, dim]`; rows that are ignored have zeros.
     pub embeddings: Option<TensorHandle>,

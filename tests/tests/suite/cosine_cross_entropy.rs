@@ -3,12 +3,14 @@
 use cubecl::std::tensor::TensorHandle;
 use proptest::prelude::*;
 use proptest::test_runner::TestCaseError;
-use protohead::cosine_cross_entropy::{Inputs, Options, backward, forward};
-use protohead::{Reduction, Upstream};
+use protohead::cosine_cross_entropy::{Inputs, Options, backward, forward, forward_backward};
+use protohead::{Reduction, Strategy, Upstream, Variant};
 use protohead_reference as reference;
 use protohead_tests::close::Comparison;
 use protohead_tests::devices::{Run, runs};
-use protohead_tests::problem::{Data, Dtype, Problem, download, problem, wide};
+use protohead_tests::problem::{
+    Data, Dtype, LabelDtype, LabelKind, Problem, Values, download, problem, wide,
+};
 
 use crate::support::{config, fails};
 
@@ -172,6 +174,28 @@ fn check(
             }
         }
     }
+    // Both in one call: the same within rounding, and the same bits with an operand frozen or in another run.
+    let together = |x, w| {
+        forward_backward(client, &inputs, &options, &Upstream::Total(0.7), x, w).map_err(said)
+    };
+    let (output, both) = together(true, true)?;
+    float("loss", &output.loss, &t.loss, &w.loss, f32s, scale * summed)?;
+    float("lse", &output.lse, &t.lse, &w.lse, f32s, scale)?;
+    let (dx, dw) = (
+        both.embeddings.ok_or("no dX")?,
+        both.weights.ok_or("no dW")?,
+    );
+    let (x, w) = (&truth.of_total, &working.of_total);
+    float("dX at once", &dx, &x.0, &w.0, problem.dtype, x_size)?;
+    float("dW at once", &dw, &x.1, &w.1, problem.dtype, w_size)?;
+    let only_x = together(true, false)?.1.embeddings.ok_or("no dX")?;
+    let only_w = together(false, true)?.1.weights.ok_or("no dW")?;
+    for (name, once, again) in [("dX", &dx, &only_x), ("dW", &dw, &only_w)] {
+        if download(client, once) != download(client, again) {
+            return Err(format!("{name} at once differs with the other frozen"));
+        }
+    }
+
     let kept = download(client, &inputs.embeddings);
     let flat = kept.iter().filter(|v| !v.is_nan());
     if !flat.eq(wide(&data.embeddings).iter()) {
@@ -181,6 +205,10 @@ fn check(
 }
 
 fn agrees(problem: &Problem) -> Result<(), TestCaseError> {
+    agrees_on(problem, runs())
+}
+
+fn agrees_on(problem: &Problem, runs: Vec<Run>) -> Result<(), TestCaseError> {
     let data = problem.data();
     let truth = expected::<f64>(problem, &data);
     let working = expected::<f32>(problem, &data);
@@ -196,7 +224,7 @@ fn agrees(problem: &Problem) -> Result<(), TestCaseError> {
         .fold(0.0, |m: f64, v| m.max(v.abs()));
     // A gradient beyond f16's largest finite value is not a question of precision.
     prop_assume!(problem.dtype != Dtype::F16 || largest < 6e4);
-    for run in runs() {
+    for run in runs {
         if problem.supported(run.client) {
             check(&run, problem, &data, &truth, &working).map_err(fails(&run))?;
         }
@@ -210,5 +238,42 @@ proptest! {
     #[test]
     fn the_fused_op_agrees_with_the_reference(problem in problem()) {
         agrees(&problem)?;
+    }
+}
+
+#[test]
+fn shapes_beyond_one_workspace_agree_with_the_reference() {
+    let plain = Problem {
+        sizes: (1, 1, 1, 1, 1),
+        dtype: Dtype::F32,
+        label_dtype: LabelDtype::I64,
+        gap: 0,
+        values: Values::Uniform,
+        labels: LabelKind::SomeIgnored,
+        scale: 16.0,
+        reduction: Reduction::Mean,
+        smoothing: 0.1,
+        ignore_index: -100,
+        weighted: true,
+        seed: 5,
+    };
+    for (sizes, dtype) in [
+        // Rows in chunks that split a head; gradients of the weights carried in themselves.
+        ((2, 3001, 5, 3003, 3000), Dtype::F32),
+        // Rows in chunks that hold whole heads.
+        ((3, 1501, 5, 3003, 3000), Dtype::Bf16),
+        // More rows than are packed at once; gradients of less than f32 carried beside.
+        ((1, 81_000, 3, 4, 3), Dtype::F16),
+        // Too many classes to keep a panel's exponentials: two launches, classes in chunks.
+        ((1, 3, 2, 220_000, 220_000), Dtype::F32),
+    ] {
+        let problem = Problem {
+            sizes,
+            dtype,
+            ..plain.clone()
+        };
+        let on_cpu = |run: &Run| run.strategy == Strategy::Forced(Variant::Unit);
+        let runs = runs().into_iter().filter(on_cpu).collect();
+        agrees_on(&problem, runs).unwrap_or_else(|error| panic!("{problem:?}: {error}"));
     }
 }

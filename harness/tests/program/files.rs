@@ -1,17 +1,11 @@
-//! The program as its users see it: what it computes, and what it says of damaged input.
+//! `protohead loss` and `protohead prototypes`.
 
 use std::fs;
 use std::path::Path;
-use std::process::{Command, Output};
 
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
-fn protohead(arguments: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_protohead"))
-        .args(arguments)
-        .output()
-        .expect("the program starts")
-}
+use crate::{protohead, refused};
 
 /// A tensor to be written: name, dtype, shape, bytes.
 type Tensor<'a> = (&'a str, Dtype, Vec<usize>, Vec<u8>);
@@ -45,28 +39,6 @@ fn write(path: &Path, tensors: &[Tensor]) {
     });
     let bytes = safetensors::serialize(views, None).expect("the test's tensors are sound");
     fs::write(path, bytes).expect("the folder is writable");
-}
-
-/// Exit code 2, one line on stderr that contains `says`, and no output.
-fn refused(arguments: &[&str], out: &Path, says: &str) {
-    let output = protohead(arguments);
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(2), "{arguments:?}: {stderr}");
-    assert_eq!(
-        stderr.trim_end().lines().count(),
-        1,
-        "{arguments:?}: {stderr}"
-    );
-    assert!(
-        stderr.contains(says),
-        "{arguments:?}: {stderr} does not say {says}"
-    );
-    assert!(!out.exists(), "{arguments:?} left {}", out.display());
-    let folder = out.parent().expect("a file is in a folder");
-    let left = fs::read_dir(folder)
-        .expect("the folder is readable")
-        .count();
-    assert!(left <= 1, "{arguments:?} left something beside its input");
 }
 
 #[test]
@@ -126,22 +98,26 @@ fn prototypes_are_class_means_and_counts() {
         Path::new(&input),
         &[floats("embeddings", &[1, 4, 2]), labels(&[0, 2, 0, 2])],
     );
-    let output = protohead(&[
-        "prototypes",
-        &input,
-        "--out",
-        &out,
-        "--classes",
-        "4",
-        "--device",
-        "cpu",
-    ]);
-    assert!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    let bytes = fs::read(&out).expect("the output is there");
+    let run = || {
+        let output = protohead(&[
+            "prototypes",
+            &input,
+            "--out",
+            &out,
+            "--classes",
+            "4",
+            "--device",
+            "cpu",
+        ]);
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        fs::read(&out).expect("the output is there")
+    };
+    let bytes = run();
+    assert_eq!(bytes, run(), "the same bytes twice");
     let file = SafeTensors::deserialize(&bytes).expect("the output is safetensors");
     let numbers: Vec<f32> = file
         .tensor("prototypes")
@@ -329,134 +305,4 @@ fn damaged_input_of_prototypes_gets_one_line_and_leaves_nothing() {
         arguments.extend(options);
         refused(&arguments, &out, says);
     }
-}
-
-#[test]
-fn damaged_input_of_train_gets_one_line_and_leaves_nothing() {
-    let folder = tempfile::tempdir().expect("a temporary folder");
-    let data = folder.path().join("data");
-    let out = folder.path().join("run");
-    let [data_name, out_name] = [&data, &out].map(|p| p.to_string_lossy().into_owned());
-    let train = |says: &str| {
-        refused(
-            &[
-                "train", "--data", &data_name, "--out", &out_name, "--device", "cpu",
-            ],
-            &out,
-            says,
-        );
-    };
-    train("No such file");
-    fs::create_dir(&data).expect("the folder is writable");
-    train("0 folders with WAV files");
-    for keyword in ["no", "yes"] {
-        fs::create_dir(data.join(keyword)).expect("the folder is writable");
-        for clip in ["a.wav", "b.wav"] {
-            fs::write(data.join(keyword).join(clip), b"RIFFnot a wav")
-                .expect("the folder is writable");
-        }
-    }
-    train("testing_list.txt must name some");
-    fs::write(data.join("testing_list.txt"), "no/b.wav\nyes/b.wav\n")
-        .expect("the folder is writable");
-    train("not a WAV file");
-    refused(
-        &["train", "--synthetic", "--epochs", "0", "--out", &out_name],
-        &out,
-        "--epochs is 0",
-    );
-    refused(
-        &[
-            "train",
-            "--synthetic",
-            "--keywords",
-            "1",
-            "--out",
-            &out_name,
-        ],
-        &out,
-        "--keywords is 1",
-    );
-    refused(&["train", "--out", &out_name], &out, "");
-    refused(
-        &["train", "--synthetic", "--tau", "x", "--out", &out_name],
-        &out,
-        "x",
-    );
-    refused(&["evaluate", &out_name], &out, "No such file");
-}
-
-/// Trains a tiny network on synthesised keywords.
-fn train(out: &Path, epochs: &str, more: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_protohead"));
-    command
-        .args([
-            "train",
-            "--synthetic",
-            "--keywords",
-            "4",
-            "--voices",
-            "4",
-            "--tau",
-            "1",
-            "--batch",
-            "6",
-        ])
-        .args(["--device", "cpu", "--epochs", epochs, "--out"])
-        .arg(out)
-        .args(more);
-    command
-}
-
-#[test]
-fn a_run_that_was_killed_resumes_to_the_same_weights_to_the_bit() {
-    let folder = tempfile::tempdir().expect("a temporary folder");
-    let [straight, broken] = ["straight", "broken"].map(|name| folder.path().join(name));
-    assert!(
-        train(&straight, "3", &[])
-            .output()
-            .expect("starts")
-            .status
-            .success()
-    );
-    // Killed as soon as the first epoch is on disk.
-    let mut child = train(&broken, "3", &[])
-        .stdout(std::process::Stdio::null())
-        .spawn()
-        .expect("starts");
-    while !broken.join("metrics.jsonl").exists() {
-        assert!(
-            child.try_wait().expect("can be asked").is_none(),
-            "it ended before its first epoch"
-        );
-        std::thread::sleep(std::time::Duration::from_millis(5));
-    }
-    child.kill().expect("can be killed");
-    child.wait().expect("can be waited for");
-    assert!(!broken.join("accuracy.json").exists());
-    let refused = train(&broken, "3", &[]).output().expect("starts");
-    assert_eq!(refused.status.code(), Some(2));
-    assert!(
-        train(&broken, "3", &["--resume"])
-            .output()
-            .expect("starts")
-            .status
-            .success()
-    );
-    for name in ["metrics.jsonl", "weights.blake3", "accuracy.json"] {
-        let [a, b] =
-            [&straight, &broken].map(|run| fs::read_to_string(run.join(name)).expect("written"));
-        assert_eq!(a, b, "{name}");
-    }
-    // Evaluating again prints the same table.
-    let evaluate = |run: &Path| {
-        let output = protohead(&["evaluate", &run.to_string_lossy(), "--device", "cpu"]);
-        assert!(
-            output.status.success(),
-            "{}",
-            String::from_utf8_lossy(&output.stderr)
-        );
-        output.stdout
-    };
-    assert_eq!(evaluate(&straight), evaluate(&broken));
 }

@@ -1,0 +1,208 @@
+//! `protohead train` and `protohead evaluate` on synthesised keywords, and their mistakes.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use crate::{protohead, refused};
+
+#[test]
+fn damaged_input_of_train_gets_one_line_and_leaves_nothing() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let data = folder.path().join("data");
+    let out = folder.path().join("run");
+    let [data_name, out_name] = [&data, &out].map(|p| p.to_string_lossy().into_owned());
+    let train = |says: &str| {
+        refused(
+            &[
+                "train", "--data", &data_name, "--out", &out_name, "--device", "cpu",
+            ],
+            &out,
+            says,
+        );
+    };
+    train("No such file");
+    fs::create_dir(&data).expect("the folder is writable");
+    train("0 folders with WAV files");
+    for keyword in ["no", "yes"] {
+        fs::create_dir(data.join(keyword)).expect("the folder is writable");
+        for clip in ["a.wav", "b.wav"] {
+            fs::write(data.join(keyword).join(clip), b"RIFFnot a wav")
+                .expect("the folder is writable");
+        }
+    }
+    train("testing_list.txt must name some");
+    fs::write(data.join("testing_list.txt"), "no/b.wav\nyes/b.wav\n")
+        .expect("the folder is writable");
+    train("not a WAV file");
+    refused(
+        &["train", "--synthetic", "--epochs", "0", "--out", &out_name],
+        &out,
+        "--epochs is 0",
+    );
+    refused(
+        &[
+            "train",
+            "--synthetic",
+            "--keywords",
+            "1",
+            "--out",
+            &out_name,
+        ],
+        &out,
+        "--keywords is 1",
+    );
+    refused(&["train", "--out", &out_name], &out, "");
+    refused(
+        &["train", "--synthetic", "--tau", "x", "--out", &out_name],
+        &out,
+        "x",
+    );
+}
+
+/// Trains a tiny network on synthesised keywords.
+fn train(out: &Path, epochs: &str, more: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_protohead"));
+    command
+        .args([
+            "train",
+            "--synthetic",
+            "--keywords",
+            "4",
+            "--voices",
+            "4",
+            "--tau",
+            "1",
+            "--batch",
+            "6",
+        ])
+        .args(["--device", "cpu", "--epochs", epochs, "--out"])
+        .arg(out)
+        .args(more);
+    command
+}
+
+#[test]
+fn a_run_that_was_killed_resumes_to_the_same_weights_to_the_bit() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let [straight, broken] = ["straight", "broken"].map(|name| folder.path().join(name));
+    assert!(
+        train(&straight, "3", &[])
+            .output()
+            .expect("starts")
+            .status
+            .success()
+    );
+    // Killed as soon as the first epoch is on disk.
+    let mut child = train(&broken, "3", &[])
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .expect("starts");
+    while !broken.join("metrics.jsonl").exists() {
+        assert!(
+            child.try_wait().expect("can be asked").is_none(),
+            "it ended before its first epoch"
+        );
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    child.kill().expect("can be killed");
+    child.wait().expect("can be waited for");
+    assert!(!broken.join("accuracy.json").exists());
+    let refused = train(&broken, "3", &[]).output().expect("starts");
+    assert_eq!(refused.status.code(), Some(2));
+    assert!(
+        train(&broken, "3", &["--resume"])
+            .output()
+            .expect("starts")
+            .status
+            .success()
+    );
+    for name in ["metrics.jsonl", "weights.blake3", "accuracy.json"] {
+        let [a, b] =
+            [&straight, &broken].map(|run| fs::read_to_string(run.join(name)).expect("written"));
+        assert_eq!(a, b, "{name}");
+    }
+    // Evaluating again prints the same table.
+    let evaluate = |run: &Path| {
+        let output = protohead(&["evaluate", &run.to_string_lossy(), "--device", "cpu"]);
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        output.stdout
+    };
+    assert_eq!(evaluate(&straight), evaluate(&broken));
+}
+
+/// Evaluating a run that `damage` was done to: exit code 2, one line that contains `says`, and the folder is left as it was.
+fn evaluation_refused(run: &Path, more: &[&str], says: &str) {
+    let listing = || -> Vec<_> {
+        let Ok(entries) = fs::read_dir(run) else {
+            return Vec::new();
+        };
+        let mut names: Vec<_> = entries
+            .map(|entry| entry.expect("the folder is readable").file_name())
+            .collect();
+        names.sort();
+        names
+    };
+    let before = listing();
+    let name = run.to_string_lossy();
+    let output = protohead(&[&["evaluate", &name], more].concat());
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{says}: {stderr}");
+    assert_eq!(stderr.trim_end().lines().count(), 1, "{says}: {stderr}");
+    assert!(stderr.contains(says), "{stderr} does not say {says}");
+    assert!(output.stdout.is_empty(), "{says}: something on stdout");
+    assert_eq!(before, listing(), "{says}: the folder changed");
+}
+
+#[test]
+fn damaged_runs_get_one_line_from_evaluate_and_stay_as_they_are() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let run = folder.path().join("run");
+    evaluation_refused(&run, &[], "No such file");
+    let trained = train(&run, "1", &[]).output().expect("starts");
+    assert!(trained.status.success());
+    evaluation_refused(&run, &["--device", "abacus"], "abacus");
+    evaluation_refused(&run, &["--data", "nowhere"], "nowhere");
+    evaluation_refused(&run, &["--epochs", "3"], "--epochs");
+
+    let config = run.join("config.json");
+    let sound = fs::read_to_string(&config).expect("written by train");
+    for (text, says) in [
+        (sound[..sound.len() / 2].to_owned(), "damaged"),
+        ("not json".to_owned(), "damaged"),
+        (sound.replace("\"tau\": 1", "\"tau\": \"one\""), "damaged"),
+        (sound.replace("\"tau\": 1", "\"tau\": 0"), "tau is 0"),
+        (sound.replace("\"tau\": 1", "\"tau\": 2"), "damaged"),
+        (
+            sound.replace("\"synthetic_keywords\": 4", "\"synthetic_keywords\": 1"),
+            "keywords is 1",
+        ),
+        (
+            sound.replace("\"synthetic_keywords\": 4", "\"synthetic_keywords\": 5"),
+            "damaged",
+        ),
+    ] {
+        assert_ne!(text, sound, "{says}: nothing was damaged");
+        fs::write(&config, text).expect("the folder is writable");
+        evaluation_refused(&run, &["--device", "cpu"], says);
+    }
+    fs::write(&config, &sound).expect("the folder is writable");
+
+    let model = run.join("model.bpk");
+    let bytes = fs::read(&model).expect("written by train");
+    for damaged in [
+        &bytes[..0],
+        &bytes[..100],
+        &bytes[..bytes.len() - 7],
+        b"no model",
+    ] {
+        fs::write(&model, damaged).expect("the folder is writable");
+        evaluation_refused(&run, &["--device", "cpu"], "damaged");
+    }
+    fs::remove_file(&model).expect("the folder is writable");
+    evaluation_refused(&run, &["--device", "cpu"], "No such file");
+}

@@ -1,0 +1,289 @@
+//! What a unit does for its own classes: the gradients of their weights, over all rows of the chunk.
+
+use cubecl::prelude::*;
+
+use super::plan::{OWNED_CLASSES, Plan};
+use crate::math::span::{Span, share};
+use crate::math::tile::{Broadcast, Lanes, accumulate};
+use crate::packing::unit::{EPSILON, RowStrides, TILE_VECTORS};
+
+/// Adds the rows of the items `chunk` to the gradients of the classes `classes`, in every head that the chunk touches.
+#[cube]
+pub(super) fn gradients<F: Float, N: Size, M: Size>(
+    weights: &[Vector<F, M>],
+    strides: &RowStrides,
+    workspace: &mut [f32],
+    grad: &mut [Vector<F, M>],
+    plan: &Plan,
+    chunk: &Span,
+    classes: &Span,
+    #[comptime] carry_in_gradient: bool,
+    #[comptime] tile_rows: usize,
+) {
+    let lanes = N::value();
+    let width = comptime!(lanes * TILE_VECTORS);
+    let groups = (classes.end - classes.start) / tile_rows;
+    // The work of a group is the items of its head in the chunk; each unit takes an equal part of it all.
+    let mine = share(0, (chunk.end - chunk.start) * groups);
+    let mut before = 0usize.runtime();
+    for head in plan.head(chunk.start)..plan.head(chunk.end - 1) + 1 {
+        let head_start = head * plan.panels;
+        let items = Span {
+            start: max(chunk.start, head_start),
+            end: min(chunk.end, head_start + plan.panels),
+        };
+        let each = items.end - items.start;
+        let mut group = owned_before(mine.start, before, each, groups);
+        let last = owned_before(mine.end, before, each, groups);
+        before += each * groups;
+        let begins = items.start == head_start;
+        let ends = items.end == head_start + plan.panels;
+        while group < last {
+            // As many groups as fit in this unit's accumulators.
+            let count = min(comptime!(OWNED_CLASSES / tile_rows), last - group);
+            let first = classes.start + group * tile_rows;
+            start::<F, N, M>(
+                workspace,
+                &*grad,
+                plan,
+                head,
+                first,
+                count * tile_rows,
+                begins,
+                carry_in_gradient,
+            );
+            add_rows::<N>(
+                workspace,
+                plan,
+                &items,
+                chunk.start,
+                group * tile_rows,
+                count,
+                tile_rows,
+            );
+            for r in 0..count * tile_rows {
+                if first + r < plan.active {
+                    let row = plan.owned_gradient() + r * width;
+                    let out = (head * plan.stored + first + r) * plan.dim;
+                    if ends {
+                        finish_row::<F, M>(
+                            weights,
+                            head * strides.head + (first + r) * strides.row,
+                            &*workspace,
+                            row,
+                            grad,
+                            out,
+                            plan,
+                            width,
+                        );
+                    } else {
+                        carry_row::<F, M>(
+                            workspace,
+                            row,
+                            grad,
+                            out,
+                            plan,
+                            first + r,
+                            carry_in_gradient,
+                            width,
+                        );
+                    }
+                }
+            }
+            group += count;
+        }
+    }
+}
+
+/// How many of a head's groups of classes come before `work`, where each is `each` and the head begins at `before`.
+#[cube]
+fn owned_before(work: usize, before: usize, each: usize, groups: usize) -> usize {
+    let into = max(work, before) - before;
+    min(into.div_ceil(each), groups)
+}
+
+/// The accumulators begin with zero, or with what earlier chunks carried.
+#[cube]
+fn start<F: Float, N: Size, M: Size>(
+    workspace: &mut [f32],
+    grad: &[Vector<F, M>],
+    plan: &Plan,
+    head: usize,
+    first: usize,
+    count: usize,
+    begins: bool,
+    #[comptime] carry_in_gradient: bool,
+) {
+    let lanes = N::value();
+    let width = comptime!(lanes * TILE_VECTORS);
+    let owned = plan.owned_gradient();
+    if begins {
+        let out = workspace.as_vectorized_mut().with_vector_size_mut::<N>();
+        for i in 0..comptime!(OWNED_CLASSES / lanes) * plan.dim_padded {
+            out[owned / lanes + i] = Vector::<f32, N>::new(0.0);
+        }
+    } else {
+        let piece = M::value();
+        let pieces = comptime!(width / piece);
+        let block = comptime!(OWNED_CLASSES * width / piece);
+        let out = workspace.as_vectorized_mut().with_vector_size_mut::<M>();
+        for r in 0..count {
+            if first + r < plan.active {
+                let row = (owned + r * width) / piece;
+                for d in 0..plan.dim / piece {
+                    let value = match comptime!(carry_in_gradient) {
+                        true => {
+                            let from = (head * plan.stored + first + r) * plan.dim / piece;
+                            Vector::<f32, M>::cast_from(grad[from + d])
+                        }
+                        false => out[(plan.carry + (first + r) * plan.dim_padded) / piece + d],
+                    };
+                    out[row + d / pieces * block + d % pieces] = value;
+                }
+            }
+        }
+    }
+}
+
+/// `gradient[c] += Σ_n g[c, n] x̂[n]` over the rows of `items`, for groups of classes from `first` of the chunk on.
+#[cube]
+fn add_rows<N: Size>(
+    workspace: &mut [f32],
+    plan: &Plan,
+    items: &Span,
+    chunk: usize,
+    first: usize,
+    groups: usize,
+    #[comptime] tile_rows: usize,
+) {
+    let lanes = N::value();
+    let width = comptime!(lanes * TILE_VECTORS);
+    let block = comptime!(width * width);
+    let owned = plan.owned_gradient();
+    for b in 0..plan.dim_padded / width {
+        for group in 0..groups {
+            let out = (owned + b * comptime!(OWNED_CLASSES * width)) / lanes
+                + group * comptime!(tile_rows * TILE_VECTORS);
+            let mut tile = Array::<Vector<f32, N>>::new(comptime!(tile_rows * TILE_VECTORS));
+            let vectors = workspace.as_vectorized().with_vector_size::<N>();
+            #[unroll]
+            for i in 0..tile_rows * TILE_VECTORS {
+                tile[i] = vectors[out + i];
+            }
+            for item in items.start..items.end {
+                let local = item - chunk;
+                accumulate::<N>(
+                    &mut tile,
+                    &*workspace,
+                    Broadcast {
+                        base: plan.logit(local, first + group * tile_rows, width),
+                        row_stride: width,
+                        step_stride: 1,
+                    },
+                    vectors,
+                    Lanes {
+                        base: (plan.blocks + local * plan.panel(width) + b * block) / lanes,
+                        step_stride: TILE_VECTORS,
+                    },
+                    width,
+                    tile_rows,
+                    TILE_VECTORS,
+                );
+            }
+            let gradient = workspace.as_vectorized_mut().with_vector_size_mut::<N>();
+            #[unroll]
+            for i in 0..tile_rows * TILE_VECTORS {
+                gradient[out + i] = tile[i];
+            }
+        }
+    }
+}
+
+/// Through the normalization of the class weight: `dw = (dŵ − ŵ (ŵ·dŵ)) / ‖w‖`, or `dŵ / EPSILON` where it was clamped.
+#[cube]
+fn finish_row<F: Float, M: Size>(
+    weights: &[Vector<F, M>],
+    from: usize, // in vectors
+    workspace: &[f32],
+    row: usize,
+    grad: &mut [Vector<F, M>],
+    out: usize,
+    plan: &Plan,
+    #[comptime] width: usize,
+) {
+    let piece = M::value();
+    let pieces = comptime!(width / piece);
+    let block = comptime!(OWNED_CLASSES * width / piece);
+    let upstream = workspace.as_vectorized().with_vector_size::<M>();
+    let row = row / piece;
+    let mut squares = Vector::<f32, M>::new(0.0);
+    let mut along = Vector::<f32, M>::new(0.0);
+    for d in 0..plan.dim / piece {
+        let value = Vector::<f32, M>::cast_from(weights[from + d]);
+        squares = fma(value, value, squares);
+        along = fma(
+            value,
+            upstream[row + d / pieces * block + d % pieces],
+            along,
+        );
+    }
+    let norm = squares.vector_sum().sqrt();
+    let inverse = 1.0 / max(norm, EPSILON);
+    let mut projection = along.vector_sum() * inverse * inverse;
+    if norm < EPSILON {
+        projection = 0.0;
+    }
+    let inverse = Vector::<f32, M>::new(inverse);
+    let projection = Vector::<f32, M>::new(-projection);
+    for d in 0..plan.dim / piece {
+        let value = Vector::<f32, M>::cast_from(weights[from + d]);
+        let value = fma(
+            projection,
+            value,
+            upstream[row + d / pieces * block + d % pieces],
+        );
+        grad[out / piece + d] = Vector::<F, M>::cast_from(value * inverse);
+    }
+}
+
+/// Keeps an unfinished row for the next chunk.
+#[cube]
+fn carry_row<F: Float, M: Size>(
+    workspace: &mut [f32],
+    row: usize,
+    grad: &mut [Vector<F, M>],
+    out: usize,
+    plan: &Plan,
+    class: usize,
+    #[comptime] carry_in_gradient: bool,
+    #[comptime] width: usize,
+) {
+    let piece = M::value();
+    let pieces = comptime!(width / piece);
+    let block = comptime!(OWNED_CLASSES * width / piece);
+    let space = workspace.as_vectorized_mut().with_vector_size_mut::<M>();
+    let row = row / piece;
+    for d in 0..plan.dim / piece {
+        let value = space[row + d / pieces * block + d % pieces];
+        if comptime!(carry_in_gradient) {
+            grad[out / piece + d] = Vector::<F, M>::cast_from(value);
+        } else {
+            space[(plan.carry + class * plan.dim_padded) / piece + d] = value;
+        }
+    }
+}
+
+/// Stored classes that take no part have zero gradients.
+#[cube]
+pub(super) fn clear_inactive<F: Float, M: Size>(grad: &mut [Vector<F, M>], plan: &Plan) {
+    let piece = M::value();
+    let inactive = plan.stored - plan.active;
+    let mine = share(0, plan.heads * inactive);
+    for i in mine.start..mine.end {
+        let row = i / inactive * plan.stored + plan.active + i % inactive;
+        for d in 0..plan.dim / piece {
+            grad[row * plan.dim / piece + d] =
+                Vector::<F, M>::cast_from(Vector::<f32, M>::new(0.0));
+        }
+    }
+}

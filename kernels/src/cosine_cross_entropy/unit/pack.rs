@@ -1,0 +1,127 @@
+//! Rows of an operand, made unit vectors and laid out for products.
+//!
+//! *Blocks* hold `width` columns of some rows: `[dim_padded / width, rows, width]`. A vector of a row's columns is
+//! contiguous, and so is everything a product over rows reads. *Columns* are a panel transposed,
+//! `[dim_padded, width]`: a vector holds one coordinate of several rows. Padding is zero.
+
+use cubecl::prelude::*;
+
+use super::plan::Plan;
+use crate::packing::unit::{EPSILON, RowStrides, TILE_VECTORS};
+
+/// The unit vector of `source[from..from + dim]` into a row of blocks at `at`, or zeros; gives the norm.
+#[cube]
+fn pack_row<F: Float, M: Size>(
+    source: &[Vector<F, M>],
+    from: usize, // in vectors
+    real: bool,
+    workspace: &mut [f32],
+    at: usize,
+    block_stride: usize,
+    plan: &Plan,
+    #[comptime] width: usize,
+) -> f32 {
+    let piece = M::value();
+    let pieces = comptime!(width / piece);
+    let mut norm = 0.0f32.runtime();
+    let out = workspace.as_vectorized_mut().with_vector_size_mut::<M>();
+    let mut filled = 0usize.runtime();
+    if real {
+        let count = plan.dim / piece;
+        let mut squares = Vector::<f32, M>::new(0.0);
+        for d in 0..count {
+            let value = Vector::<f32, M>::cast_from(source[from + d]);
+            squares = fma(value, value, squares);
+        }
+        norm = squares.vector_sum().sqrt();
+        let inverse = Vector::<f32, M>::new(1.0 / max(norm, EPSILON));
+        let whole = plan.dim / width;
+        for block in 0..whole {
+            #[unroll]
+            for j in 0..pieces {
+                out[(at + block * block_stride) / piece + j] =
+                    Vector::<f32, M>::cast_from(source[from + block * pieces + j]) * inverse;
+            }
+        }
+        for d in whole * pieces..count {
+            out[(at + whole * block_stride) / piece + d - whole * pieces] =
+                Vector::<f32, M>::cast_from(source[from + d]) * inverse;
+        }
+        filled = count;
+    }
+    for d in filled..plan.dim_padded / piece {
+        out[(at + d / pieces * block_stride) / piece + d % pieces] = Vector::<f32, M>::new(0.0);
+    }
+    norm
+}
+
+/// Packs an item's rows both ways, and keeps their norms.
+#[cube]
+pub(super) fn pack_item<F: Float, N: Size, M: Size>(
+    embeddings: &[Vector<F, M>],
+    strides: &RowStrides,
+    workspace: &mut [f32],
+    plan: &Plan,
+    item: usize,
+    local: usize,
+) {
+    let lanes = N::value();
+    let width = comptime!(lanes * TILE_VECTORS);
+    let block = comptime!(width * width);
+    let head = plan.head(item);
+    let first = plan.first_row(item, width);
+    let blocks = plan.blocks + local * plan.panel(width);
+    let columns = plan.columns + local * plan.panel(width);
+    for r in 0..width {
+        let norm = pack_row::<F, M>(
+            embeddings,
+            head * strides.head + (first + r) * strides.row,
+            first + r < plan.rows,
+            workspace,
+            blocks + r * width,
+            block,
+            plan,
+            width,
+        );
+        workspace[plan.state(local, width).norms + r] = norm;
+    }
+    for d in 0..plan.dim_padded {
+        let from = blocks + d / width * block + d % width;
+        #[unroll]
+        for v in 0..TILE_VECTORS {
+            let mut column = Vector::<f32, N>::empty();
+            #[unroll]
+            for lane in 0..lanes {
+                column.insert(lane, workspace[from + (v * lanes + lane) * width]);
+            }
+            let out = workspace.as_vectorized_mut().with_vector_size_mut::<N>();
+            out[(columns + d * width) / lanes + v] = column;
+        }
+    }
+}
+
+/// Packs the class weights `first..first + count` of a head into this unit's blocks; those from `active` on are zero.
+#[cube]
+pub(super) fn pack_classes<F: Float, M: Size>(
+    weights: &[Vector<F, M>],
+    strides: &RowStrides,
+    workspace: &mut [f32],
+    plan: &Plan,
+    head: usize,
+    first: usize,
+    count: usize,
+    #[comptime] width: usize,
+) {
+    for r in 0..count {
+        let _norm = pack_row::<F, M>(
+            weights,
+            head * strides.head + (first + r) * strides.row,
+            first + r < plan.active,
+            workspace,
+            plan.packed_weights() + r * width,
+            plan.class_block * width,
+            plan,
+            width,
+        );
+    }
+}

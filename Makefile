@@ -2,9 +2,11 @@
 export XDG_RUNTIME_DIR ?= /tmp
 cargo_flags := --release --workspace
 
+cpu = $(shell sed -n 's/^model name.*: //p' /proc/cpuinfo 2>/dev/null | head -1)
+
 demo_flags := --synthetic --keywords 21 --voices 30 --tau 1 --epochs 20 --batch 24 --out runs/demo
 
-.PHONY: demo help setup setup-tests build test check clean
+.PHONY: demo help setup setup-tests build test check bench bench-table clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,6 +32,15 @@ check: setup-tests ## formatting, lints, documentation, tests: what CI runs
 	cargo clippy $(cargo_flags) --all-targets -- --deny warnings
 	RUSTDOCFLAGS="--deny warnings" cargo doc $(cargo_flags) --no-deps
 	cargo test $(cargo_flags)
+
+bench: setup ## throughput of every op at every shape beside its peers: about a quarter of an hour
+	cargo bench --workspace --bench heads
+
+bench-table: build ## the last bench as a table in benches/results
+	@mkdir -p benches/results
+	$${CARGO_TARGET_DIR:-target}/release/table $${CARGO_TARGET_DIR:-target} "CPU: $(cpu), $$(nproc) cores, $$(date +%F)" \
+	  > benches/results/$$(date +%F)-cpu.md
+	@cat benches/results/$$(date +%F)-cpu.md
 
 clean: ## remove build outputs
 	cargo clean

@@ -1,0 +1,237 @@
+//! One line of a table: what is computed, at which shape, by whom.
+
+use std::fmt;
+
+use crate::ours::Dtype;
+use crate::{Data, Ran, Shape, naive, ours, tensors};
+
+/// What is computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Group {
+    /// Logits from embeddings and class weights.
+    CosineLogits,
+    /// Loss and gradient of given logits.
+    CrossEntropy,
+    /// The fused loss.
+    FusedForward,
+    /// The fused loss and both gradients.
+    Fused,
+    /// Prototype averaging.
+    ClassMeans,
+    /// The reconstruction loss and its gradients.
+    Reconstruction,
+}
+
+impl Group {
+    /// In the order of the tables.
+    pub const ALL: [Self; 6] = [
+        Self::CosineLogits,
+        Self::CrossEntropy,
+        Self::FusedForward,
+        Self::Fused,
+        Self::ClassMeans,
+        Self::Reconstruction,
+    ];
+
+    /// How bench ids name it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::CosineLogits => "cosine_logits",
+            Self::CrossEntropy => "cross_entropy",
+            Self::FusedForward => "cosine_cross_entropy_forward",
+            Self::Fused => "cosine_cross_entropy",
+            Self::ClassMeans => "class_means",
+            Self::Reconstruction => "reconstruction",
+        }
+    }
+
+    /// Floating-point operations of the products, where there are any: recomputation does not count.
+    pub fn flops(self, shape: &Shape) -> Option<u64> {
+        let product = 2 * (shape.heads * shape.rows * shape.dim * shape.active) as u64;
+        match self {
+            Self::CosineLogits | Self::FusedForward => Some(product),
+            Self::Fused => Some(3 * product),
+            _ => None,
+        }
+    }
+
+    /// Bytes that have to be read and written once, where memory is what limits.
+    pub fn bytes(self, shape: &Shape) -> Option<u64> {
+        let float = size_of::<f32>() as u64;
+        let embeddings = (shape.heads * shape.rows * shape.dim) as u64;
+        let prototypes = (shape.heads * shape.active * shape.dim) as u64;
+        match self {
+            Self::ClassMeans => Some((embeddings + prototypes) * float),
+            // The logits are read twice, their gradient is written.
+            Self::CrossEntropy => {
+                Some(3 * (shape.heads * shape.rows * shape.active) as u64 * float)
+            }
+            // Three inputs, read in the forward and the backward pass; two gradients, since two parts share one.
+            Self::Reconstruction => Some(8 * (shape.rows * shape.dim) as u64 * float),
+            _ => None,
+        }
+    }
+}
+
+/// By whom.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Who {
+    /// This library.
+    Protohead,
+    /// This library, with bf16 operands.
+    Bf16,
+    /// This library, with f16 operands.
+    F16,
+    /// This library's logits, then its cross-entropy.
+    Unfused,
+    /// Burn's tensor ops on the same device, fusion and autotune on, head by head in contiguous matrices.
+    Burn,
+    /// The same on Burn's CPU backend flex.
+    Flex,
+    /// The reference.
+    Naive,
+}
+
+impl Who {
+    const ALL: [Self; 7] = [
+        Self::Protohead,
+        Self::Bf16,
+        Self::F16,
+        Self::Unfused,
+        Self::Burn,
+        Self::Flex,
+        Self::Naive,
+    ];
+
+    /// How bench ids name it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Protohead => "protohead",
+            Self::Bf16 => "protohead_bf16",
+            Self::F16 => "protohead_f16",
+            Self::Unfused => "unfused",
+            Self::Burn => "burn",
+            Self::Flex => "flex",
+            Self::Naive => "naive",
+        }
+    }
+}
+
+/// One line.
+#[derive(Clone, Copy, Debug)]
+pub struct Case {
+    /// What is computed.
+    pub group: Group,
+    /// At which sizes.
+    pub shape: Shape,
+    /// By whom.
+    pub who: Who,
+}
+
+impl fmt::Display for Case {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (group, who) = (self.group.name(), self.who.name());
+        write!(f, "{group}/{}/{who}", self.shape.name)
+    }
+}
+
+impl Case {
+    /// Every case that is measured.
+    pub fn all() -> Vec<Self> {
+        let mut cases = Vec::new();
+        for group in Group::ALL {
+            let shapes: Vec<Shape> = match group {
+                Group::ClassMeans => Shape::HEADS
+                    .into_iter()
+                    .chain(Shape::PROTOTYPES)
+                    .chain([Shape::PROTO_TWICE])
+                    .collect(),
+                _ => Shape::HEADS.to_vec(),
+            };
+            for shape in shapes {
+                for who in Who::ALL {
+                    let case = Self { group, shape, who };
+                    if case.is_measured() {
+                        cases.push(case);
+                    }
+                }
+            }
+        }
+        cases
+    }
+
+    /// `unfused` is an alternative to the fused op only; `naive` where it ends in seconds. On CubeCL's CPU runtime Burn's
+    /// matmul tunes itself for minutes at any shape but the smallest, and then takes seconds: it is shown at `seed`.
+    fn is_measured(&self) -> bool {
+        let fused = matches!(self.group, Group::FusedForward | Group::Fused);
+        match self.who {
+            Who::Unfused => fused,
+            Who::Bf16 | Who::F16 => self.group == Group::Fused,
+            Who::Burn => self.shape.name == "seed" || !ours::on_cpu(),
+            Who::Naive => self.shape.name == "seed" || self.shape.name == "proto",
+            _ => true,
+        }
+    }
+
+    /// The case of this id.
+    pub fn named(id: &str) -> Option<Self> {
+        let mut parts = id.split('/');
+        let group = parts.next()?;
+        let group = Group::ALL.into_iter().find(|g| g.name() == group)?;
+        let shape = Shape::named(parts.next()?)?;
+        let who = parts.next()?;
+        let who = Who::ALL.into_iter().find(|w| w.name() == who)?;
+        Some(Self { group, shape, who })
+    }
+
+    /// Runs once on numbers of this seed.
+    pub fn run(&self, seed: u64, keep: bool) -> Ran {
+        let data = Data::new(self.group, &self.shape, seed);
+        match self.who {
+            Who::Protohead => ours::run(self.group, &self.shape, &data, Dtype::F32, keep),
+            Who::Bf16 => ours::run(self.group, &self.shape, &data, Dtype::Bf16, keep),
+            Who::F16 => ours::run(self.group, &self.shape, &data, Dtype::F16, keep),
+            Who::Unfused => ours::run_unfused(self.group, &self.shape, &data, keep),
+            Who::Burn => tensors::run(&tensors::cube(), self.group, &self.shape, &data, keep),
+            Who::Flex => tensors::run(&tensors::flex(), self.group, &self.shape, &data, keep),
+            Who::Naive => naive::run(self.group, &self.shape, &data, keep),
+        }
+    }
+
+    /// Compares this case, at a small shape, with the reference.
+    ///
+    /// # Panics
+    /// If they differ by more than f32's rounding of sums of this length, or than the operands' own rounding.
+    pub fn check(&self) {
+        let small = Shape::SMALL;
+        let answer = |who| {
+            let case = Self {
+                shape: small,
+                who,
+                ..*self
+            };
+            case.run(7, true).answer.expect("it was asked for")
+        };
+        let tolerance = match self.who {
+            Who::Bf16 => 2e-2,
+            Who::F16 => 2e-3,
+            _ => 1e-5,
+        };
+        let (ours, truth) = (answer(self.who), answer(Who::Naive));
+        assert_eq!(ours.len(), truth.len(), "{self}");
+        for (part, (ours, truth)) in ours.iter().zip(&truth).enumerate() {
+            assert_eq!(ours.len(), truth.len(), "{self}, part {part}");
+            let size = truth.iter().map(|v| v * v).sum::<f32>().sqrt();
+            let error = ours
+                .iter()
+                .zip(truth)
+                .map(|(a, b)| (a - b) * (a - b))
+                .sum::<f32>()
+                .sqrt();
+            assert!(
+                error <= tolerance * size,
+                "{self}, part {part}: {error} of {size}"
+            );
+        }
+    }
+}

@@ -1,0 +1,189 @@
+//! The same maths in Burn's tensor ops, as Burn runs them fastest: head by head, in contiguous matrices.
+
+use std::time::Instant;
+
+use burn::tensor::activation::log_softmax;
+use burn::tensor::{Device, IndexingUpdateOp, Int, Tensor, TensorData};
+
+use crate::{Answer, Data, Group, Ran, Shape};
+
+/// The device that our ops run on.
+pub(crate) fn cube() -> Device {
+    if cubecl::Device::cuda(0).is_ok() {
+        Device::cuda(0)
+    } else {
+        Device::cpu()
+    }
+}
+
+/// Burn's CPU backend that is no CubeCL.
+pub(crate) fn flex() -> Device {
+    Device::flex()
+}
+
+fn matrix(values: &[f32], shape: [usize; 2], device: &Device) -> Tensor<2> {
+    Tensor::from_data(TensorData::new(values.to_vec(), shape), device)
+}
+
+fn heads(values: &[f32], shape: [usize; 2], device: &Device) -> Vec<Tensor<2>> {
+    let width = shape[0] * shape[1];
+    if values.is_empty() {
+        return Vec::new();
+    }
+    values
+        .chunks(width)
+        .map(|head| matrix(head, shape, device))
+        .collect()
+}
+
+fn normalize(x: Tensor<2>) -> Tensor<2> {
+    let norm = (x.clone() * x.clone()).sum_dim(1).sqrt().clamp_min(1e-12);
+    x / norm
+}
+
+fn cosines(x: Tensor<2>, w: Tensor<2>) -> Tensor<2> {
+    normalize(x)
+        .matmul(normalize(w).transpose())
+        .mul_scalar(16.0)
+}
+
+fn mean_loss(logits: Tensor<2>, labels: Tensor<2, Int>) -> Tensor<1> {
+    log_softmax(logits, 1).gather(1, labels).mean().neg()
+}
+
+fn cosine(a: Tensor<2>, b: Tensor<2>) -> Tensor<2> {
+    (normalize(a) * normalize(b)).sum_dim(1)
+}
+
+fn read<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+    tensor.try_into_vec_as::<f32>().expect("the device works")
+}
+
+fn joined(parts: Vec<Tensor<2>>) -> Vec<f32> {
+    parts.into_iter().flat_map(read).collect()
+}
+
+/// Runs on `device`. Everything is read back: on a lazy device nothing else makes sure that it was computed.
+pub(crate) fn run(device: &Device, group: Group, shape: &Shape, data: &Data, keep: bool) -> Ran {
+    let tracked = device.clone().autodiff();
+    let on = match group {
+        Group::CrossEntropy | Group::Fused | Group::Reconstruction => &tracked,
+        _ => device,
+    };
+    let Shape {
+        rows,
+        dim,
+        classes,
+        active,
+        ..
+    } = *shape;
+    let track = |tensors: Vec<Tensor<2>>| -> Vec<Tensor<2>> {
+        match group {
+            Group::CrossEntropy | Group::Fused | Group::Reconstruction => {
+                tensors.into_iter().map(Tensor::require_grad).collect()
+            }
+            _ => tensors,
+        }
+    };
+    let xs = track(heads(&data.embeddings, [rows, dim], on));
+    let ws = track(heads(&data.weights, [classes, dim], on));
+    let zs = track(heads(&data.logits, [rows, active], on));
+    let flat: Tensor<1, Int> = Tensor::from_data(TensorData::new(data.labels.clone(), [rows]), on);
+    let labels: Tensor<2, Int> = flat.clone().reshape([rows, 1]);
+    on.sync().expect("the device works");
+
+    let start = Instant::now();
+    let first_classes = |w: &Tensor<2>| w.clone().slice([0..active, 0..dim]);
+    let (loss, gradients): (Option<Tensor<1>>, Vec<Vec<Tensor<2>>>) = match group {
+        Group::CosineLogits => {
+            let logits = xs
+                .iter()
+                .zip(&ws)
+                .map(|(x, w)| cosines(x.clone(), first_classes(w)))
+                .collect();
+            (None, vec![logits])
+        }
+        Group::CrossEntropy => {
+            let losses = zs.iter().map(|z| mean_loss(z.clone(), labels.clone()));
+            let loss = losses.reduce(|a, b| a + b).expect("a head");
+            let grads = loss.clone().backward();
+            let dz = zs
+                .iter()
+                .map(|z| z.grad(&grads).expect("tracked"))
+                .collect();
+            (Some(loss.inner()), vec![dz])
+        }
+        Group::FusedForward | Group::Fused => {
+            let losses = xs
+                .iter()
+                .zip(&ws)
+                .map(|(x, w)| mean_loss(cosines(x.clone(), first_classes(w)), labels.clone()));
+            let loss = losses.reduce(|a, b| a + b).expect("a head");
+            if group == Group::FusedForward {
+                (Some(loss), Vec::new())
+            } else {
+                let grads = loss.clone().backward();
+                let of = |tensors: &[Tensor<2>]| {
+                    let grad = |t: &Tensor<2>| t.grad(&grads).expect("tracked");
+                    tensors.iter().map(grad).collect()
+                };
+                let gradients = vec![of(&xs), of(&ws)];
+                (Some(loss.inner()), gradients)
+            }
+        }
+        Group::ClassMeans => {
+            let ones = Tensor::<1>::ones([rows], on);
+            let counts = Tensor::<1>::zeros([active], on).select_assign(
+                0,
+                flat.clone(),
+                ones,
+                IndexingUpdateOp::Add,
+            );
+            let counts = counts.reshape([active, 1]);
+            let means = xs.iter().zip(&ws).map(|(x, w)| {
+                let sums = Tensor::<2>::zeros([active, dim], on).select_assign(
+                    0,
+                    flat.clone(),
+                    x.clone(),
+                    IndexingUpdateOp::Add,
+                );
+                let means = sums / counts.clone().clamp_min(1.0);
+                let seen = counts.clone().greater_elem(0.0).repeat_dim(1, dim);
+                let means = first_classes(w).mask_where(seen, means);
+                if active == classes {
+                    means
+                } else {
+                    Tensor::cat(vec![means, w.clone().slice([active..classes, 0..dim])], 0)
+                }
+            });
+            (None, vec![means.collect()])
+        }
+        Group::Reconstruction => {
+            let parts = xs[1].clone() + xs[2].clone();
+            let loss = cosine(xs[0].clone(), parts).mean().neg().add_scalar(1.0);
+            let grads = loss.clone().backward();
+            let grad = |i: usize| vec![xs[i].grad(&grads).expect("tracked")];
+            (Some(loss.inner()), vec![grad(0), grad(1)])
+        }
+    };
+    if !keep {
+        // A lazy device computes what is read. One element of every result is enough for that, and no copy is timed.
+        let loss = loss.map(read);
+        let touched = gradients
+            .into_iter()
+            .flatten()
+            .map(|g| read(g.slice([0..1, 0..1])));
+        std::hint::black_box((loss, touched.collect::<Vec<_>>()));
+        device.sync().expect("the device works");
+        return Ran {
+            time: start.elapsed(),
+            answer: None,
+        };
+    }
+    let mut answer: Answer = loss.map(read).into_iter().collect();
+    answer.extend(gradients.into_iter().map(joined));
+    Ran {
+        time: start.elapsed(),
+        answer: Some(answer),
+    }
+}

@@ -6,7 +6,7 @@ cpu = $(shell sed -n 's/^model name.*: //p' /proc/cpuinfo 2>/dev/null | head -1)
 
 demo_flags := --synthetic --keywords 21 --voices 30 --tau 1 --epochs 20 --batch 24 --out runs/demo
 
-.PHONY: demo help setup setup-tests build test check bench bench-table clean
+.PHONY: demo help setup setup-tests build test check bench bench-table kernel-table clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,6 +41,11 @@ bench-table: build ## the last bench as a table in benches/results
 	$${CARGO_TARGET_DIR:-target}/release/table $${CARGO_TARGET_DIR:-target} "CPU: $(cpu), $$(nproc) cores, $$(date +%F)" \
 	  > benches/results/$$(date +%F)-cpu.md
 	@cat benches/results/$$(date +%F)-cpu.md
+
+kernel-table: setup-tests ## registers, shared memory and instructions of every kernel on NVIDIA GPUs, in benches/results
+	cargo build $(cargo_flags) --bins --tests
+	$${CARGO_TARGET_DIR:-target}/release/kernels > benches/results/$$(date +%F)-nvidia-kernels.md
+	@cat benches/results/$$(date +%F)-nvidia-kernels.md
 
 clean: ## remove build outputs
 	cargo clean

@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
-# What a build and its tests need beside Rust: LLVM for CubeCL's CPU and CUDA compilers; espeak-ng, which speaks the
-# keywords that a test trains on, and a software Vulkan driver on which the tests run the GPU-shaped kernels. Installs what is missing, says what, and does
-# nothing the second time.
+# What a build needs beside Rust: LLVM for CubeCL's CPU and CUDA compilers. With --tests also what the tests need: espeak-ng,
+# which speaks the keywords that a test trains on; a software Vulkan driver, on which they run the GPU-shaped kernels;
+# and NVIDIA's assembler and device library, with which they compile every kernel for GPUs that are not there.
+# Installs what is missing, says what, and does nothing the second time.
 set -euo pipefail
 
 llvm_version=23.1.0-4 # of tracel-llvm-bundler in Cargo.lock
 llvm_dir="${XDG_DATA_HOME:-$HOME/.local/share}/tracel/tracel-llvm-$llvm_version"
 debian_llvm=/usr/lib/llvm-22
+cuda_version=13.0.88 # of the PyPI packages nvidia-cuda-nvcc and nvidia-nvvm
+cuda_dir="${XDG_DATA_HOME:-$HOME/.local/share}/protohead/cuda"
 
 fail() {
   echo "setup: $1" >&2
@@ -60,4 +63,10 @@ fi
 if [ "${1:-}" = "--tests" ] && ! ls /usr/share/vulkan/icd.d/*.json >/dev/null 2>&1; then
   apt_install mesa-vulkan-drivers libvulkan1 ||
     echo "setup: no Vulkan driver could be installed: the tests will skip wgpu and say so" >&2
+fi
+if [ "${1:-}" = "--tests" ] && [ -z "${CUDA_PATH:-}" ] && [ ! -e "$cuda_dir/nvidia/cu13/bin/ptxas" ]; then
+  echo "setup: installing NVIDIA's assembler $cuda_version from PyPI into $cuda_dir"
+  python3 -m pip install --quiet --no-deps --target "$cuda_dir" \
+    "nvidia-cuda-nvcc==$cuda_version" "nvidia-nvvm==$cuda_version" 2>/dev/null ||
+    echo "setup: it could not be installed: the tests will not compile kernels for NVIDIA GPUs, and say so" >&2
 fi

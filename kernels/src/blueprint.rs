@@ -2,10 +2,14 @@
 //!
 //! A CPU device runs the units of a cube on its cores and the cubes one after another, so the *unit* variants
 //! take one cube of as many units as there are cores, and each unit owns whole register tiles. A GPU runs
-//! many cubes of many units with shared memory, which is the *plane* variants' shape.
+//! many cubes of many units with shared memory, which is the *plane* variants' shape; where it has tensor cores for the
+//! operands, ops with a product run their *cmma* variants.
 
 use cubecl::client::Client;
+use cubecl::ir::ElemType;
 use cubecl::prelude::*;
+
+use crate::cmma::Tile;
 
 use crate::error::Error;
 
@@ -16,6 +20,9 @@ pub enum Variant {
     Unit,
     /// A cube of 256 units shares tiles in shared memory: the GPU's shape, on every GPU that WebGPU admits.
     Plane,
+    /// A cube multiplies tiles on tensor cores: for ops with a product, where the device has them for the operands. Where it
+    /// has none, the same in multiply-adds, for checking it; that is never inferred.
+    Cmma,
 }
 
 /// How the variant of an op is chosen.
@@ -34,7 +41,13 @@ impl Strategy {
     /// # Errors
     /// [`Error::Variant`] with what is missing.
     pub fn check(self, client: &Client) -> Result<Variant, Error> {
-        Blueprint::new(client, self).map(|blueprint| blueprint.variant)
+        let blueprint = match self {
+            Self::Forced(Variant::Cmma) => {
+                Blueprint::of_product(client, self, crate::operand::F32, false)?
+            }
+            _ => Blueprint::new(client, self)?,
+        };
+        Ok(blueprint.variant)
     }
 }
 
@@ -53,11 +66,39 @@ pub(crate) struct Blueprint {
     pub tile_rows: usize,
     /// The plane variant's register tile is `micro × micro` a unit.
     pub micro: usize,
+    /// The cmma variant's tile.
+    pub product: Option<Tile>,
     /// Units of a cube.
     pub units: usize,
 }
 
 impl Blueprint {
+    /// For an op with a product of operands of this dtype.
+    pub(crate) fn of_product(
+        client: &Client,
+        strategy: Strategy,
+        dtype: ElemType,
+        allow_tf32: bool,
+    ) -> Result<Self, Error> {
+        let forced = strategy == Strategy::Forced(Variant::Cmma);
+        let gpu = client.properties().hardware.num_cpu_cores.is_none();
+        if gpu
+            && (forced || strategy == Strategy::Inferred)
+            && let Some(tile) = Tile::new(client, dtype, allow_tf32, forced)
+        {
+            return Ok(Self {
+                variant: Variant::Cmma,
+                lanes: tile.vector,
+                tile_rows: 0,
+                micro: 0,
+                product: Some(tile),
+                units: crate::cmma::UNITS,
+            });
+        }
+        Self::new(client, strategy)
+    }
+
+    /// For any other op.
     pub(crate) fn new(client: &Client, strategy: Strategy) -> Result<Self, Error> {
         let hardware = &client.properties().hardware;
         let fits = |micro| {
@@ -83,6 +124,7 @@ impl Blueprint {
                     lanes,
                     tile_rows: tile_rows.min(lanes * crate::packing::unit::TILE_VECTORS),
                     micro: 0,
+                    product: None,
                     units: cores.min(hardware.max_units_per_cube).max(1) as usize,
                 })
             }
@@ -91,8 +133,10 @@ impl Blueprint {
                 lanes: 1,
                 tile_rows: 0,
                 micro: if fits(4) { 4 } else { 2 },
+                product: None,
                 units: PLANE_UNITS,
             }),
+            Variant::Cmma => Err(Error::NoProduct),
             Variant::Plane => Err(Error::Variant {
                 variant: "plane",
                 needed: PLANE_UNITS,
@@ -108,6 +152,7 @@ impl Blueprint {
         match self.variant {
             Variant::Unit => self.lanes * crate::packing::unit::TILE_VECTORS,
             Variant::Plane => self.micro * PLANE_SIDE,
+            Variant::Cmma => self.product.map_or(1, |tile| tile.side),
         }
     }
 

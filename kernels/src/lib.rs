@@ -30,6 +30,7 @@ pub mod reconstruction;
 pub mod burn;
 
 mod blueprint;
+mod cmma;
 mod error;
 mod loss;
 mod math;

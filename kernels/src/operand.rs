@@ -24,8 +24,21 @@ pub(crate) struct Strided {
 }
 
 impl Strided {
-    /// Proves that `tensor` is f32, f16 or bf16 of rank 3 (or 2), non-empty, packed along its last axis and inside its buffer.
+    /// Proves that `tensor` is f32, f16 or bf16 of rank 3 (or 2), non-empty, packed along its last axis, inside its buffer and
+    /// within reach of 32-bit indices.
     pub(crate) fn float(
+        client: &Client,
+        operand: &'static str,
+        tensor: &TensorHandle,
+        rank: usize,
+    ) -> Result<Self, Error> {
+        let strided = Self::of_any_size(client, operand, tensor, rank)?;
+        addressable(operand, strided.elements as u128)?;
+        Ok(strided)
+    }
+
+    /// [`float`](Self::float), for kernels whose indices grow with the operands.
+    pub(crate) fn of_any_size(
         client: &Client,
         operand: &'static str,
         tensor: &TensorHandle,
@@ -76,7 +89,6 @@ impl Strided {
                 elements,
             });
         }
-        addressable(operand, elements as u128)?;
         let stride = |axis: usize| if shape[axis] == 1 { 0 } else { strides[axis] };
         Ok(Self {
             outer_stride: if rank == 3 { stride(0) } else { 0 },
@@ -117,6 +129,11 @@ impl Strided {
     pub(crate) fn buffer_arg(&self, vector: usize) -> BufferArg {
         // SAFETY: `new` proved that this many elements are in the buffer.
         unsafe { BufferArg::from_raw_parts(self.tensor.handle.clone(), self.elements / vector) }
+    }
+
+    /// What its buffer holds, from its first element on.
+    pub(crate) fn elements(&self) -> usize {
+        self.elements
     }
 
     pub(crate) fn row_stride(&self, vector: usize) -> usize {
@@ -199,6 +216,16 @@ pub(crate) fn empty(
     let shape: Vec<usize> = shape.into();
     let bytes = shape.iter().product::<usize>() * dtype.size();
     TensorHandle::new_contiguous(shape, client.empty(bytes), dtype)
+}
+
+/// The indices of a kernel whose buffers have so many elements.
+pub(crate) fn address_type(elements: &[usize]) -> AddressType {
+    let wide = elements.iter().any(|&count| count > u32::MAX as usize);
+    if wide {
+        AddressType::U64
+    } else {
+        AddressType::U32
+    }
 }
 
 /// Refuses what 32-bit indices cannot reach.

@@ -18,6 +18,8 @@ pub struct Comparison<'a> {
     pub dtype: Dtype,
     /// The size that an element would have without cancellation; rounding is relative to it.
     pub magnitude: f64,
+    /// How far an element may be off, relative to the magnitude, because what the op keeps between its products is rounded.
+    pub kept: f64,
 }
 
 fn norm(values: impl Iterator<Item = f64>) -> f64 {
@@ -37,6 +39,7 @@ impl Comparison<'_> {
             working,
             dtype,
             magnitude,
+            kept,
         } = self;
         if ours.len() != truth.len() {
             return Err(format!(
@@ -60,7 +63,7 @@ impl Comparison<'_> {
         // Sums in another order differ by a few rounding errors of f32 (6e-8) of what was summed.
         let bound = 2.0 * honest
             + (1e-6 + relative) * norm(truth.iter().copied())
-            + (4e-7 * magnitude + subnormal) * count;
+            + ((4e-7 + kept) * magnitude + subnormal) * count;
         if error <= bound {
             return Ok(());
         }

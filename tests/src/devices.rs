@@ -5,6 +5,8 @@ use std::sync::OnceLock;
 use cubecl::client::Client;
 use protohead::{Strategy, Variant};
 
+use crate::problem::Dtype;
+
 /// A device under test.
 pub struct Tested {
     /// How messages name it.
@@ -61,7 +63,7 @@ pub fn devices() -> &'static [Tested] {
 }
 
 fn tested(name: &'static str, client: Client) -> Tested {
-    let variants = [Variant::Unit, Variant::Plane]
+    let variants = [Variant::Unit, Variant::Plane, Variant::Cmma]
         .into_iter()
         .filter(|&variant| Strategy::Forced(variant).check(&client).is_ok())
         .collect();
@@ -72,8 +74,15 @@ fn tested(name: &'static str, client: Client) -> Tested {
     }
 }
 
-/// Every variant of every device.
+/// Every variant of every device, for ops without a product.
 pub fn runs() -> Vec<Run<'static>> {
+    let mut runs = product_runs();
+    runs.retain(|run| run.strategy != Strategy::Forced(Variant::Cmma));
+    runs
+}
+
+/// Every variant of every device, for ops with a product.
+pub fn product_runs() -> Vec<Run<'static>> {
     devices()
         .iter()
         .flat_map(|device| {
@@ -84,4 +93,17 @@ pub fn runs() -> Vec<Run<'static>> {
             })
         })
         .collect()
+}
+
+impl Run<'_> {
+    /// The unit roundoff of what the variant keeps between products: unit rows and logit gradients, which the cmma variant
+    /// rounds to the operands' dtype.
+    pub fn kept(&self, dtype: Dtype) -> f64 {
+        match dtype {
+            _ if self.strategy != Strategy::Forced(Variant::Cmma) => 0.0,
+            Dtype::F32 => 0.0,
+            Dtype::F16 => f64::from(half::f16::EPSILON) / 2.0,
+            Dtype::Bf16 => f64::from(half::bf16::EPSILON) / 2.0,
+        }
+    }
 }

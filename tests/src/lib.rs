@@ -2,4 +2,6 @@
 
 pub mod close;
 pub mod devices;
+pub mod nvidia;
 pub mod problem;
+pub mod proof;

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use protohead::cosine_cross_entropy::{Inputs, Options, forward_backward};
-use protohead::{LossOptions, Reduction, Strategy, Upstream};
+use protohead::{LossOptions, Reduction, Upstream};
 
 use crate::device::DeviceName;
 use crate::error::Error;
@@ -69,7 +69,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Error> {
             ignore_index: arguments.ignore_index,
             head_weights: arguments.head_weights.clone(),
         },
-        strategy: Strategy::Inferred,
+        ..Options::default()
     };
     let upstream = Upstream::Total(1.0);
     let (output, gradients) = forward_backward(&client, &inputs, &options, &upstream, true, true)?;

@@ -118,7 +118,7 @@ impl ClassSums {
         };
         match blueprint.variant {
             Variant::Unit => unit::launch(&call),
-            Variant::Plane => plane::launch(&call),
+            Variant::Plane | Variant::Cmma => plane::launch(&call),
         }
         self.fresh = false;
         Ok(())
@@ -193,7 +193,7 @@ impl ClassSums {
         let out = empty(client, [heads, stored, dim], weights.dtype());
         let vector = match blueprint.variant {
             Variant::Unit => weights.vector_size(&blueprint),
-            Variant::Plane => 1,
+            Variant::Plane | Variant::Cmma => 1,
         };
         let (count, cube) = elementwise(client, &blueprint, heads * stored * dim);
         // SAFETY: `Strided` proved the weights, the sums are [heads, classes ≤ stored, dim].
@@ -253,7 +253,7 @@ pub(super) struct AccumulateCall<'a> {
 fn elementwise(client: &Client, blueprint: &Blueprint, elements: usize) -> (CubeCount, CubeDim) {
     match blueprint.variant {
         Variant::Unit => blueprint.unit_grid(),
-        Variant::Plane => (
+        Variant::Plane | Variant::Cmma => (
             cubes_for(client, elements.div_ceil(PLANE_UNITS).min(65_535)),
             CubeDim::new_1d(PLANE_UNITS as u32),
         ),

@@ -5,7 +5,7 @@ use cubecl::ir::ElemType;
 use cubecl::std::tensor::TensorHandle;
 use serde::{Deserialize, Serialize};
 
-use super::{plane, unit};
+use super::{cmma, plane, unit};
 use crate::Gradients;
 use crate::blueprint::{Blueprint, Strategy, Variant};
 use crate::cosine_logits::CosineProblem;
@@ -35,6 +35,9 @@ pub struct Options {
     pub scale: f32,
     /// K: only the classes `0..K` take part; all of them if absent.
     pub active: Option<usize>,
+    /// Whether the tensor cores of an NVIDIA GPU may round f32 operands to TF32's 10 bits, as in torch's
+    /// `backends.cuda.matmul.allow_tf32`. Without it, f32 runs in multiply-adds.
+    pub allow_tf32: bool,
     /// Reduction, label smoothing, ignored label, head weights.
     pub loss: LossOptions,
     /// Which variant runs.
@@ -47,6 +50,7 @@ impl Default for Options {
         Self {
             scale: 16.0,
             active: None,
+            allow_tf32: false,
             loss: LossOptions::default(),
             strategy: Strategy::Inferred,
         }
@@ -78,7 +82,7 @@ pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<Lo
     let call = Call::new(client, inputs, options)?;
     Ok(match call.blueprint.variant {
         Variant::Unit => call.unit_forward(),
-        Variant::Plane => call.plane_forward(),
+        Variant::Plane | Variant::Cmma => call.gpu_forward(),
     })
 }
 
@@ -110,7 +114,7 @@ pub fn backward(
     let arriving = call.arriving(upstream)?;
     Ok(match call.blueprint.variant {
         Variant::Unit => call.unit_backward(output, &arriving, embeddings, weights),
-        Variant::Plane => call.plane_backward(output, &arriving, embeddings, weights),
+        Variant::Plane | Variant::Cmma => call.gpu_backward(output, &arriving, embeddings, weights),
     })
 }
 
@@ -153,17 +157,23 @@ pub(super) struct Call<'a> {
     pub labels: Labels,
 }
 
-/// What a forward pass writes.
-pub(super) struct Results {
-    pub row_loss: TensorHandle,    // [heads, rows], f32
+/// What a forward pass writes for each row.
+pub(super) struct RowResults {
+    pub loss: TensorHandle,        // [heads, rows], f32
     pub lse: TensorHandle,         // [heads, rows], f32
     pub predictions: TensorHandle, // [heads, rows], u32
+}
+
+/// What a forward pass writes.
+pub(super) struct Results {
+    pub rows: RowResults,
     pub reduced: Reduced,
 }
 
 impl<'a> Call<'a> {
     fn new(client: &'a Client, inputs: &Inputs, options: &'a Options) -> Result<Self, Error> {
-        let blueprint = Blueprint::new(client, options.strategy)?;
+        let dtype = inputs.embeddings.dtype;
+        let blueprint = Blueprint::of_product(client, options.strategy, dtype, options.allow_tf32)?;
         let problem = CosineProblem::new(
             client,
             &blueprint,
@@ -200,37 +210,32 @@ impl<'a> Call<'a> {
     }
 
     fn gradients(&self, embeddings: bool, weights: bool) -> Gradients {
-        let sizes = &self.problem.sizes;
-        let gradient = |count: usize| {
-            empty(
-                self.client,
-                [sizes.heads, count, sizes.dim],
-                self.problem.embeddings.dtype(),
-            )
-        };
-        Gradients {
-            embeddings: embeddings.then(|| gradient(sizes.rows)),
-            weights: weights.then(|| gradient(self.problem.classes)),
-        }
+        self.problem.gradients(self.client, embeddings, weights)
     }
 
     fn output(&self, results: Results) -> LossOutput {
         LossOutput::new(
-            results.row_loss,
+            results.rows.loss,
             results.reduced,
-            results.lse,
-            results.predictions,
+            results.rows.lse,
+            results.rows.predictions,
             &self.labels,
             self.problem.sizes.active,
             &self.options.loss,
         )
     }
 
-    fn unit_results(&self) -> Results {
-        Results {
-            row_loss: self.rows_of(F32),
+    fn row_results(&self) -> RowResults {
+        RowResults {
+            loss: self.rows_of(F32),
             lse: self.rows_of(F32),
             predictions: self.rows_of(U32),
+        }
+    }
+
+    fn unit_results(&self) -> Results {
+        Results {
+            rows: self.row_results(),
             reduced: Reduced::empty(self.client, self.problem.sizes.heads),
         }
     }
@@ -252,9 +257,11 @@ impl<'a> Call<'a> {
     ) -> Gradients {
         let gradients = self.gradients(embeddings, weights);
         let read = Results {
-            row_loss: output.lse.clone(),
-            lse: output.lse.clone(),
-            predictions: output.lse.clone(),
+            rows: RowResults {
+                loss: output.lse.clone(),
+                lse: output.lse.clone(),
+                predictions: output.lse.clone(),
+            },
             reduced: Reduced {
                 loss: output.lse.clone(),
                 total: output.lse.clone(),
@@ -290,28 +297,24 @@ impl<'a> Call<'a> {
         )
     }
 
-    fn plane_forward(&self) -> LossOutput {
-        let row_loss = self.rows_of(F32);
-        let lse = self.rows_of(F32);
-        let predictions = self.rows_of(U32);
-        plane::launch_forward(self, &self.packed(), &row_loss, &lse, &predictions);
+    fn gpu_forward(&self) -> LossOutput {
+        let rows = self.row_results();
+        match self.blueprint.product {
+            Some(tile) => cmma::launch_forward(self, tile, &rows),
+            None => plane::launch_forward(self, &self.packed(), &rows),
+        }
         let reduced = reduce::launch(
             self.client,
             &self.blueprint,
-            &row_loss,
+            &rows.loss,
             &self.labels,
             self.problem.sizes.active,
             &self.options.loss,
         );
-        self.output(Results {
-            row_loss,
-            lse,
-            predictions,
-            reduced,
-        })
+        self.output(Results { rows, reduced })
     }
 
-    fn plane_backward(
+    fn gpu_backward(
         &self,
         output: &LossOutput,
         arriving: &Arriving,
@@ -330,8 +333,14 @@ impl<'a> Call<'a> {
             arriving,
             sizes.rows_padded,
         );
-        let packed = self.packed();
         let gradients = self.gradients(embeddings, weights);
+        if let Some(tile) = self.blueprint.product {
+            if embeddings || weights {
+                cmma::launch_backward(self, tile, &rows, &gradients);
+            }
+            return gradients;
+        }
+        let packed = self.packed();
         for (grad, owner) in [
             (&gradients.embeddings, Operand::Embeddings),
             (&gradients.weights, Operand::Weights),

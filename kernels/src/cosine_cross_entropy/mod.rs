@@ -23,6 +23,7 @@
 //! more rows than fit are carried in f32 beside it). Nothing grows with `N·K`. Every output element has one owner that
 //! adds in a fixed order, so the same input gives the same bits on the same device.
 
+mod cmma;
 mod launch;
 mod plane;
 mod unit;

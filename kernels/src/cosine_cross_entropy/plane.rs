@@ -3,7 +3,7 @@
 use cubecl::prelude::*;
 use cubecl::std::tensor::TensorHandle;
 
-use super::launch::Call;
+use super::launch::{Call, RowResults};
 use crate::blueprint::{PLANE_SIDE, PLANE_UNITS, cubes_for};
 use crate::loss::rows::Rows;
 use crate::loss::target::{LabelRule, is_class, label_rule, target_of};
@@ -14,13 +14,7 @@ use crate::operand::whole;
 use crate::packing::plane::{add_product, cosines, finish, place};
 use crate::packing::{Layout, Operand, Packed};
 
-pub(super) fn launch_forward(
-    call: &Call,
-    packed: &Packed,
-    row_loss: &TensorHandle,
-    lse: &TensorHandle,
-    predictions: &TensorHandle,
-) {
+pub(super) fn launch_forward(call: &Call, packed: &Packed, results: &RowResults) {
     let sizes = &packed.sizes;
     let loss = &call.options.loss;
     // SAFETY: `Packed` holds whole tiles, the outputs are [heads, rows], labels have `rows` elements.
@@ -34,9 +28,9 @@ pub(super) fn launch_forward(
             CubeDim::new_1d(PLANE_UNITS as u32),
             packed.rows_arg(),
             call.labels.buffer_arg(),
-            whole(row_loss, 1),
-            whole(lse, 1),
-            whole(predictions, 1),
+            whole(&results.loss, 1),
+            whole(&results.lse, 1),
+            whole(&results.predictions, 1),
             sizes.launch_arg(),
             label_rule(call.labels.dtype(), sizes.active, loss.ignore_index),
             call.options.scale,

@@ -4,7 +4,7 @@ use cubecl::client::Client;
 use cubecl::std::tensor::TensorHandle;
 use serde::{Deserialize, Serialize};
 
-use super::{CosineProblem, plane, unit};
+use super::{CosineProblem, cmma, plane, unit};
 use crate::Gradients;
 use crate::blueprint::{Blueprint, Strategy, Variant};
 use crate::error::Error;
@@ -28,6 +28,9 @@ pub struct Options {
     pub scale: f32,
     /// K: only the classes `0..K` take part; all of them if absent.
     pub active: Option<usize>,
+    /// Whether the tensor cores of an NVIDIA GPU may round f32 operands to TF32's 10 bits, as in torch's
+    /// `backends.cuda.matmul.allow_tf32`. Without it, f32 runs in multiply-adds.
+    pub allow_tf32: bool,
     /// Which variant runs.
     #[serde(skip)]
     pub strategy: Strategy,
@@ -38,6 +41,7 @@ impl Default for Options {
         Self {
             scale: 16.0,
             active: None,
+            allow_tf32: false,
             strategy: Strategy::Inferred,
         }
     }
@@ -48,28 +52,27 @@ impl Default for Options {
 /// # Errors
 /// A typed [`Error`], before anything is launched.
 pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<TensorHandle, Error> {
-    let (blueprint, problem) = validate(client, inputs, options)?;
-    let sizes = problem.sizes;
-    let elements = sizes.heads as u128 * sizes.rows as u128 * sizes.active as u128;
-    addressable("logits", elements)?;
-    let packed = Packed::new(
-        client,
-        &problem.embeddings,
-        &problem.weights,
-        sizes,
-        &blueprint,
-    );
+    let call = Call::new(client, inputs, options)?;
+    let sizes = call.problem.sizes;
+    if call.blueprint.product.is_none() {
+        let elements = sizes.heads as u128 * sizes.rows as u128 * sizes.active as u128;
+        addressable("logits", elements)?;
+    }
     let logits = empty(
         client,
         [sizes.heads, sizes.rows, sizes.active],
-        problem.embeddings.dtype(),
+        call.problem.embeddings.dtype(),
     );
-    match blueprint.variant {
-        Variant::Unit => unit::launch_forward(client, &blueprint, &packed, &logits, options.scale),
-        Variant::Plane => {
-            plane::launch_forward(client, &blueprint, &packed, &logits, options.scale)
-        }
+    if let Some(tile) = call.blueprint.product {
+        cmma::launch_forward(&call, tile, &logits, options.scale);
+        return Ok(logits);
     }
+    let packed = call.packed();
+    let launch = match call.blueprint.variant {
+        Variant::Unit => unit::launch_forward,
+        Variant::Plane | Variant::Cmma => plane::launch_forward,
+    };
+    launch(client, &call.blueprint, &packed, &logits, options.scale);
     Ok(logits)
 }
 
@@ -87,9 +90,14 @@ pub fn backward(
     embeddings: bool,
     weights: bool,
 ) -> Result<Gradients, Error> {
-    let (blueprint, problem) = validate(client, inputs, options)?;
+    let call = Call::new(client, inputs, options)?;
+    let problem = &call.problem;
     let sizes = problem.sizes;
-    let upstream = Strided::float(client, "logit gradients", grad_logits, 3)?;
+    let float = match call.blueprint.product {
+        Some(_) => Strided::of_any_size,
+        None => Strided::float,
+    };
+    let upstream = float(client, "logit gradients", grad_logits, 3)?;
     let expected = [sizes.heads, sizes.rows, sizes.active];
     if upstream.shape() != expected {
         return Err(Error::Shape {
@@ -105,55 +113,74 @@ pub fn backward(
             expected: format!("{}, like the embeddings", problem.embeddings.dtype()),
         });
     }
-    let packed = Packed::new(
-        client,
-        &problem.embeddings,
-        &problem.weights,
-        sizes,
-        &blueprint,
-    );
-    let gradient = |owner: Operand, count: usize| {
-        let grad = empty(
-            client,
-            [sizes.heads, count, sizes.dim],
-            problem.embeddings.dtype(),
-        );
-        let call = BackwardCall {
-            client,
-            blueprint: &blueprint,
-            packed: &packed,
-            upstream: &upstream,
-            grad: &grad,
-            owner,
-            scale: options.scale,
-        };
-        match blueprint.variant {
-            Variant::Unit => unit::launch_backward(&call),
-            Variant::Plane => plane::launch_backward(&call),
+    let gradients = problem.gradients(client, embeddings, weights);
+    if gradients.embeddings.is_none() && gradients.weights.is_none() {
+        return Ok(gradients);
+    }
+    if let Some(tile) = call.blueprint.product {
+        cmma::launch_backward(&call, tile, &upstream, options.scale, &gradients);
+        return Ok(gradients);
+    }
+    let packed = call.packed();
+    for (grad, owner) in [
+        (&gradients.embeddings, Operand::Embeddings),
+        (&gradients.weights, Operand::Weights),
+    ] {
+        if let Some(grad) = grad {
+            let call = BackwardCall {
+                client,
+                blueprint: &call.blueprint,
+                packed: &packed,
+                upstream: &upstream,
+                grad,
+                owner,
+                scale: options.scale,
+            };
+            match call.blueprint.variant {
+                Variant::Unit => unit::launch_backward(&call),
+                Variant::Plane | Variant::Cmma => plane::launch_backward(&call),
+            }
         }
-        grad
-    };
-    Ok(Gradients {
-        embeddings: embeddings.then(|| gradient(Operand::Embeddings, sizes.rows)),
-        weights: weights.then(|| gradient(Operand::Weights, problem.classes)),
-    })
+    }
+    Ok(gradients)
 }
 
-fn validate(
-    client: &Client,
-    inputs: &Inputs,
-    options: &Options,
-) -> Result<(Blueprint, CosineProblem), Error> {
-    let blueprint = Blueprint::new(client, options.strategy)?;
-    let problem = CosineProblem::new(
-        client,
-        &blueprint,
-        &inputs.embeddings,
-        &inputs.weights,
-        options.scale,
-        options.active,
-    )?;
-    Ok((blueprint, problem))
+/// A call whose operands are proved.
+pub(super) struct Call<'a> {
+    pub client: &'a Client,
+    pub blueprint: Blueprint,
+    pub problem: CosineProblem,
+}
+
+impl<'a> Call<'a> {
+    fn new(client: &'a Client, inputs: &Inputs, options: &Options) -> Result<Self, Error> {
+        let dtype = inputs.embeddings.dtype;
+        let blueprint = Blueprint::of_product(client, options.strategy, dtype, options.allow_tf32)?;
+        let problem = CosineProblem::new(
+            client,
+            &blueprint,
+            &inputs.embeddings,
+            &inputs.weights,
+            options.scale,
+            options.active,
+        )?;
+        Ok(Self {
+            client,
+            blueprint,
+            problem,
+        })
+    }
+
+    fn packed(&self) -> Packed {
+        let problem = &self.problem;
+        Packed::new(
+            self.client,
+            &problem.embeddings,
+            &problem.weights,
+            problem.sizes,
+            &self.blueprint,
+        )
+    }
 }
 
 /// A backward launch of either variant, for one operand.

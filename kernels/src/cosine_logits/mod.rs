@@ -7,6 +7,7 @@
 //! dŵ = scale Σ_n dz x̂_n      dw likewise
 //! ```
 
+mod cmma;
 mod launch;
 mod plane;
 mod problem;

@@ -3,9 +3,10 @@
 use cubecl::client::Client;
 use cubecl::std::tensor::TensorHandle;
 
-use crate::blueprint::Blueprint;
+use crate::Gradients;
+use crate::blueprint::{Blueprint, Variant};
 use crate::error::Error;
-use crate::operand::{Strided, addressable};
+use crate::operand::{Strided, addressable, empty};
 use crate::packing::PackedSizes;
 
 /// Embeddings and class weights that belong together.
@@ -25,8 +26,15 @@ impl CosineProblem {
         scale: f32,
         active: Option<usize>,
     ) -> Result<Self, Error> {
-        let embeddings = Strided::float(client, "embeddings", embeddings, 3)?;
-        let weights = Strided::float(client, "class weights", weights, 3)?;
+        // The cmma variant copies a bounded part of either at a time, with indices as wide as it takes.
+        let chunked = blueprint.variant == Variant::Cmma;
+        let float = if chunked {
+            Strided::of_any_size
+        } else {
+            Strided::float
+        };
+        let embeddings = float(client, "embeddings", embeddings, 3)?;
+        let weights = float(client, "class weights", weights, 3)?;
         let [heads, rows, dim] = embeddings.dims3();
         let [_, classes, _] = weights.dims3();
         if weights.shape() != [heads, classes, dim] {
@@ -57,12 +65,25 @@ impl CosineProblem {
             return Err(Error::ActiveClasses { active, classes });
         }
         let sizes = PackedSizes::new(heads, rows, active, dim, blueprint);
-        addressable("the packed operands", sizes.elements() as u128)?;
+        let packed = match chunked {
+            true => sizes.heads * sizes.rows_padded * sizes.dim_padded,
+            false => sizes.elements(),
+        };
+        addressable("the packed operands", packed as u128)?;
         Ok(Self {
             embeddings,
             weights,
             classes,
             sizes,
         })
+    }
+
+    /// Room for the gradients that are asked for.
+    pub(crate) fn gradients(&self, client: &Client, embeddings: bool, weights: bool) -> Gradients {
+        let dtype = self.embeddings.dtype();
+        Gradients {
+            embeddings: embeddings.then(|| empty(client, self.embeddings.shape(), dtype)),
+            weights: weights.then(|| empty(client, self.weights.shape(), dtype)),
+        }
     }
 }

@@ -54,7 +54,7 @@ pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<Lo
     };
     match blueprint.variant {
         Variant::Unit => unit::launch_forward(&call),
-        Variant::Plane => plane::launch_forward(&call),
+        Variant::Plane | Variant::Cmma => plane::launch_forward(&call),
     }
     let reduced = reduce::launch(
         client,
@@ -118,7 +118,7 @@ pub fn backward(
     };
     match blueprint.variant {
         Variant::Unit => unit::launch_backward(&call),
-        Variant::Plane => plane::launch_backward(&call),
+        Variant::Plane | Variant::Cmma => plane::launch_backward(&call),
     }
     Ok(grad)
 }

@@ -46,7 +46,7 @@ pub(crate) fn launch(
     let weights = client.create_from_slice(f32::as_bytes(&options.weights(heads)));
     let units = match blueprint.variant {
         Variant::Unit => 1,
-        Variant::Plane => PLANE_UNITS,
+        Variant::Plane | Variant::Cmma => PLANE_UNITS,
     };
     // SAFETY: every buffer has the length that its comment says, and the kernel stays inside heads × rows.
     unsafe {

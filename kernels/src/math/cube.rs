@@ -7,6 +7,33 @@ use super::online_softmax::RowSoftmax;
 /// The sum of `value` over the `units` of the cube (a power of two), in every unit.
 #[cube]
 pub(crate) fn cube_sum(value: f32, #[comptime] units: usize) -> f32 {
+    group_sum(value, units, units)
+}
+
+/// The sum of `value` over the unit's group of `size` neighbours, in each of them; all units of the cube must call.
+#[cube]
+pub(crate) fn group_sum(value: f32, #[comptime] units: usize, #[comptime] size: usize) -> f32 {
+    let unit = UNIT_POS as usize;
+    let mut shared = Shared::<[f32]>::new_slice(units);
+    shared[unit] = value;
+    sync_cube();
+    #[unroll]
+    for level in 0..comptime!(size.ilog2() as usize) {
+        let stride = comptime!(size >> (level + 1));
+        if unit % size < stride {
+            let sum = shared[unit] + shared[unit + stride];
+            shared[unit] = sum;
+        }
+        sync_cube();
+    }
+    let total = shared[unit - unit % size];
+    sync_cube();
+    total
+}
+
+/// The largest `value` of the `units` of the cube (a power of two), in every unit.
+#[cube]
+pub(crate) fn cube_max(value: f32, #[comptime] units: usize) -> f32 {
     let unit = UNIT_POS as usize;
     let mut shared = Shared::<[f32]>::new_slice(units);
     shared[unit] = value;
@@ -15,14 +42,14 @@ pub(crate) fn cube_sum(value: f32, #[comptime] units: usize) -> f32 {
     for level in 0..comptime!(units.ilog2() as usize) {
         let stride = comptime!(units >> (level + 1));
         if unit < stride {
-            let sum = shared[unit] + shared[unit + stride];
-            shared[unit] = sum;
+            let larger = max(shared[unit], shared[unit + stride]);
+            shared[unit] = larger;
         }
         sync_cube();
     }
-    let total = shared[0];
+    let largest = shared[0];
     sync_cube();
-    total
+    largest
 }
 
 /// Merges the rows of `parts` softmax states that neighbouring units hold, into every unit of the group.

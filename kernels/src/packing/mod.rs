@@ -104,7 +104,7 @@ impl Packed {
             rows: client.empty(sizes.elements() * float),
             panels: client.empty(match blueprint.variant {
                 Variant::Unit => sizes.elements() * float,
-                Variant::Plane => float,
+                Variant::Plane | Variant::Cmma => float,
             }),
             norms: client.empty(sizes.packed_rows() * float),
             sizes,
@@ -114,7 +114,7 @@ impl Packed {
             .min(weights.vector_size(blueprint));
         match blueprint.variant {
             Variant::Unit => unit::launch(client, embeddings, weights, &packed, vector, blueprint),
-            Variant::Plane => plane::launch(client, embeddings, weights, &packed),
+            Variant::Plane | Variant::Cmma => plane::launch(client, embeddings, weights, &packed),
         }
         packed
     }

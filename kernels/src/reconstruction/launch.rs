@@ -49,12 +49,12 @@ pub fn forward(client: &Client, inputs: &Inputs, strategy: Strategy) -> Result<O
     let cosines = empty(client, [problem.rows], F32);
     match blueprint.variant {
         Variant::Unit => unit::launch_forward(client, &blueprint, &problem, &cosines),
-        Variant::Plane => plane::launch_forward(client, &problem, &cosines),
+        Variant::Plane | Variant::Cmma => plane::launch_forward(client, &problem, &cosines),
     }
     let loss = empty(client, [1], F32);
     let units = match blueprint.variant {
         Variant::Unit => 1,
-        Variant::Plane => PLANE_UNITS,
+        Variant::Plane | Variant::Cmma => PLANE_UNITS,
     };
     // SAFETY: one cube reads `rows` cosines and writes one loss.
     unsafe {
@@ -103,7 +103,9 @@ pub fn backward(
             Variant::Unit => {
                 unit::launch_backward(client, &blueprint, &problem, upstream, grad, of_whole);
             }
-            Variant::Plane => plane::launch_backward(client, &problem, upstream, grad, of_whole),
+            Variant::Plane | Variant::Cmma => {
+                plane::launch_backward(client, &problem, upstream, grad, of_whole)
+            }
         }
     }
     Ok(gradients)

@@ -106,6 +106,7 @@ fn check(run: &Run, problem: &Problem, unit: bool, split: usize) -> Result<(), S
             working: &working,
             dtype: problem.dtype,
             magnitude: 0.0,
+            kept: 0.0,
         }
         .check()?;
     }

@@ -62,6 +62,7 @@ fn check(
             working,
             dtype,
             magnitude,
+            kept: 0.0,
         }
         .check()
     };

@@ -7,7 +7,7 @@ use cubecl::std::tensor::TensorHandle;
 use protohead::class_means::ClassSums;
 use protohead::cosine_cross_entropy::{Inputs, Options, backward, forward};
 use protohead::{Error, LossOptions, Reduction, Strategy, Upstream, Variant};
-use protohead_tests::devices::{devices, runs};
+use protohead_tests::devices::{devices, product_runs, runs};
 use protohead_tests::problem::{Dtype, download};
 
 fn floats(client: &Client, shape: &[usize]) -> TensorHandle {
@@ -160,7 +160,7 @@ fn a_variant_the_device_cannot_run_is_refused() {
 
 #[test]
 fn a_bad_label_is_reported_and_its_row_counts_as_ignored() {
-    for run in runs() {
+    for run in product_runs() {
         let client = run.client;
         let options = Options {
             loss: LossOptions {
@@ -246,7 +246,7 @@ fn a_bad_label_leaves_class_means_untouched_and_is_reported() {
 
 #[test]
 fn a_nan_stays_in_its_row() {
-    for run in runs() {
+    for run in product_runs() {
         let client = run.client;
         let mut values = vec![0.5f32; 40];
         values

@@ -7,7 +7,7 @@ use cubecl::std::tensor::TensorHandle;
 use protohead::{LossOptions, Reduction, Upstream, cosine_cross_entropy};
 use protohead_reference as reference;
 use protohead_tests::close::Comparison;
-use protohead_tests::devices::runs;
+use protohead_tests::devices::product_runs;
 use protohead_tests::problem::{Dtype, download};
 use safetensors::SafeTensors;
 use serde::Deserialize;
@@ -149,7 +149,7 @@ fn the_fused_op_does_what_pytorch_does() {
             &options32,
             &reference::Upstream::Total(1.0),
         );
-        for run in runs() {
+        for run in product_runs() {
             let client = run.client;
             let labels: Vec<i32> = labels.iter().map(|&l| l as i32).collect();
             let inputs = cosine_cross_entropy::Inputs {
@@ -172,6 +172,7 @@ fn the_fused_op_does_what_pytorch_does() {
             let options = cosine_cross_entropy::Options {
                 scale: case.scale,
                 active: Some(case.active),
+                allow_tf32: false,
                 loss: LossOptions {
                     reduction: case.reduction,
                     label_smoothing: case.label_smoothing as f32,
@@ -211,6 +212,7 @@ fn the_fused_op_does_what_pytorch_does() {
                     working,
                     dtype: Dtype::F32,
                     magnitude: size,
+                    kept: 0.0,
                 }
                 .check()
                 .unwrap_or_else(|message| panic!("case {number} on {run}: {message}"));

@@ -9,5 +9,6 @@ mod cross_entropy;
 mod faults;
 mod goldens;
 mod metamorphic;
+mod nvidia;
 mod reconstruction;
 mod support;

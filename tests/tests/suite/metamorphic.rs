@@ -4,7 +4,7 @@ use cubecl::MemoryScope;
 use proptest::prelude::*;
 use protohead::cosine_cross_entropy::{Inputs, Options, backward, forward, forward_backward};
 use protohead::{LossOptions, Reduction, Strategy, Upstream, Variant};
-use protohead_tests::devices::{Run, devices, runs};
+use protohead_tests::devices::{Run, devices, product_runs};
 use protohead_tests::problem::{Dtype, LabelKind, Problem, Values, download, problem};
 
 use crate::support::config;
@@ -37,6 +37,7 @@ fn answer(
     let options = Options {
         scale: problem.scale,
         active: Some(active),
+        allow_tf32: false,
         loss: LossOptions {
             reduction: Reduction::None,
             ignore_index: problem.ignore_index,
@@ -82,7 +83,7 @@ proptest! {
     #[test]
     fn the_same_input_gives_the_same_bits(problem in problem()) {
         let data = problem.data();
-        for run in runs() {
+        for run in product_runs() {
             if problem.supported(run.client) {
                 for together in [false, true] {
                     let [once, again] = [(); 2].map(|()| {
@@ -99,7 +100,7 @@ proptest! {
         let data = problem.data();
         let (_, rows, dim, _, _) = problem.sizes;
         let order = reversed(rows);
-        for run in runs() {
+        for run in product_runs() {
             if !problem.supported(run.client) {
                 continue;
             }
@@ -131,7 +132,7 @@ proptest! {
         let (_, _, dim, classes, _) = problem.sizes;
         let order = reversed(classes);
         let relabelled: Vec<i64> = data.labels.iter().map(|&l| classes as i64 - 1 - l).collect();
-        for run in runs() {
+        for run in product_runs() {
             if !problem.supported(run.client) {
                 continue;
             }
@@ -146,7 +147,7 @@ proptest! {
             let expected = permuted(&straight.dw, classes, dim, &order);
             let size = expected.iter().map(|v| v.abs()).fold(0.0, f64::max);
             for (a, b) in expected.iter().zip(&turned.dw) {
-                prop_assert!((a - b).abs() <= 1e-6 * scale * size + 1e-7 * scale / shortest, "on {run}: {a} became {b}");
+                prop_assert!((a - b).abs() <= 1e-6 * scale * size + 4e-7 * scale / shortest, "on {run}: {a} became {b}");
             }
         }
     }
@@ -154,7 +155,7 @@ proptest! {
 
 #[test]
 fn the_fused_op_needs_no_memory_that_grows_with_rows_times_classes() {
-    for run in runs() {
+    for run in product_runs() {
         // In the unit variant a bounded workspace may hold a chunk of logits: [N, K] in f32 is 1.5 GiB here, operands and
         // gradients together 4 MiB. The plane variant keeps no logits at all; software Vulkan asks for a smaller shape.
         let (size, workspace) = match run.strategy {

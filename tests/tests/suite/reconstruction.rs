@@ -101,6 +101,7 @@ fn check(
             working,
             dtype,
             magnitude,
+            kept: 0.0,
         }
         .check()?;
     }

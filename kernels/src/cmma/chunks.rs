@@ -1,0 +1,334 @@
+//! The class axis a chunk at a time, and the gradients of both operands from the logit gradients of each chunk.
+
+use cubecl::client::Client;
+use cubecl::prelude::*;
+use cubecl::server::Handle;
+
+use super::pack::finish_chunk;
+use super::product::{Lies, Source, column_of, place, row_of, tile_product};
+use super::{Engine, Tile, UNITS, pack_chunk};
+use crate::Gradients;
+use crate::blueprint::{Blueprint, cubes_for};
+use crate::cosine_logits::CosineProblem;
+
+/// Bytes that everything with a class axis may take beside the caller's tensors.
+const WORKSPACE: usize = 160 << 20;
+
+/// A problem whose embeddings are packed, and whose classes come in chunks.
+pub(crate) struct Chunks<'a> {
+    pub client: &'a Client,
+    pub blueprint: &'a Blueprint,
+    pub tile: Tile,
+    pub problem: &'a CosineProblem,
+    /// Unit rows of the operands' dtype, `[heads, rows_padded, dim_padded]`.
+    pub embeddings: Handle,
+}
+
+/// Some classes, with their packed weights.
+pub(crate) struct Chunk {
+    /// The first class.
+    pub first: usize,
+    /// How many take part.
+    pub classes: usize,
+    /// The same, padded to whole tiles.
+    pub padded: usize,
+    /// Unit rows of the operands' dtype, `[heads, padded, dim_padded]`.
+    pub weights: Handle,
+}
+
+impl<'a> Chunks<'a> {
+    /// Packs the embeddings.
+    pub(crate) fn new(
+        client: &'a Client,
+        blueprint: &'a Blueprint,
+        tile: Tile,
+        problem: &'a CosineProblem,
+    ) -> Self {
+        let sizes = &problem.sizes;
+        Self {
+            client,
+            blueprint,
+            tile,
+            problem,
+            embeddings: pack_chunk(
+                client,
+                blueprint,
+                &problem.embeddings,
+                0,
+                sizes.rows,
+                sizes.rows_padded,
+                sizes.dim_padded,
+            ),
+        }
+    }
+
+    /// Where chunks begin, if every class of a chunk takes `bytes`; and how many classes a chunk has at most.
+    fn ranges(&self, bytes: usize) -> (impl Iterator<Item = usize> + use<>, usize) {
+        let side = self.tile.side;
+        // The engine that is for checking takes the smallest chunks, so that small problems have several.
+        let fitting = match self.tile.engine {
+            Engine::Plain => 1,
+            _ => (WORKSPACE / bytes / side).max(1),
+        };
+        let step = (fitting * side).min(self.problem.sizes.active_padded);
+        ((0..self.problem.sizes.active).step_by(step), step)
+    }
+
+    fn size(&self) -> usize {
+        self.problem.embeddings.dtype().size()
+    }
+
+    fn chunk(&self, first: usize, step: usize) -> Chunk {
+        let sizes = &self.problem.sizes;
+        let classes = step.min(sizes.active - first);
+        let padded = classes.next_multiple_of(self.tile.side);
+        Chunk {
+            first,
+            classes,
+            padded,
+            weights: pack_chunk(
+                self.client,
+                self.blueprint,
+                &self.problem.weights,
+                first,
+                classes,
+                padded,
+                sizes.dim_padded,
+            ),
+        }
+    }
+
+    /// Chunks for a forward pass.
+    pub(crate) fn forward(&self) -> impl ExactSizeIterator<Item = Chunk> {
+        let sizes = &self.problem.sizes;
+        let (firsts, step) = self.ranges(sizes.heads * sizes.dim_padded * self.size());
+        let firsts: Vec<usize> = firsts.collect();
+        firsts.into_iter().map(move |first| self.chunk(first, step))
+    }
+
+    pub(crate) fn embeddings_arg(&self) -> BufferArg {
+        let sizes = &self.problem.sizes;
+        self.vectors(
+            &self.embeddings,
+            sizes.heads * sizes.rows_padded * sizes.dim_padded,
+        )
+    }
+
+    pub(crate) fn weights_arg(&self, chunk: &Chunk) -> BufferArg {
+        let sizes = &self.problem.sizes;
+        self.vectors(
+            &chunk.weights,
+            sizes.heads * chunk.padded * sizes.dim_padded,
+        )
+    }
+
+    fn vectors(&self, handle: &Handle, elements: usize) -> BufferArg {
+        // SAFETY: the callers name the elements that they allocated, whole tiles of them.
+        unsafe { BufferArg::from_raw_parts(handle.clone(), elements / self.tile.vector) }
+    }
+}
+
+/// A backward pass.
+pub(crate) struct Backward<'a> {
+    pub chunks: &'a Chunks<'a>,
+    /// f32 `[heads]`: what the products are multiplied with in the end.
+    pub factors: Handle,
+    /// Where the gradients go.
+    pub gradients: &'a Gradients,
+}
+
+impl Backward<'_> {
+    /// Runs; `logit_gradients` fills `[heads, rows_padded, chunk.padded]` of the operands' dtype, with zeros in the padding.
+    pub(crate) fn run(&self, logit_gradients: impl Fn(&Chunk, &Handle)) {
+        let chunks = self.chunks;
+        let sizes = &chunks.problem.sizes;
+        let (heads, rows, dim) = (sizes.heads, sizes.rows_padded, sizes.dim_padded);
+        let float = size_of::<f32>();
+        let per_class = heads * (rows * chunks.size() + dim * (chunks.size() + float));
+        let (firsts, step) = chunks.ranges(per_class);
+        let for_rows = self
+            .gradients
+            .embeddings
+            .as_ref()
+            .map(|grad| (grad, chunks.client.empty(heads * rows * dim * float)));
+        for first in firsts {
+            let chunk = chunks.chunk(first, step);
+            let elements = heads * rows * chunk.padded;
+            let logits = chunks.client.empty(elements * chunks.size());
+            logit_gradients(&chunk, &logits);
+            let logits_arg = || chunks.vectors(&logits, elements);
+            if let Some((_, sums)) = &for_rows {
+                self.product(
+                    logits_arg(),
+                    chunks.weights_arg(&chunk),
+                    sums,
+                    rows,
+                    chunk.padded,
+                    first == 0,
+                    Lies::Rows,
+                );
+            }
+            if let Some(grad) = &self.gradients.weights {
+                let sums = chunks.client.empty(heads * chunk.padded * dim * float);
+                self.product(
+                    logits_arg(),
+                    chunks.embeddings_arg(),
+                    &sums,
+                    chunk.padded,
+                    rows,
+                    true,
+                    Lies::Columns,
+                );
+                let last = first + chunk.classes == sizes.active;
+                let count = match last {
+                    true => chunks.problem.classes - first,
+                    false => chunk.classes,
+                };
+                finish_chunk(
+                    chunks.client,
+                    chunks.blueprint,
+                    &chunks.problem.weights,
+                    first,
+                    chunk.classes,
+                    count,
+                    &sums,
+                    chunk.padded,
+                    dim,
+                    &self.factors,
+                    grad,
+                );
+            }
+        }
+        if let Some((grad, sums)) = &for_rows {
+            finish_chunk(
+                chunks.client,
+                chunks.blueprint,
+                &chunks.problem.embeddings,
+                0,
+                sizes.rows,
+                sizes.rows,
+                sums,
+                rows,
+                dim,
+                &self.factors,
+                grad,
+            );
+        }
+    }
+
+    /// `out [heads, count, dim] (+)= left · right`, with `left [heads, count, reduced]` if it lies in rows and
+    /// `[heads, reduced, count]` if in columns, and `right [heads, reduced, dim]`.
+    #[allow(clippy::too_many_arguments)] // the product's shape, said once
+    fn product(
+        &self,
+        left: BufferArg,
+        right: BufferArg,
+        out: &Handle,
+        count: usize,
+        reduced: usize,
+        overwrite: bool,
+        lies: Lies,
+    ) {
+        let Chunks { client, tile, .. } = self.chunks;
+        let sizes = &self.chunks.problem.sizes;
+        let elements = sizes.heads * count * sizes.dim_padded;
+        let cubes = elements / tile.side / tile.side;
+        // SAFETY: all three are whole tiles, as the arguments say.
+        unsafe {
+            product::launch_unchecked(
+                client,
+                cubes_for(client, cubes),
+                CubeDim::new_1d(UNITS as u32),
+                tile.vector,
+                left,
+                right,
+                BufferArg::from_raw_parts(out.clone(), elements / 2),
+                cubes,
+                count,
+                reduced,
+                sizes.dim_padded,
+                u32::from(overwrite),
+                lies,
+                *tile,
+                self.chunks.problem.embeddings.dtype(),
+            );
+        }
+    }
+}
+
+#[cube(launch_unchecked)]
+fn product<E: Float, N: Size>(
+    left: &[Vector<E, N>],
+    right: &[Vector<E, N>],
+    out: &mut [Vector<f32, Const<2>>],
+    cubes: usize,
+    count: usize,
+    reduced: usize,
+    dim: usize,
+    overwrite: u32,
+    #[comptime] lies: Lies,
+    #[comptime] tile: Tile,
+    #[define(E)] _dtype: ElemType,
+) {
+    if CUBE_POS >= cubes {
+        terminate!();
+    }
+    let vector = comptime!(tile.vector);
+    let across = dim / comptime!(tile.side);
+    let down = count / comptime!(tile.side);
+    let head = CUBE_POS / (across * down);
+    let first = CUBE_POS / across % down * comptime!(tile.side);
+    let column = CUBE_POS % across * comptime!(tile.side);
+    let left_at = match comptime!(lies) {
+        Lies::Rows => Source {
+            base: (head * count + first) * (reduced / vector),
+            stride: reduced / vector,
+        },
+        Lies::Columns => Source {
+            base: head * reduced * (count / vector) + first / vector,
+            stride: count / vector,
+        },
+    };
+    let right_at = Source {
+        base: head * reduced * (dim / vector) + column / vector,
+        stride: dim / vector,
+    };
+    let mut left_stages =
+        Shared::<[E]>::new_aligned_slice(comptime!(2 * tile.stage(lies)), 16usize);
+    let mut right_stages =
+        Shared::<[E]>::new_aligned_slice(comptime!(2 * tile.stage(Lies::Columns)), 16usize);
+    let mut results = Array::<f32>::new(comptime!(tile.results()));
+    tile_product::<E, N>(
+        &mut results,
+        left,
+        &left_at,
+        right,
+        &right_at,
+        reduced / comptime!(tile.depth),
+        &mut left_stages,
+        &mut right_stages,
+        lies,
+        Lies::Columns,
+        tile,
+    );
+    let at = place();
+    #[unroll]
+    for i in 0..comptime!(tile.tall()) {
+        #[unroll]
+        for half in 0..2usize {
+            let row = head * count + first + row_of(&at, i, half, tile);
+            #[unroll]
+            for j in 0..comptime!(tile.wide()) {
+                let to = (row * dim + column + column_of(&at, j, 0usize, tile)) / 2;
+                let from = comptime!((i * tile.wide() + j) * 4 + 2 * half);
+                let mut sum = Vector::<f32, Const<2>>::empty();
+                sum.insert(0usize, results[from]);
+                sum.insert(1usize, results[comptime!(from + 1)]);
+                if overwrite == 0 {
+                    sum += out[to];
+                }
+                out[to] = sum;
+            }
+        }
+    }
+}

@@ -1,0 +1,426 @@
+//! `results = left · rightᵀ` over a reduced axis, for a tile of each.
+
+use cubecl::cmma::{MatrixIdent, MmaDefinition};
+use cubecl::prelude::*;
+
+use super::{Engine, PLANE, PLANES_ACROSS, Tile, UNITS};
+
+/// How a tile lies in its row-major matrix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Lies {
+    /// `[side, reduced]`
+    Rows,
+    /// `[reduced, side]`
+    Columns,
+}
+
+/// Where a tile begins in its matrix, and from one row of the matrix to the next; in vectors.
+#[derive(CubeType, Clone, Copy)]
+pub(crate) struct Source {
+    pub base: usize,
+    pub stride: usize,
+}
+
+/// Where a unit is: its plane in the cube, and itself in a fragment.
+#[derive(CubeType, Clone, Copy)]
+pub(crate) struct Place {
+    pub plane_row: usize,
+    pub plane_column: usize,
+    pub lane: usize,
+}
+
+#[cube]
+pub(crate) fn place() -> Place {
+    let unit = UNIT_POS as usize;
+    Place {
+        plane_row: unit / comptime!(PLANE * PLANES_ACROSS),
+        plane_column: unit / PLANE % PLANES_ACROSS,
+        lane: unit % PLANE,
+    }
+}
+
+/// The row of the tile that results `(i, _, 2 · half ..)` belong to.
+#[cube]
+pub(crate) fn row_of(
+    at: &Place,
+    #[comptime] i: usize,
+    #[comptime] half: usize,
+    #[comptime] tile: Tile,
+) -> usize {
+    at.plane_row * comptime!(tile.side / 2) + comptime!(16 * i + 8 * half) + at.lane / 4
+}
+
+/// The column of the tile that result `(_, j, odd or 2 + odd)` belongs to.
+#[cube]
+pub(crate) fn column_of(
+    at: &Place,
+    #[comptime] j: usize,
+    #[comptime] odd: usize,
+    #[comptime] tile: Tile,
+) -> usize {
+    at.plane_column * comptime!(tile.side / 4) + comptime!(8 * j + odd) + at.lane % 4 * 2
+}
+
+/// Multiplies over `slabs` stages' depths. Result `(i, j, e)` of a unit is at `(i · wide + j) · 4 + e`: row
+/// [`row_of`]`(i, e / 2)`, column [`column_of`]`(j, e % 2)`. The stages have room for two slabs each.
+#[cube]
+pub(crate) fn tile_product<E: Float, N: Size>(
+    results: &mut Array<f32>,
+    left: &[Vector<E, N>],
+    left_at: &Source,
+    right: &[Vector<E, N>],
+    right_at: &Source,
+    slabs: usize,
+    left_stages: &mut [E],
+    right_stages: &mut [E],
+    #[comptime] left_lies: Lies,
+    #[comptime] right_lies: Lies,
+    #[comptime] tile: Tile,
+) {
+    #[unroll]
+    for i in 0..comptime!(tile.results()) {
+        results[i] = 0.0;
+    }
+    let mut from_left = Array::<Vector<E, N>>::new(comptime!(tile.brought()));
+    let mut from_right = Array::<Vector<E, N>>::new(comptime!(tile.brought()));
+    fetch(
+        &mut from_left,
+        left,
+        left_at,
+        0usize.runtime(),
+        left_lies,
+        tile,
+    );
+    fetch(
+        &mut from_right,
+        right,
+        right_at,
+        0usize.runtime(),
+        right_lies,
+        tile,
+    );
+    stash(left_stages, &from_left, 0usize.runtime(), left_lies, tile);
+    stash(
+        right_stages,
+        &from_right,
+        0usize.runtime(),
+        right_lies,
+        tile,
+    );
+    sync_cube();
+    for slab in 0..slabs {
+        let more = slab + 1 < slabs;
+        if more {
+            fetch(&mut from_left, left, left_at, slab + 1, left_lies, tile);
+            fetch(&mut from_right, right, right_at, slab + 1, right_lies, tile);
+        }
+        let left_stage = slab % 2 * comptime!(tile.stage(left_lies));
+        let right_stage = slab % 2 * comptime!(tile.stage(right_lies));
+        match comptime!(tile.engine) {
+            Engine::Mma => multiply_mma(
+                results,
+                &*left_stages,
+                left_stage,
+                &*right_stages,
+                right_stage,
+                left_lies,
+                right_lies,
+                tile,
+            ),
+            Engine::Tf32 => multiply_tf32(
+                results,
+                &*left_stages,
+                left_stage,
+                &*right_stages,
+                right_stage,
+                left_lies,
+                right_lies,
+                tile,
+            ),
+            Engine::Plain => multiply_plain(
+                results,
+                &*left_stages,
+                left_stage,
+                &*right_stages,
+                right_stage,
+                left_lies,
+                right_lies,
+                tile,
+            ),
+        }
+        if more {
+            // Nobody reads this stage since the last barrier.
+            let other = (slab + 1) % 2;
+            stash(
+                left_stages,
+                &from_left,
+                other * comptime!(tile.stage(left_lies)),
+                left_lies,
+                tile,
+            );
+            stash(
+                right_stages,
+                &from_right,
+                other * comptime!(tile.stage(right_lies)),
+                right_lies,
+                tile,
+            );
+        }
+        sync_cube();
+    }
+}
+
+/// This unit's part of a slab, into registers. Neighbouring units take neighbouring vectors.
+#[cube]
+fn fetch<E: Float, N: Size>(
+    into: &mut Array<Vector<E, N>>,
+    source: &[Vector<E, N>],
+    at: &Source,
+    slab: usize,
+    #[comptime] lies: Lies,
+    #[comptime] tile: Tile,
+) {
+    #[unroll]
+    for p in 0..comptime!(tile.brought()) {
+        let v = UNIT_POS as usize + p * UNITS;
+        match comptime!(lies) {
+            Lies::Rows => {
+                let across = comptime!(tile.depth / tile.vector);
+                into[p] = source[at.base + v / across * at.stride + slab * across + v % across];
+            }
+            Lies::Columns => {
+                let across = comptime!(tile.side / tile.vector);
+                let row = slab * comptime!(tile.depth) + v / across;
+                into[p] = source[at.base + row * at.stride + v % across];
+            }
+        }
+    }
+}
+
+/// This unit's part of a slab, from registers into the stage at `start`.
+#[cube]
+fn stash<E: Float, N: Size>(
+    stages: &mut [E],
+    from: &Array<Vector<E, N>>,
+    start: usize,
+    #[comptime] lies: Lies,
+    #[comptime] tile: Tile,
+) {
+    let across = match comptime!(lies) {
+        Lies::Rows => comptime!(tile.depth / tile.vector),
+        Lies::Columns => comptime!(tile.side / tile.vector),
+    };
+    #[unroll]
+    for p in 0..comptime!(tile.brought()) {
+        let v = UNIT_POS as usize + p * UNITS;
+        let to =
+            start + v / across * comptime!(tile.pitch(lies)) + v % across * comptime!(tile.vector);
+        if comptime!(tile.engine == Engine::Plain) {
+            // WGSL has no view of scalars as vectors.
+            #[unroll]
+            for lane in 0..comptime!(tile.vector) {
+                stages[to + lane] = from[p].extract(lane);
+            }
+        } else {
+            let vectors = stages.as_vectorized_mut().with_vector_size_mut::<N>();
+            vectors[to / comptime!(tile.vector)] = from[p];
+        }
+    }
+}
+
+/// Where element `(row, k)` of a tile is in its stage.
+#[cube]
+fn staged(
+    start: usize,
+    row: usize,
+    k: usize,
+    #[comptime] lies: Lies,
+    #[comptime] tile: Tile,
+) -> usize {
+    let pitch = comptime!(tile.pitch(lies));
+    match comptime!(lies) {
+        Lies::Rows => start + row * pitch + k,
+        Lies::Columns => start + k * pitch + row,
+    }
+}
+
+/// Eight by eight elements at a time: `ldmatrix` gives a unit two neighbours of a row, transposed where the tile lies in
+/// columns, which is how `mma.m16n8k16` wants its fragments (PTX ISA, "Matrix fragments for mma.m16n8k16").
+#[cube]
+fn multiply_mma<E: Float>(
+    results: &mut Array<f32>,
+    left: &[E],
+    left_stage: usize,
+    right: &[E],
+    right_stage: usize,
+    #[comptime] left_lies: Lies,
+    #[comptime] right_lies: Lies,
+    #[comptime] tile: Tile,
+) {
+    let at = place();
+    let mma = MmaDefinition::<E, E, f32>::new(16usize, 8usize, 16usize);
+    let size!(NA) = mma.vector_size(MatrixIdent::A);
+    let size!(NC) = mma.vector_size(MatrixIdent::Accumulator);
+    let lane_row = at.lane % 8;
+    let first_row = at.plane_row * comptime!(tile.side / 2);
+    let first_column = at.plane_column * comptime!(tile.side / 4);
+    #[unroll]
+    for step in 0..comptime!(tile.depth / 16) {
+        let k = step * 16;
+        let mut rights = Sequence::<Array<Vector<E, NA>>>::new();
+        #[unroll]
+        for pair in 0..comptime!(tile.wide() / 2) {
+            // Matrices in order: columns 0-7 at k 0-7, at k 8-15, then columns 8-15 likewise.
+            let column = first_column + pair * 16 + at.lane / 16 * 8;
+            let deep = k + at.lane / 8 % 2 * 8;
+            let from = match comptime!(right_lies) {
+                Lies::Rows => staged(right_stage, column + lane_row, deep, right_lies, tile),
+                Lies::Columns => staged(right_stage, column, deep + lane_row, right_lies, tile),
+            };
+            rights.push(mma.load_matrix::<E, NA>(
+                &right[from..from + 8],
+                MatrixIdent::B,
+                4usize,
+                comptime!(right_lies == Lies::Columns),
+            ));
+        }
+        #[unroll]
+        for i in 0..comptime!(tile.tall()) {
+            // Matrices in order: rows 0-7 at k 0-7, rows 8-15 at k 0-7, then both at k 8-15.
+            let row = first_row + i * 16 + at.lane / 8 % 2 * 8;
+            let deep = k + at.lane / 16 * 8;
+            let from = match comptime!(left_lies) {
+                Lies::Rows => staged(left_stage, row + lane_row, deep, left_lies, tile),
+                Lies::Columns => staged(left_stage, row, deep + lane_row, left_lies, tile),
+            };
+            let lefts = mma.load_matrix::<E, NA>(
+                &left[from..from + 8],
+                MatrixIdent::A,
+                4usize,
+                comptime!(left_lies == Lies::Columns),
+            );
+            #[unroll]
+            for j in 0..comptime!(tile.wide()) {
+                let pair = rights.index(comptime!(j / 2));
+                let mut both = Array::<Vector<E, NA>>::new(2usize);
+                both[0] = pair[comptime!(j % 2 * 2)];
+                both[1] = pair[comptime!(j % 2 * 2 + 1)];
+                let sums = gather::<NC>(&*results, comptime!((i * tile.wide() + j) * 4));
+                let sums = mma.execute(&lefts, &both, &sums);
+                scatter::<NC>(results, &sums, comptime!((i * tile.wide() + j) * 4));
+            }
+        }
+    }
+}
+
+#[cube]
+fn gather<NC: Size>(results: &Array<f32>, #[comptime] first: usize) -> Array<Vector<f32, NC>> {
+    let mut sums = Array::<Vector<f32, NC>>::new(2usize);
+    #[unroll]
+    for half in 0..2usize {
+        let mut sum = Vector::<f32, NC>::empty();
+        sum.insert(0usize, results[comptime!(first + 2 * half)]);
+        sum.insert(1usize, results[comptime!(first + 2 * half + 1)]);
+        sums[half] = sum;
+    }
+    sums
+}
+
+#[cube]
+fn scatter<NC: Size>(
+    results: &mut Array<f32>,
+    sums: &Array<Vector<f32, NC>>,
+    #[comptime] first: usize,
+) {
+    #[unroll]
+    for half in 0..2usize {
+        results[comptime!(first + 2 * half)] = sums[half].extract(0usize);
+        results[comptime!(first + 2 * half + 1)] = sums[half].extract(1usize);
+    }
+}
+
+/// `mma.m16n8k8` on f32 rounded to TF32; fragments are read as scalars, since `ldmatrix` transposes 16 bits only.
+#[cube]
+fn multiply_tf32<E: Float>(
+    results: &mut Array<f32>,
+    left: &[E],
+    left_stage: usize,
+    right: &[E],
+    right_stage: usize,
+    #[comptime] left_lies: Lies,
+    #[comptime] right_lies: Lies,
+    #[comptime] tile: Tile,
+) {
+    let at = place();
+    let mma = MmaDefinition::<tf32, tf32, f32>::new(16usize, 8usize, 8usize);
+    let size!(NA) = mma.vector_size(MatrixIdent::A);
+    let size!(NC) = mma.vector_size(MatrixIdent::Accumulator);
+    let first_row = at.plane_row * comptime!(tile.side / 2) + at.lane / 4;
+    let first_column = at.plane_column * comptime!(tile.side / 4) + at.lane / 4;
+    #[unroll]
+    for step in 0..comptime!(tile.depth / 8) {
+        let k = step * 8 + at.lane % 4;
+        let mut rights = Sequence::<Array<Vector<tf32, NA>>>::new();
+        #[unroll]
+        for j in 0..comptime!(tile.wide()) {
+            let mut fragment = Array::<Vector<tf32, NA>>::new(2usize);
+            #[unroll]
+            for e in 0..2usize {
+                let from = staged(
+                    right_stage,
+                    first_column + j * 8,
+                    k + e * 4,
+                    right_lies,
+                    tile,
+                );
+                fragment[e] = Vector::<tf32, NA>::cast_from(right[from]);
+            }
+            rights.push(fragment);
+        }
+        #[unroll]
+        for i in 0..comptime!(tile.tall()) {
+            let mut lefts = Array::<Vector<tf32, NA>>::new(4usize);
+            #[unroll]
+            for e in 0..4usize {
+                let row = first_row + comptime!(i * 16 + e % 2 * 8);
+                let from = staged(left_stage, row, k + comptime!(e / 2 * 4), left_lies, tile);
+                lefts[e] = Vector::<tf32, NA>::cast_from(left[from]);
+            }
+            #[unroll]
+            for j in 0..comptime!(tile.wide()) {
+                let sums = gather::<NC>(&*results, comptime!((i * tile.wide() + j) * 4));
+                let sums = mma.execute(&lefts, rights.index(j), &sums);
+                scatter::<NC>(results, &sums, comptime!((i * tile.wide() + j) * 4));
+            }
+        }
+    }
+}
+
+/// The same results by multiply-adds.
+#[cube]
+fn multiply_plain<E: Float>(
+    results: &mut Array<f32>,
+    left: &[E],
+    left_stage: usize,
+    right: &[E],
+    right_stage: usize,
+    #[comptime] left_lies: Lies,
+    #[comptime] right_lies: Lies,
+    #[comptime] tile: Tile,
+) {
+    let at = place();
+    for k in 0..comptime!(tile.depth) {
+        #[unroll]
+        for i in 0..comptime!(2 * tile.tall()) {
+            let row = row_of(&at, comptime!(i / 2), comptime!(i % 2), tile);
+            let l = f32::cast_from(left[staged(left_stage, row, k, left_lies, tile)]);
+            #[unroll]
+            for j in 0..comptime!(2 * tile.wide()) {
+                let column = column_of(&at, comptime!(j / 2), comptime!(j % 2), tile);
+                let r = f32::cast_from(right[staged(right_stage, column, k, right_lies, tile)]);
+                let out = comptime!((i / 2 * tile.wide() + j / 2) * 4 + i % 2 * 2 + j % 2);
+                results[out] = fma(l, r, results[out]);
+            }
+        }
+    }
+}

@@ -1,0 +1,179 @@
+//! A cube computes a tile of logits on tensor cores; the backward pass copies a chunk of logit gradients into whole tiles
+//! and multiplies them with both operands.
+
+use cubecl::prelude::*;
+use cubecl::server::Handle;
+use cubecl::std::tensor::TensorHandle;
+
+use super::launch::Call;
+use crate::Gradients;
+use crate::blueprint::{PLANE_UNITS, cubes_for};
+use crate::cmma::{
+    Backward, Chunk, Chunks, Lies, Source, Tile, UNITS, column_of, place, row_of, tile_product,
+};
+use crate::operand::{Strided, address_type, whole};
+use crate::packing::unit::RowStrides;
+
+pub(super) fn launch_forward(call: &Call, tile: Tile, logits: &TensorHandle, scale: f32) {
+    let client = call.client;
+    let sizes = &call.problem.sizes;
+    let elements = sizes.heads * sizes.rows * sizes.active;
+    let chunks = Chunks::new(client, &call.blueprint, tile, &call.problem);
+    for chunk in chunks.forward() {
+        let cubes = sizes.heads * (sizes.rows_padded / tile.side) * (chunk.padded / tile.side);
+        // SAFETY: the operands are packed in whole tiles, `logits` is [heads, rows, active].
+        unsafe {
+            forward::launch_unchecked(
+                client,
+                cubes_for(client, cubes),
+                CubeDim::new_1d(UNITS as u32),
+                address_type(&[elements]),
+                tile.vector,
+                chunks.embeddings_arg(),
+                chunks.weights_arg(&chunk),
+                whole(logits, 1),
+                sizes.heads,
+                sizes.rows,
+                sizes.rows_padded,
+                sizes.active,
+                chunk.first,
+                chunk.padded,
+                sizes.dim_padded,
+                scale,
+                tile,
+                logits.dtype,
+            );
+        }
+    }
+}
+
+pub(super) fn launch_backward(
+    call: &Call,
+    tile: Tile,
+    upstream: &Strided,
+    scale: f32,
+    gradients: &Gradients,
+) {
+    let client = call.client;
+    let sizes = &call.problem.sizes;
+    let factors = client.create_from_slice(f32::as_bytes(&vec![scale; sizes.heads]));
+    let chunks = Chunks::new(client, &call.blueprint, tile, &call.problem);
+    let backward = Backward {
+        chunks: &chunks,
+        factors,
+        gradients,
+    };
+    backward.run(|chunk: &Chunk, logits: &Handle| {
+        let elements = sizes.heads * sizes.rows_padded * chunk.padded;
+        // SAFETY: `Strided` proved the upstream, the copy has whole tiles.
+        unsafe {
+            copy::launch_unchecked(
+                client,
+                cubes_for(client, elements.div_ceil(PLANE_UNITS)),
+                CubeDim::new_1d(PLANE_UNITS as u32),
+                address_type(&[upstream.elements()]),
+                upstream.buffer_arg(1),
+                upstream.strides_arg(1),
+                BufferArg::from_raw_parts(logits.clone(), elements),
+                sizes.rows,
+                sizes.rows_padded,
+                chunk.first,
+                chunk.classes,
+                chunk.padded,
+                upstream.dtype(),
+            );
+        }
+    });
+}
+
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn forward<E: Float, N: Size>(
+    embeddings: &[Vector<E, N>], // [heads, rows_padded, dim]
+    weights: &[Vector<E, N>],    // [heads, classes, dim]
+    logits: &mut [E],            // [heads, rows, active]
+    heads: usize,
+    rows: usize,
+    rows_padded: usize,
+    active: usize,
+    first: usize,   // the chunk's first class
+    classes: usize, // of the chunk
+    dim: usize,
+    scale: f32,
+    #[comptime] tile: Tile,
+    #[define(E)] _dtype: ElemType,
+) {
+    let side = comptime!(tile.side);
+    let stride = dim / comptime!(tile.vector);
+    let row_tiles = rows_padded / side;
+    let class_tiles = classes / side;
+    let head = CUBE_POS / (row_tiles * class_tiles);
+    if head >= heads {
+        terminate!();
+    }
+    let first_row = CUBE_POS % row_tiles * side;
+    let in_chunk = CUBE_POS / row_tiles % class_tiles * side;
+    let mut left_stages =
+        Shared::<[E]>::new_aligned_slice(comptime!(2 * tile.stage(Lies::Rows)), 16usize);
+    let mut right_stages =
+        Shared::<[E]>::new_aligned_slice(comptime!(2 * tile.stage(Lies::Rows)), 16usize);
+    let mut results = Array::<f32>::new(comptime!(tile.results()));
+    tile_product::<E, N>(
+        &mut results,
+        embeddings,
+        &Source {
+            base: (head * rows_padded + first_row) * stride,
+            stride,
+        },
+        weights,
+        &Source {
+            base: (head * classes + in_chunk) * stride,
+            stride,
+        },
+        dim / comptime!(tile.depth),
+        &mut left_stages,
+        &mut right_stages,
+        Lies::Rows,
+        Lies::Rows,
+        tile,
+    );
+    let at = place();
+    #[unroll]
+    for r in 0..comptime!(2 * tile.tall()) {
+        let row = first_row + row_of(&at, comptime!(r / 2), comptime!(r % 2), tile);
+        #[unroll]
+        for c in 0..comptime!(2 * tile.wide()) {
+            let class = first + in_chunk + column_of(&at, comptime!(c / 2), comptime!(c % 2), tile);
+            if row < rows && class < active {
+                let from = comptime!((r / 2 * tile.wide() + c / 2) * 4 + r % 2 * 2 + c % 2);
+                logits[(head * rows + row) * active + class] = E::cast_from(results[from] * scale);
+            }
+        }
+    }
+}
+
+/// A chunk of the upstream gradient, zero-padded to whole tiles.
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn copy<E: Float>(
+    upstream: &[E], // [heads, rows, active]
+    strides: RowStrides,
+    logits: &mut [E], // [heads, rows_padded, padded]
+    rows: usize,
+    rows_padded: usize,
+    first: usize,
+    classes: usize,
+    padded: usize,
+    #[define(E)] _dtype: ElemType,
+) {
+    let at = ABSOLUTE_POS;
+    if at >= logits.len() {
+        terminate!();
+    }
+    let class = at % padded;
+    let row = at / padded % rows_padded;
+    let head = at / padded / rows_padded;
+    let mut value = E::new(0.0);
+    if row < rows && class < classes {
+        value = upstream[head * strides.head + row * strides.row + first + class];
+    }
+    logits[at] = value;
+}

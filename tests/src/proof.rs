@@ -1,0 +1,307 @@
+//! The compile proof: every kernel that the library launches on an NVIDIA GPU, compiled to PTX and assembled by `ptxas`
+//! on a machine that has neither GPU nor driver.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use cubecl::client::Client;
+use cubecl::ir::{ElemType, FloatKind, IntKind};
+use cubecl::std::tensor::TensorHandle;
+use protohead::{Reduction, Strategy, Upstream, Variant};
+use protohead::{class_means, cosine_cross_entropy, cosine_logits, cross_entropy, reconstruction};
+use serde::{Deserialize, Serialize};
+
+use crate::nvidia::{Compiled, compiled_by};
+
+/// A100, H100 and B200.
+pub const ARCHITECTURES: [u32; 3] = [80, 90, 100];
+
+/// A kernel and what the assembler said of it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Row {
+    /// The op that launched it, with its variant.
+    pub op: String,
+    /// The operands' dtype.
+    pub dtype: String,
+    /// The kernel function.
+    pub kernel: String,
+    /// The architecture: 90 for sm_90.
+    pub arch: u32,
+    /// Units of a cube.
+    pub units: u32,
+    /// Shared memory, in bytes.
+    pub shared: usize,
+    /// What the assembler said, if there is one.
+    pub assembled: Option<Assembled>,
+    /// Tensor-core products in the text.
+    pub mma: usize,
+    /// Fragment loads in the text.
+    pub ldmatrix: usize,
+    /// Loads of 16 bytes from global memory in the text.
+    pub wide_loads: usize,
+    /// Loads from global memory in the text.
+    pub loads: usize,
+    /// Multiply-adds of f32 in the text.
+    pub fma: usize,
+    /// 64-bit multiplications of indices in the text.
+    pub wide_indices: usize,
+}
+
+/// Of `ptxas --verbose`.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct Assembled {
+    /// 32-bit registers of a unit.
+    pub registers: u32,
+    /// Bytes of local memory that a unit needs.
+    pub stack: u32,
+    /// Bytes of registers spilled.
+    pub spilled: u32,
+}
+
+/// The CUDA toolkit's folder: `CUDA_PATH`, or where `scripts/setup.sh --tests` puts the parts that are needed.
+pub fn toolkit() -> Option<PathBuf> {
+    let data = std::env::var_os("XDG_DATA_HOME").map_or_else(
+        || PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".local/share"),
+        PathBuf::from,
+    );
+    [
+        std::env::var_os("CUDA_PATH").map(PathBuf::from),
+        Some(data.join("protohead/cuda/nvidia/cu13")),
+    ]
+    .into_iter()
+    .flatten()
+    .find(|root| root.join("nvvm/libdevice/libdevice.10.bc").is_file())
+}
+
+/// Compiles everything. `CUDA_PATH` has to be set, since exponentials come from the toolkit's device library.
+///
+/// # Panics
+/// If a kernel does not compile or assemble.
+pub fn rows(architectures: &[u32]) -> Vec<Row> {
+    let ptxas = toolkit()
+        .map(|root| root.join("bin/ptxas"))
+        .filter(|path| path.is_file());
+    let mut rows = Vec::new();
+    for &arch in architectures {
+        for (op, dtype, launch) in launches() {
+            for compiled in compiled_by(arch, |client| launch(client, dtype)) {
+                rows.push(row(op, dtype, &compiled, ptxas.as_deref()));
+            }
+        }
+    }
+    rows
+}
+
+/// The op whose class weights pass 32-bit indices.
+pub const BEYOND_32_BITS: &str = "cosine_cross_entropy, 17 million classes";
+
+type Launch = fn(&Client, FloatKind);
+
+/// Every op in every variant that inference picks on these devices, or that is their fallback.
+fn launches() -> Vec<(&'static str, FloatKind, Launch)> {
+    let ops: [(&'static str, Launch); 8] = [
+        ("cosine_cross_entropy", |client, dtype| {
+            fused(client, dtype, Strategy::Inferred, false)
+        }),
+        ("cosine_cross_entropy, TF32", |client, dtype| {
+            fused(client, dtype, Strategy::Inferred, true)
+        }),
+        ("cosine_cross_entropy, plane", |client, dtype| {
+            fused(client, dtype, Strategy::Forced(Variant::Plane), false);
+        }),
+        (BEYOND_32_BITS, many_classes),
+        ("cosine_logits", logits),
+        ("cross_entropy", on_logits),
+        ("class_means", means),
+        ("reconstruction", reconstruct),
+    ];
+    let mut launches = Vec::new();
+    for (op, launch) in ops {
+        for dtype in [FloatKind::F32, FloatKind::F16, FloatKind::BF16] {
+            let only_f32 = op.ends_with("TF32");
+            if !only_f32 || dtype == FloatKind::F32 {
+                launches.push((op, dtype, launch));
+            }
+        }
+    }
+    launches
+}
+
+/// A tensor without bytes.
+pub fn tensor(client: &Client, shape: &[usize], dtype: ElemType) -> TensorHandle {
+    let elements: usize = shape.iter().product();
+    TensorHandle::new_contiguous(shape.to_vec(), client.empty(elements * dtype.size()), dtype)
+}
+
+const LABELS: ElemType = ElemType::Int(IntKind::I64);
+const VALID: &str = "the operands are valid";
+
+fn fused(client: &Client, dtype: FloatKind, strategy: Strategy, allow_tf32: bool) {
+    let float = ElemType::Float(dtype);
+    let inputs = cosine_cross_entropy::Inputs {
+        embeddings: tensor(client, &[2, 1024, 256], float),
+        weights: tensor(client, &[2, 3000, 256], float),
+        labels: tensor(client, &[1024], LABELS),
+    };
+    for reduction in [Reduction::Mean, Reduction::None] {
+        let mut options = cosine_cross_entropy::Options {
+            strategy,
+            allow_tf32,
+            ..Default::default()
+        };
+        options.loss.reduction = reduction;
+        let output = cosine_cross_entropy::forward(client, &inputs, &options).expect(VALID);
+        let upstream = Upstream::Total(1.0);
+        cosine_cross_entropy::backward(client, &inputs, &options, &output, &upstream, true, true)
+            .expect(VALID);
+    }
+}
+
+fn many_classes(client: &Client, dtype: FloatKind) {
+    let float = ElemType::Float(dtype);
+    if dtype == FloatKind::F32 {
+        return; // no tensor cores without TF32: such operands are refused
+    }
+    // 4.4 · 10⁹ elements, and no byte of them anywhere.
+    let inputs = cosine_cross_entropy::Inputs {
+        embeddings: tensor(client, &[1, 512, 256], float),
+        weights: tensor(client, &[1, 17_000_000, 256], float),
+        labels: tensor(client, &[512], LABELS),
+    };
+    let options = cosine_cross_entropy::Options {
+        active: Some(1000),
+        ..Default::default()
+    };
+    let output = cosine_cross_entropy::forward(client, &inputs, &options).expect(VALID);
+    let upstream = Upstream::Total(1.0);
+    cosine_cross_entropy::backward(client, &inputs, &options, &output, &upstream, true, true)
+        .expect(VALID);
+}
+
+fn logits(client: &Client, dtype: FloatKind) {
+    let float = ElemType::Float(dtype);
+    let inputs = cosine_logits::Inputs {
+        embeddings: tensor(client, &[2, 1024, 256], float),
+        weights: tensor(client, &[2, 3000, 256], float),
+    };
+    let options = cosine_logits::Options::default();
+    let z = cosine_logits::forward(client, &inputs, &options).expect(VALID);
+    cosine_logits::backward(client, &inputs, &options, &z, true, true).expect(VALID);
+}
+
+fn on_logits(client: &Client, dtype: FloatKind) {
+    let inputs = cross_entropy::Inputs {
+        logits: tensor(client, &[2, 1024, 3000], ElemType::Float(dtype)),
+        labels: tensor(client, &[1024], LABELS),
+    };
+    let options = cross_entropy::Options::default();
+    let output = cross_entropy::forward(client, &inputs, &options).expect(VALID);
+    cross_entropy::backward(client, &inputs, &options, &output, &Upstream::Total(1.0))
+        .expect(VALID);
+}
+
+fn means(client: &Client, dtype: FloatKind) {
+    let float = ElemType::Float(dtype);
+    let options = class_means::Options::default();
+    let embeddings = tensor(client, &[2, 1024, 256], float);
+    let labels = tensor(client, &[1024], LABELS);
+    let sums = || class_means::ClassSums::new(client, 2, 20, 256).expect(VALID);
+    let (mut first, mut second) = (sums(), sums());
+    for sums in [&mut first, &mut second] {
+        sums.accumulate(client, &embeddings, &labels, &options)
+            .expect(VALID);
+    }
+    first
+        .accumulate(client, &embeddings, &labels, &options)
+        .expect(VALID);
+    first
+        .merge(client, &second, Strategy::Inferred)
+        .expect(VALID);
+    let weights = tensor(client, &[2, 35, 256], float);
+    first
+        .write_means(client, &weights, Strategy::Inferred)
+        .expect(VALID);
+}
+
+fn reconstruct(client: &Client, dtype: FloatKind) {
+    let part = || tensor(client, &[1024, 256], ElemType::Float(dtype));
+    let inputs = reconstruction::Inputs {
+        whole: part(),
+        first: part(),
+        second: part(),
+    };
+    reconstruction::forward(client, &inputs, Strategy::Inferred).expect(VALID);
+    let one = tensor(client, &[1], ElemType::Float(FloatKind::F32));
+    reconstruction::backward(client, &inputs, &one, Strategy::Inferred, true, true).expect(VALID);
+}
+
+fn row(op: &str, dtype: FloatKind, compiled: &Compiled, ptxas: Option<&Path>) -> Row {
+    let count = |what: &str| compiled.ptx.matches(what).count();
+    Row {
+        op: op.into(),
+        dtype: format!("{dtype:?}").to_lowercase(),
+        kernel: compiled.name.clone(),
+        arch: compiled.arch,
+        units: compiled.units,
+        shared: compiled.shared,
+        assembled: ptxas.map(|ptxas| assemble(ptxas, compiled)),
+        mma: count("mma.sync."),
+        ldmatrix: count("ldmatrix.sync."),
+        wide_loads: loads(&compiled.ptx).filter(|line| is_wide(line)).count(),
+        loads: loads(&compiled.ptx).count(),
+        fma: count("fma.rn.f32"),
+        wide_indices: count("mul.lo.s64") + count("mad.lo.s64") + count("shl.b64"),
+    }
+}
+
+fn loads(ptx: &str) -> impl Iterator<Item = &str> {
+    ptx.lines().filter(|line| line.contains("ld.global"))
+}
+
+/// Whether a load brings 16 bytes.
+fn is_wide(line: &str) -> bool {
+    [
+        ".v4.b32", ".v4.u32", ".v4.f32", ".v2.b64", ".v2.u64", ".v8.b16",
+    ]
+    .iter()
+    .any(|vector| line.contains(vector))
+}
+
+fn assemble(ptxas: &Path, compiled: &Compiled) -> Assembled {
+    // The target that the text names: PTX for sm_90 may be for sm_90a.
+    let target = compiled
+        .ptx
+        .lines()
+        .find_map(|line| line.strip_prefix(".target "))
+        .and_then(|targets| targets.split([',', ' ']).next())
+        .expect("PTX names its target");
+    let mut file = tempfile::NamedTempFile::new().expect("a temporary file");
+    file.write_all(compiled.ptx.as_bytes()).expect("written");
+    let output = Command::new(ptxas)
+        .args([
+            "--verbose",
+            "--warn-on-spills",
+            "--output-file",
+            "/dev/null",
+        ])
+        .arg(format!("--gpu-name={target}"))
+        .arg(file.path())
+        .output()
+        .expect("ptxas starts");
+    let said = String::from_utf8_lossy(&output.stderr) + String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{}: {said}", compiled.name);
+    let before = |what: &str| -> u32 {
+        said.split(what)
+            .next()
+            .filter(|_| said.contains(what))
+            .and_then(|text| text.split_whitespace().last())
+            .and_then(|number| number.parse().ok())
+            .unwrap_or_else(|| panic!("no '{what}' in {said}"))
+    };
+    Assembled {
+        registers: before(" registers"),
+        stack: before(" bytes stack frame"),
+        spilled: before(" bytes spill stores") + before(" bytes spill loads"),
+    }
+}

@@ -1,0 +1,129 @@
+//! The compile proof: what the library launches on NVIDIA GPUs compiles, assembles, fits and does not spill.
+
+use std::process::Command;
+use std::sync::OnceLock;
+
+use protohead_tests::proof::{ARCHITECTURES, BEYOND_32_BITS, Row, toolkit};
+
+/// Every kernel, compiled by a process of its own that knows where the CUDA toolkit is; none where there is no toolkit.
+fn rows() -> &'static [Row] {
+    static ROWS: OnceLock<Vec<Row>> = OnceLock::new();
+    ROWS.get_or_init(compiled)
+}
+
+fn compiled() -> Vec<Row> {
+    let Some(toolkit) = toolkit() else {
+        eprintln!(
+            "protohead tests: no CUDA toolkit, so nothing was compiled for NVIDIA GPUs; scripts/setup.sh --tests installs it"
+        );
+        return Vec::new();
+    };
+    let output = Command::new(env!("CARGO_BIN_EXE_kernels"))
+        .arg("--json")
+        .env("CUDA_PATH", toolkit)
+        .output()
+        .expect("the program starts");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    let rows: Vec<Row> = serde_json::from_slice(&output.stdout).expect("rows as JSON");
+    assert!(rows.len() > 100, "only {} kernels", rows.len());
+    rows
+}
+
+#[test]
+fn every_kernel_fits_an_nvidia_gpu_and_none_spills() {
+    for row in rows() {
+        let of = format!(
+            "{} of {} in {} for sm_{}",
+            row.kernel, row.op, row.dtype, row.arch
+        );
+        let Some(assembled) = row.assembled else {
+            continue;
+        };
+        assert_eq!(assembled.spilled, 0, "{of} spills");
+        assert_eq!(assembled.stack, 0, "{of} needs local memory");
+        // A multiprocessor has 65,536 registers, given out by 256 a plane, and at least one cube has to fit.
+        let registers = assembled.registers.next_multiple_of(8) * row.units;
+        assert!(
+            registers <= 65_536,
+            "{of} takes {registers} registers a cube"
+        );
+        // Blueprints promise that a cube fits twice where it is not a cmma kernel, whose tiles want a multiprocessor alone.
+        if row.mma == 0 {
+            assert!(
+                2 * registers <= 65_536,
+                "{of} takes {registers} registers a cube"
+            );
+            assert!(row.shared <= 48 << 10, "{of} takes {} bytes", row.shared);
+        } else {
+            // What GPUs of compute capability 8.6 and 8.9 give a cube.
+            assert!(row.shared <= 99 << 10, "{of} takes {} bytes", row.shared);
+        }
+    }
+}
+
+#[test]
+fn products_run_on_tensor_cores_and_stream_sixteen_bytes_at_a_time() {
+    let rows = rows();
+    for row in rows {
+        let of = format!(
+            "{} of {} in {} for sm_{}",
+            row.kernel, row.op, row.dtype, row.arch
+        );
+        let inferred = row.op == "cosine_cross_entropy" || row.op == "cosine_logits";
+        let product = ["forward", "logit_gradients", "product"]
+            .iter()
+            .any(|name| row.kernel.starts_with(name));
+        if (inferred && row.dtype != "f32" || row.op.ends_with("TF32")) && product {
+            assert!(row.mma > 0, "{of} has no tensor-core product");
+            assert!(
+                row.op.ends_with("TF32") || row.ldmatrix > 0,
+                "{of} has no ldmatrix"
+            );
+            assert!(row.wide_loads >= 8, "{of} streams its tiles in small loads");
+        }
+    }
+    if !rows.is_empty() {
+        for arch in ARCHITECTURES {
+            let products = rows.iter().filter(|row| row.arch == arch && row.mma > 0);
+            // Forward, logit gradients, dX and dW, of the fused op in three dtypes; logits in two.
+            assert!(
+                products.count() >= 14,
+                "sm_{arch} has too few tensor-core kernels"
+            );
+        }
+    }
+}
+
+#[test]
+fn class_weights_beyond_32_bit_indices_get_kernels_with_64_bit_ones() {
+    let rows = rows();
+    if rows.is_empty() {
+        return;
+    }
+    for arch in ARCHITECTURES {
+        for (name, dtype) in [
+            ("pack", "f16"),
+            ("pack", "bf16"),
+            ("finish", "f16"),
+            ("finish", "bf16"),
+        ] {
+            let indices = |op: &str| {
+                let of = |row: &&Row| {
+                    row.op == op
+                        && row.arch == arch
+                        && row.dtype == dtype
+                        && row.kernel.starts_with(name)
+                };
+                rows.iter().find(of).map(|row| row.wide_indices)
+            };
+            // A kernel is listed where it is compiled first: here once more, with other indices.
+            let narrow = indices("cosine_cross_entropy").expect("compiled");
+            let wide = indices(BEYOND_32_BITS).expect("compiled again");
+            assert!(
+                wide > narrow,
+                "{name} for sm_{arch}: {wide} 64-bit index operations, {narrow} before"
+            );
+        }
+    }
+}

@@ -2,7 +2,7 @@
 
 use cubecl::prelude::*;
 
-use super::plan::{OWNED_CLASSES, Plan};
+use super::plan::{CACHED_PANELS, OWNED_CLASSES, OWNED_PANELS, Phases, Plan};
 use crate::math::span::{Span, share};
 use crate::math::tile::{Broadcast, Lanes, accumulate};
 use crate::packing::unit::{EPSILON, RowStrides, TILE_VECTORS};
@@ -12,11 +12,14 @@ use crate::packing::unit::{EPSILON, RowStrides, TILE_VECTORS};
 pub(super) fn gradients<F: Float, N: Size, M: Size>(
     weights: &[Vector<F, M>],
     strides: &RowStrides,
+    targets: &[Vector<u32, N>], // [rows, padded]
     workspace: &mut [f32],
     grad: &mut [Vector<F, M>],
     plan: &Plan,
     chunk: &Span,
     classes: &Span,
+    smoothing: f32,
+    #[comptime] phases: Phases,
     #[comptime] carry_in_gradient: bool,
     #[comptime] tile_rows: usize,
 ) {
@@ -40,35 +43,50 @@ pub(super) fn gradients<F: Float, N: Size, M: Size>(
         let ends = items.end == head_start + plan.panels;
         while group < last {
             // As many groups as fit in this unit's accumulators.
-            let count = min(comptime!(OWNED_CLASSES / tile_rows), last - group);
-            let first = classes.start + group * tile_rows;
+            let owned = Owned {
+                first: classes.start + group * tile_rows,
+                in_chunk: group * tile_rows,
+                groups: min(comptime!(OWNED_CLASSES / tile_rows), last - group),
+            };
+            let count = owned.groups * tile_rows;
             start::<F, N, M>(
                 workspace,
                 &*grad,
                 plan,
                 head,
-                first,
-                count * tile_rows,
+                owned.first,
+                count,
                 begins,
                 carry_in_gradient,
             );
-            add_rows::<N>(
-                workspace,
-                plan,
-                &items,
-                chunk.start,
-                group * tile_rows,
-                count,
-                tile_rows,
-            );
-            for r in 0..count * tile_rows {
-                if first + r < plan.active {
-                    let row = plan.owned_gradient() + r * width;
-                    let out = (head * plan.stored + first + r) * plan.dim;
+            let mut at = items.start;
+            while at < items.end {
+                let some = Span {
+                    start: at,
+                    end: min(at + OWNED_PANELS, items.end),
+                };
+                gather::<N>(
+                    workspace,
+                    targets,
+                    plan,
+                    &some,
+                    chunk.start,
+                    &owned,
+                    smoothing,
+                    phases,
+                    tile_rows,
+                );
+                add_rows::<N>(workspace, plan, &some, chunk.start, &owned, tile_rows);
+                at = some.end;
+            }
+            for r in 0..count {
+                if owned.first + r < plan.active {
+                    let row = plan.own_gradient(width) + r * width;
+                    let out = (head * plan.stored + owned.first + r) * plan.dim;
                     if ends {
                         finish_row::<F, M>(
                             weights,
-                            head * strides.head + (first + r) * strides.row,
+                            head * strides.head + (owned.first + r) * strides.row,
                             &*workspace,
                             row,
                             grad,
@@ -83,16 +101,26 @@ pub(super) fn gradients<F: Float, N: Size, M: Size>(
                             grad,
                             out,
                             plan,
-                            first + r,
+                            owned.first + r,
                             carry_in_gradient,
                             width,
                         );
                     }
                 }
             }
-            group += count;
+            group += owned.groups;
         }
     }
+}
+
+/// The classes that a unit accumulates at once.
+#[derive(CubeType, Clone, Copy)]
+struct Owned {
+    first: usize,
+    /// The first of them, counted in the chunk of classes.
+    in_chunk: usize,
+    /// How many register tiles they are.
+    groups: usize,
 }
 
 /// How many of a head's groups of classes come before `work`, where each is `each` and the head begins at `before`.
@@ -116,7 +144,7 @@ fn start<F: Float, N: Size, M: Size>(
 ) {
     let lanes = N::value();
     let width = comptime!(lanes * TILE_VECTORS);
-    let owned = plan.owned_gradient();
+    let owned = plan.own_gradient(width);
     if begins {
         let out = workspace.as_vectorized_mut().with_vector_size_mut::<N>();
         for i in 0..comptime!(OWNED_CLASSES / lanes) * plan.dim_padded {
@@ -145,56 +173,114 @@ fn start<F: Float, N: Size, M: Size>(
     }
 }
 
-/// `gradient[c] += Σ_n g[c, n] x̂[n]` over the rows of `items`, for groups of classes from `first` of the chunk on.
+/// The logit gradients of some items with the owned classes, to rows of this unit's own: as they were kept, or from the kept
+/// exponentials, `arriving · (e^(z − base) e^(base − lse) − target)`.
+#[cube]
+fn gather<N: Size>(
+    workspace: &mut [f32],
+    targets: &[Vector<u32, N>], // [rows, padded]
+    plan: &Plan,
+    items: &Span,
+    chunk: usize, // its first item
+    owned: &Owned,
+    smoothing: f32,
+    #[comptime] phases: Phases,
+    #[comptime] tile_rows: usize,
+) {
+    let lanes = N::value();
+    let width = comptime!(lanes * TILE_VECTORS);
+    let uniform = Vector::<f32, N>::new(smoothing / f32::cast_from(plan.active as u32));
+    let peak = Vector::<f32, N>::new(1.0 - smoothing);
+    let zero = Vector::<f32, N>::new(0.0);
+    let stride = plan.own_stride(width) / lanes;
+    let vectors = workspace.as_vectorized_mut().with_vector_size_mut::<N>();
+    for item in items.start..items.end {
+        let local = item - chunk;
+        let state = plan.state(local, width);
+        let row = plan.first_row(item, width) / lanes;
+        for group in 0..owned.groups {
+            let class = owned.first + group * tile_rows;
+            let from = plan.logit(local, owned.in_chunk + group * tile_rows, width) / lanes;
+            let to = plan.own_rows(width) / lanes
+                + group * tile_rows * stride
+                + (item - items.start) * TILE_VECTORS;
+            #[unroll]
+            for v in 0..TILE_VECTORS {
+                if comptime!(phases.loss) {
+                    let base = plan.base(local, class / plan.class_block, width) / lanes + v;
+                    let arrived = vectors[state.arriving / lanes + v];
+                    let factor = arrived * (vectors[base] - vectors[state.lse / lanes + v]).exp();
+                    let target_class = targets[row + v];
+                    #[unroll]
+                    for r in 0..tile_rows {
+                        let of = Vector::<u32, N>::new((class + r) as u32);
+                        let target = uniform + select_many(of.equal(&target_class), peak, zero);
+                        vectors[to + r * stride + v] =
+                            vectors[from + r * TILE_VECTORS + v] * factor - arrived * target;
+                    }
+                } else {
+                    #[unroll]
+                    for r in 0..tile_rows {
+                        vectors[to + r * stride + v] = vectors[from + r * TILE_VECTORS + v];
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// `gradient[c] += Σ_n g[c, n] x̂[n]` over the rows of `items`, for the owned classes.
 #[cube]
 fn add_rows<N: Size>(
     workspace: &mut [f32],
     plan: &Plan,
     items: &Span,
-    chunk: usize,
-    first: usize,
-    groups: usize,
+    chunk: usize, // its first item
+    owned: &Owned,
     #[comptime] tile_rows: usize,
 ) {
     let lanes = N::value();
     let width = comptime!(lanes * TILE_VECTORS);
-    let block = comptime!(width * width);
-    let owned = plan.owned_gradient();
     for b in 0..plan.dim_padded / width {
-        for group in 0..groups {
-            let out = (owned + b * comptime!(OWNED_CLASSES * width)) / lanes
-                + group * comptime!(tile_rows * TILE_VECTORS);
-            let mut tile = Array::<Vector<f32, N>>::new(comptime!(tile_rows * TILE_VECTORS));
-            let vectors = workspace.as_vectorized().with_vector_size::<N>();
-            #[unroll]
-            for i in 0..tile_rows * TILE_VECTORS {
-                tile[i] = vectors[out + i];
-            }
-            for item in items.start..items.end {
-                let local = item - chunk;
+        let mut at = items.start;
+        while at < items.end {
+            let end = min(at + CACHED_PANELS, items.end);
+            let rows = (plan.block_row(at - chunk, width) + b * plan.block_stride(width)) / lanes;
+            for group in 0..owned.groups {
+                let out = (plan.own_gradient(width) + b * comptime!(OWNED_CLASSES * width)) / lanes
+                    + group * comptime!(tile_rows * TILE_VECTORS);
+                let mut tile = Array::<Vector<f32, N>>::new(comptime!(tile_rows * TILE_VECTORS));
+                let vectors = workspace.as_vectorized().with_vector_size::<N>();
+                #[unroll]
+                for i in 0..tile_rows * TILE_VECTORS {
+                    tile[i] = vectors[out + i];
+                }
                 accumulate::<N>(
                     &mut tile,
                     &*workspace,
                     Broadcast {
-                        base: plan.logit(local, first + group * tile_rows, width),
-                        row_stride: width,
+                        base: plan.own_rows(width)
+                            + group * tile_rows * plan.own_stride(width)
+                            + (at - items.start) * width,
+                        row_stride: plan.own_stride(width),
                         step_stride: 1,
                     },
                     vectors,
                     Lanes {
-                        base: (plan.blocks + local * plan.panel(width) + b * block) / lanes,
+                        base: rows,
                         step_stride: TILE_VECTORS,
                     },
-                    width,
+                    (end - at) * width,
                     tile_rows,
                     TILE_VECTORS,
                 );
+                let gradient = workspace.as_vectorized_mut().with_vector_size_mut::<N>();
+                #[unroll]
+                for i in 0..tile_rows * TILE_VECTORS {
+                    gradient[out + i] = tile[i];
+                }
             }
-            let gradient = workspace.as_vectorized_mut().with_vector_size_mut::<N>();
-            #[unroll]
-            for i in 0..tile_rows * TILE_VECTORS {
-                gradient[out + i] = tile[i];
-            }
+            at = end;
         }
     }
 }

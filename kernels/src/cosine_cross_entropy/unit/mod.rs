@@ -1,14 +1,17 @@
 //! The whole step in one launch: a cube of as many units as the CPU has cores, with barriers between the phases.
 //!
 //! - Labels become targets, and are counted. Each unit packs its own panels of rows.
-//! - It carries them through all classes, packing class weights block by block: logits, running softmax, and, if gradients
-//!   follow, the exponentials stay in the workspace.
-//! - Exponentials become logit gradients, and those the gradients of the unit's own rows.
+//! - Block by block of classes: all units pack the weights of the next block together, and each multiplies its own panels
+//!   with this one. Logits become a running softmax; if gradients follow, their exponentials are multiplied with the block at
+//!   once and summed into the rows' gradients, as attention sums its values, and are kept.
+//! - With the loss known, sums become gradients of the rows.
 //! - After a barrier each unit owns classes, and adds all rows to the gradients of their weights.
 //!
 //! With the exponentials kept, loss and gradients take `6·H·N·D·K` floating-point operations; a backward pass that only
 //! has lse multiplies the logits again. The workspace is bounded: what does not fit goes in chunks of rows (and of
-//! classes, where nothing is kept). Rows are in the lanes of a vector, so a softmax needs no horizontal step.
+//! classes, where nothing is kept). Rows are in the lanes of a vector, so a softmax needs no horizontal step. What each
+//! product reads over and over stays in the first-level cache. The number of cores changes who computes, never the
+//! order of a sum.
 
 mod classes;
 mod pack;
@@ -29,6 +32,7 @@ use crate::math::sum::Kahan;
 use crate::operand::{F32, whole};
 use crate::packing::unit::{RowStrides, TILE_VECTORS};
 use plan::{HostPlan, Phases, Plan, Problem};
+use rows::{ClassBlock, Item};
 
 /// A launch that was planned.
 pub(super) struct Step<'a> {
@@ -54,6 +58,7 @@ impl<'a> Step<'a> {
             weights: gradients.weights.is_some(),
             per_row: arriving.is_some_and(|arriving| arriving.per_row),
             mean: call.options.loss.reduction == Reduction::Mean,
+            smooth: call.options.loss.label_smoothing != 0.0,
         };
         let problem = Problem {
             heads: sizes.heads,
@@ -90,6 +95,7 @@ impl<'a> Step<'a> {
         let workspace = client.empty(self.host.floats * size_of::<f32>());
         let head_weights = client.create_from_slice(f32::as_bytes(&loss.weights(sizes.heads)));
         let rows_padded = self.host.plan.panels * blueprint.tile();
+        let bests = self.host.plan.chunk_items * blueprint.tile();
         let targets = client.empty(rows_padded * size_of::<u32>());
         // SAFETY: a phase that does not run touches none of its buffers, so any buffer will do for them.
         let nothing = || unsafe { BufferArg::from_raw_parts(head_weights.clone(), 1) };
@@ -112,6 +118,7 @@ impl<'a> Step<'a> {
                 weights.strides_arg(vector),
                 call.labels.buffer_arg(),
                 BufferArg::from_raw_parts(targets, rows_padded),
+                BufferArg::from_raw_parts(client.empty(bests * size_of::<u32>()), bests),
                 match self.arriving {
                     Some(arriving) => {
                         BufferArg::from_raw_parts(arriving.gradient.clone(), arriving.elements)
@@ -151,6 +158,7 @@ fn step<F: Float, I: Int, N: Size, M: Size>(
     weight_strides: RowStrides,
     labels: &[I],         // [rows]
     targets: &mut [u32],  // [rows], padded to whole panels
+    bests: &mut [u32],    // [chunk_items, width]
     upstream: &[f32],     // [heads], or [heads, rows] if per_row
     head_weights: &[f32], // [heads]
     workspace: &mut [f32],
@@ -190,6 +198,7 @@ fn step<F: Float, I: Int, N: Size, M: Size>(
         part = 1.0 / max(f32::cast_from(counted), 1.0);
     }
 
+    let blocks = plan.classes.div_ceil(plan.class_block);
     let mut start = 0usize.runtime();
     while start < plan.items {
         let chunk = Span {
@@ -197,16 +206,25 @@ fn step<F: Float, I: Int, N: Size, M: Size>(
             end: min(start + plan.chunk_items, plan.items),
         };
         let mine = share(chunk.start, chunk.end - chunk.start);
+        let first_head = plan.head(chunk.start);
+        let end_head = plan.head(chunk.end - 1) + 1;
         for item in mine.start..mine.end {
-            let local = item - chunk.start;
+            let item = Item {
+                item,
+                local: item - chunk.start,
+            };
             pack::pack_item::<F, N, M>(
                 embeddings,
                 &embedding_strides,
                 workspace,
                 &plan,
-                item,
-                local,
+                item.item,
+                item.local,
+                phases.gradients(),
             );
+            if comptime!(phases.loss) {
+                rows::start::<N>(workspace, &plan, item.local);
+            }
             if comptime!(phases.gradients()) {
                 rows::arriving::<N>(
                     targets.as_vectorized().with_vector_size::<N>(),
@@ -214,92 +232,170 @@ fn step<F: Float, I: Int, N: Size, M: Size>(
                     &*lse,
                     workspace,
                     &plan,
-                    item,
-                    local,
+                    &item,
                     part * scale,
                     phases,
                 );
             }
             if comptime!(phases.embeddings) {
-                rows::clear::<N>(workspace, &plan, local);
+                rows::clear::<N>(workspace, &plan, item.local);
             }
         }
-        if comptime!(phases.loss) {
-            let mut at = mine.start;
-            while at < mine.end {
-                let block = panel_block(&plan, at, mine.end);
-                rows::losses::<F, N, M>(
+        pack::pack_classes::<F, M>(
+            weights,
+            &weight_strides,
+            workspace,
+            &plan,
+            0,
+            first_head,
+            end_head,
+            width,
+        );
+        sync_cube();
+        let mut kept = 0usize.runtime(); // the first class of those that are kept
+        for number in 0..blocks {
+            if number + 1 < blocks {
+                pack::pack_classes::<F, M>(
                     weights,
                     &weight_strides,
-                    targets.as_vectorized().with_vector_size::<N>(),
                     workspace,
-                    row_loss,
-                    lse,
-                    predictions,
                     &plan,
-                    &block,
-                    chunk.start,
-                    scale,
-                    smoothing,
-                    phases,
-                    tile_rows,
+                    number + 1,
+                    first_head,
+                    end_head,
+                    width,
                 );
-                at = block.end;
             }
-        }
-        if comptime!(phases.gradients()) {
-            let mut first = 0usize.runtime();
-            while first < plan.classes {
-                let classes = Span {
-                    start: first,
-                    end: min(first + plan.chunk_classes, plan.classes),
+            let first = number * plan.class_block;
+            let block = ClassBlock {
+                number,
+                first,
+                count: min(plan.class_block, plan.classes - first),
+            };
+            for item in mine.start..mine.end {
+                let item = Item {
+                    item,
+                    local: item - chunk.start,
                 };
-                let mut at = mine.start;
-                while at < mine.end {
-                    let block = panel_block(&plan, at, mine.end);
-                    rows::gradients::<F, N, M>(
-                        weights,
-                        &weight_strides,
-                        targets.as_vectorized().with_vector_size::<N>(),
+                let at = match comptime!(phases.weights) {
+                    true => plan.logit(item.local, first - kept, width),
+                    false => plan.own_logits(),
+                };
+                rows::logits::<N>(workspace, &plan, &item, &block, at, scale, tile_rows);
+                if comptime!(phases.loss) {
+                    rows::fold::<N>(
                         workspace,
+                        targets.as_vectorized().with_vector_size::<N>(),
+                        bests.as_vectorized_mut().with_vector_size_mut::<N>(),
                         &plan,
+                        &item,
                         &block,
-                        &classes,
-                        chunk.start,
-                        scale,
-                        smoothing,
+                        at,
                         phases,
-                        tile_rows,
                     );
-                    at = block.end;
+                } else {
+                    rows::logit_gradients::<N>(
+                        workspace,
+                        targets.as_vectorized().with_vector_size::<N>(),
+                        &plan,
+                        &item,
+                        &block,
+                        at,
+                        smoothing,
+                    );
                 }
-                if comptime!(phases.weights) {
-                    sync_cube();
+                if comptime!(phases.embeddings) {
+                    rows::add_classes::<N>(workspace, &plan, &item, &block, at, tile_rows);
+                }
+                if comptime!(phases.at_once() && phases.embeddings && phases.smooth) {
+                    let head = plan.head(item.item);
+                    if item.item == max(chunk.start, head * plan.panels) {
+                        rows::add_totals::<N>(workspace, &plan, head, &block);
+                    }
+                }
+            }
+            sync_cube(); // this block's place is the next but one's
+            if comptime!(phases.weights && !phases.loss) {
+                let classes = Span {
+                    start: kept,
+                    end: first + block.count,
+                };
+                if classes.end - kept == plan.chunk_classes || classes.end == plan.classes {
                     classes::gradients::<F, N, M>(
                         weights,
                         &weight_strides,
+                        targets.as_vectorized().with_vector_size::<N>(),
                         workspace,
                         grad_weights,
                         &plan,
                         &chunk,
                         &classes,
+                        smoothing,
+                        phases,
                         carry_in_gradient,
                         tile_rows,
                     );
-                    if classes.end < plan.classes {
-                        sync_cube(); // the next classes take the place of these
-                    }
+                    kept = classes.end;
+                    sync_cube(); // the next classes take the place of these
                 }
-                first = classes.end;
             }
         }
-        if comptime!(phases.embeddings) {
-            for item in mine.start..mine.end {
-                let local = item - chunk.start;
-                rows::finish::<F, N, M>(&*workspace, grad_embeddings, &plan, item, local);
+        for item in mine.start..mine.end {
+            let item = Item {
+                item,
+                local: item - chunk.start,
+            };
+            if comptime!(phases.loss) {
+                rows::conclude::<N>(
+                    workspace,
+                    targets.as_vectorized().with_vector_size::<N>(),
+                    bests.as_vectorized().with_vector_size::<N>(),
+                    row_loss,
+                    lse,
+                    predictions,
+                    &plan,
+                    &item,
+                    smoothing,
+                );
+            }
+            if comptime!(phases.at_once() && phases.embeddings) {
+                rows::subtract_targets::<F, N, M>(
+                    weights,
+                    &weight_strides,
+                    &*targets,
+                    workspace,
+                    &plan,
+                    &item,
+                    smoothing,
+                    phases,
+                );
+            }
+            if comptime!(phases.embeddings) {
+                rows::finish::<F, N, M>(&*workspace, grad_embeddings, &plan, &item);
             }
         }
-        sync_cube(); // the next chunk divides the same workspace otherwise
+        sync_cube();
+        if comptime!(phases.weights && phases.loss) {
+            let classes = Span {
+                start: 0usize.runtime(),
+                end: plan.classes,
+            };
+            classes::gradients::<F, N, M>(
+                weights,
+                &weight_strides,
+                targets.as_vectorized().with_vector_size::<N>(),
+                workspace,
+                grad_weights,
+                &plan,
+                &chunk,
+                &classes,
+                smoothing,
+                phases,
+                carry_in_gradient,
+                tile_rows,
+            );
+            sync_cube(); // the next chunk divides the same workspace otherwise
+        }
         start = chunk.end;
     }
     if comptime!(phases.weights) {
@@ -307,16 +403,6 @@ fn step<F: Float, I: Int, N: Size, M: Size>(
     }
     if comptime!(phases.loss) && UNIT_POS == 0 {
         reduce(&*row_loss, head_weights, loss, total, &plan, part);
-    }
-}
-
-/// The next items, up to `panel_block` and of one head.
-#[cube]
-fn panel_block(plan: &Plan, start: usize, end: usize) -> Span {
-    let head_end = (plan.head(start) + 1) * plan.panels;
-    Span {
-        start,
-        end: min(min(start + plan.panel_block, head_end), end),
     }
 }
 

@@ -1,15 +1,15 @@
-//! Rows of an operand, made unit vectors and laid out for products.
+//! Rows of an operand, made unit vectors and laid out for products; padding is zero.
 //!
-//! *Blocks* hold `width` columns of some rows: `[dim_padded / width, rows, width]`. A vector of a row's columns is
-//! contiguous, and so is everything a product over rows reads. *Columns* are a panel transposed,
-//! `[dim_padded, width]`: a vector holds one coordinate of several rows. Padding is zero.
+//! Embeddings go into *columns*, a panel transposed, where a vector holds one coordinate of several rows, and into *blocks*
+//! of `width` columns, row after row. Class weights stay rows; all units pack a block of them together.
 
 use cubecl::prelude::*;
 
 use super::plan::Plan;
+use crate::math::span::share;
 use crate::packing::unit::{EPSILON, RowStrides, TILE_VECTORS};
 
-/// The unit vector of `source[from..from + dim]` into a row of blocks at `at`, or zeros; gives the norm.
+/// The unit vector of `source[from..from + dim]`, or zeros, to `at` in pieces of `width`, `block_stride` apart; gives the norm.
 #[cube]
 fn pack_row<F: Float, M: Size>(
     source: &[Vector<F, M>],
@@ -55,7 +55,7 @@ fn pack_row<F: Float, M: Size>(
     norm
 }
 
-/// Packs an item's rows both ways, and keeps their norms.
+/// Packs an item's rows, into columns and, if `blocks`, into blocks, and keeps their norms.
 #[cube]
 pub(super) fn pack_item<F: Float, N: Size, M: Size>(
     embeddings: &[Vector<F, M>],
@@ -64,29 +64,35 @@ pub(super) fn pack_item<F: Float, N: Size, M: Size>(
     plan: &Plan,
     item: usize,
     local: usize,
+    #[comptime] blocks: bool,
 ) {
     let lanes = N::value();
     let width = comptime!(lanes * TILE_VECTORS);
-    let block = comptime!(width * width);
     let head = plan.head(item);
     let first = plan.first_row(item, width);
-    let blocks = plan.blocks + local * plan.panel(width);
     let columns = plan.columns + local * plan.panel(width);
+    let mut to = plan.block_row(local, width);
+    let mut stride = plan.block_stride(width);
+    if comptime!(!blocks) {
+        // Where nobody wants them they are made all the same, in a place that is free now.
+        to = plan.own_gradient(width);
+        stride = comptime!(width * width);
+    }
     for r in 0..width {
         let norm = pack_row::<F, M>(
             embeddings,
             head * strides.head + (first + r) * strides.row,
             first + r < plan.rows,
             workspace,
-            blocks + r * width,
-            block,
+            to + r * width,
+            stride,
             plan,
             width,
         );
         workspace[plan.state(local, width).norms + r] = norm;
     }
     for d in 0..plan.dim_padded {
-        let from = blocks + d / width * block + d % width;
+        let from = to + d / width * stride + d % width;
         #[unroll]
         for v in 0..TILE_VECTORS {
             let mut column = Vector::<f32, N>::empty();
@@ -100,26 +106,32 @@ pub(super) fn pack_item<F: Float, N: Size, M: Size>(
     }
 }
 
-/// Packs the class weights `first..first + count` of a head into this unit's blocks; those from `active` on are zero.
+/// Packs this unit's part of the block number `block` of the class weights of the heads `first_head..end_head`; those
+/// from `active` on are zero.
 #[cube]
 pub(super) fn pack_classes<F: Float, M: Size>(
     weights: &[Vector<F, M>],
     strides: &RowStrides,
     workspace: &mut [f32],
     plan: &Plan,
-    head: usize,
-    first: usize,
-    count: usize,
+    block: usize,
+    first_head: usize,
+    end_head: usize,
     #[comptime] width: usize,
 ) {
-    for r in 0..count {
+    let first = block * plan.class_block;
+    let count = min(plan.class_block, plan.classes - first);
+    let mine = share(0, (end_head - first_head) * count);
+    for i in mine.start..mine.end {
+        let head = first_head + i / count;
+        let r = i % count;
         let _norm = pack_row::<F, M>(
             weights,
             head * strides.head + (first + r) * strides.row,
             first + r < plan.active,
             workspace,
-            plan.packed_weights() + r * width,
-            plan.class_block * width,
+            plan.packed_weights(block, head) + r * plan.weight_stride(),
+            width,
             plan,
             width,
         );

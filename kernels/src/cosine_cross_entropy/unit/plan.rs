@@ -17,6 +17,8 @@ pub(crate) struct Phases {
     pub per_row: bool,
     /// The loss is a mean over the rows that count.
     pub mean: bool,
+    /// Labels are smoothed.
+    pub smooth: bool,
 }
 
 impl Phases {
@@ -24,8 +26,8 @@ impl Phases {
         self.embeddings || self.weights
     }
 
-    /// Whether the exponentials of the loss are kept for the gradients, which then need no second product.
-    pub(crate) fn keeps(self) -> bool {
+    /// Whether gradients follow from the exponentials of the loss, with no second product for logits.
+    pub(crate) fn at_once(self) -> bool {
         self.loss && self.gradients()
     }
 }
@@ -34,10 +36,16 @@ impl Phases {
 const CLASS_BLOCK: usize = 64;
 /// Classes whose gradients a unit accumulates at once.
 pub(super) const OWNED_CLASSES: usize = 32;
-/// Panels of rows that a unit carries through all classes together.
-pub(super) const PANEL_BLOCK: usize = 8;
-/// Floats that a block of class weights, and one of panels, may take: half of a 1 MiB second-level cache together.
-const BLOCK_FLOATS: usize = 128 << 10;
+/// Panels of rows that a unit multiplies with those at once.
+pub(super) const OWNED_PANELS: usize = 32;
+/// Panels of rows whose blocks of columns stay in the first-level cache meanwhile.
+pub(super) const CACHED_PANELS: usize = 4;
+/// Columns of a panel that stay in the first-level cache while a block of classes is multiplied with them.
+const CACHED_COLUMNS: usize = 192;
+/// Floats between rows that are read together: a cache line more than a power of two, so that they fall into other sets.
+pub(super) const SKEW: usize = 16;
+/// Floats that the packed class weights may take: 8 MiB, however many heads there are.
+const PACKED_FLOATS: usize = 2 << 20;
 /// Floats of the whole workspace: 60 MiB, whatever `N·K` is.
 const WORKSPACE_FLOATS: usize = 15 << 20;
 
@@ -59,23 +67,29 @@ pub(super) struct Plan {
     pub classes: usize,
     pub chunk_classes: usize,
     pub class_block: usize,
-    pub panel_block: usize,
+    /// Columns that are multiplied while they are in the first-level cache.
+    pub depth: usize,
+    /// `[2, heads, class_block, dim_padded + SKEW]`: unit-norm class weights, a block being used and the next.
+    pub packed: usize,
+    /// `[heads, dim_padded]`: sums of the unit-norm class weights, for smoothed labels.
+    pub totals: usize,
     /// `[chunk_items, dim_padded, width]`: unit-norm embeddings, a column of a panel after another.
     pub columns: usize,
-    /// `[chunk_items, dim_padded / width, width, width]`: the same in blocks of columns, row after row.
+    /// `[dim_padded / width, chunk_items · width, width]`: the same in blocks of columns, row after row.
     pub blocks: usize,
     /// `[chunk_items, dim_padded / width, width, width]`: gradients of the unit-norm embeddings.
     pub gradient: usize,
-    /// `[chunk_items, chunk_classes, width]`: exponentials, then logit gradients.
+    /// `[chunk_items, chunk_classes, width]`: exponentials or logit gradients, where class weights get gradients.
     pub logits: usize,
-    /// `[chunk_items, classes / tile_rows, width]`: the peak under which the exponentials were taken.
-    pub peaks: usize,
+    /// `[chunk_items, classes / class_block, width]`: the base of each block's exponentials.
+    pub bases: usize,
     /// `[chunk_items, STATES, width]`
     pub state: usize,
     /// `[active, dim_padded]` of one head: f32 weight gradients carried from chunk to chunk.
     pub carry: usize,
-    /// `[units]` of `class_block · dim_padded` packed weights, then `OWNED_CLASSES · dim_padded` of their gradients.
+    /// `[units, own]`, a unit's own space.
     pub units: usize,
+    pub own: usize,
 }
 
 /// A plan with what only the host needs of it.
@@ -111,21 +125,25 @@ impl HostPlan {
         let panels = problem.rows.div_ceil(width);
         let items = problem.heads * panels;
         let panel = dim_padded * width;
-        let class_block = (BLOCK_FLOATS / dim_padded)
+        let class_block = (PACKED_FLOATS / 2 / problem.heads / (dim_padded + SKEW))
             .clamp(problem.tile_rows, CLASS_BLOCK)
             .next_multiple_of(problem.tile_rows)
             .min(classes);
-        let panel_block = (BLOCK_FLOATS / panel).clamp(1, PANEL_BLOCK);
+        let parts = dim_padded.div_ceil(CACHED_COLUMNS);
+        let depth = dim_padded.div_ceil(parts).next_multiple_of(width);
 
         let panels_each = if phases.embeddings { 3 } else { 2 };
         let of_item = panels_each * panel + STATES * width;
-        let groups = classes / problem.tile_rows;
-        let of_units = problem.units * (class_block + OWNED_CLASSES) * dim_padded;
-        let room = WORKSPACE_FLOATS.saturating_sub(of_units);
+        let blocks = classes.div_ceil(class_block);
+        let packed = 2 * problem.heads * class_block * (dim_padded + SKEW);
+        let own = class_block * width
+            + OWNED_CLASSES * (dim_padded + OWNED_PANELS * width + SKEW).next_multiple_of(width);
+        let room = WORKSPACE_FLOATS
+            .saturating_sub(packed + problem.heads * dim_padded + problem.units * own);
         let least = items.min(problem.units);
 
-        let (chunk_items, chunk_classes) = if phases.keeps() {
-            let fitting = room / (of_item + (classes + groups) * width);
+        let (chunk_items, chunk_classes) = if phases.weights && phases.loss {
+            let fitting = room / (of_item + (classes + blocks) * width);
             let fitting = match fitting / problem.units * problem.units {
                 _ if fitting >= items => items,
                 // Gradients of less than f32 are not carried in themselves: a head's rows stay together.
@@ -136,21 +154,25 @@ impl HostPlan {
                 return None;
             }
             (fitting, classes)
-        } else if phases.gradients() {
+        } else if phases.weights {
             let fitting = (room / 2 / of_item).max(least).min(items);
             let block = class_block * width * fitting;
-            let blocks = ((room - room / 2) / block).max(1);
-            (fitting, (blocks * class_block).min(classes))
+            let fitting_blocks = ((room - room / 2) / block).max(1);
+            (fitting, (fitting_blocks * class_block).min(classes))
         } else {
-            ((problem.units * panel_block).min(items), 0)
+            ((room / of_item).max(least).min(items), 0)
         };
         let split = phases.weights && chunk_items < items && chunk_items % panels != 0;
         let carry_in_gradient = problem.full;
 
         let mut floats = 0;
-        let mut take = |count: usize| {
+        let mut take = |wanted: bool, count: usize| {
             let at = floats;
-            floats += count.next_multiple_of(width);
+            floats += if wanted {
+                count.next_multiple_of(width)
+            } else {
+                0
+            };
             at
         };
         let plan = Plan {
@@ -166,27 +188,18 @@ impl HostPlan {
             classes,
             chunk_classes,
             class_block,
-            panel_block,
-            columns: take(chunk_items * panel),
-            blocks: take(chunk_items * panel),
-            gradient: take(if phases.embeddings {
-                chunk_items * panel
-            } else {
-                0
-            }),
-            logits: take(chunk_items * chunk_classes * width),
-            peaks: take(if phases.keeps() {
-                chunk_items * groups * width
-            } else {
-                0
-            }),
-            state: take(chunk_items * STATES * width),
-            carry: take(if split && !carry_in_gradient {
-                problem.active * dim_padded
-            } else {
-                0
-            }),
-            units: take(of_units),
+            depth,
+            packed: take(true, packed),
+            totals: take(phases.smooth, problem.heads * dim_padded),
+            columns: take(true, chunk_items * panel),
+            blocks: take(phases.gradients(), chunk_items * panel),
+            gradient: take(phases.embeddings, chunk_items * panel),
+            logits: take(phases.weights, chunk_items * chunk_classes * width),
+            bases: take(phases.weights && phases.loss, chunk_items * blocks * width),
+            state: take(true, chunk_items * STATES * width),
+            carry: take(split && !carry_in_gradient, problem.active * dim_padded),
+            units: take(true, problem.units * own),
+            own,
         };
         Some(Self {
             plan,
@@ -211,21 +224,24 @@ impl Plan {
             self.classes,
             self.chunk_classes,
             self.class_block,
-            self.panel_block,
+            self.depth,
+            self.packed,
+            self.totals,
             self.columns,
             self.blocks,
             self.gradient,
             self.logits,
-            self.peaks,
+            self.bases,
             self.state,
             self.carry,
             self.units,
+            self.own,
         )
     }
 }
 
 /// What is kept of each row of an item.
-const STATES: usize = 4;
+const STATES: usize = 9;
 
 /// Where an item's `[width]` of each is.
 #[derive(CubeType, Clone, Copy)]
@@ -236,6 +252,16 @@ pub(super) struct RowState {
     /// The gradient that arrives, times the scale.
     pub arriving: usize,
     pub loss: usize,
+    /// The highest logit so far.
+    pub peak: usize,
+    /// What is subtracted from logits before the exponential.
+    pub base: usize,
+    /// The sum of the exponentials so far.
+    pub sum: usize,
+    /// The target's logit.
+    pub target: usize,
+    /// The sum of the logits so far; and, after a block, what the exponentials before it are to be multiplied with.
+    pub total: usize,
 }
 
 #[cube]
@@ -255,14 +281,44 @@ impl Plan {
         self.dim_padded * width
     }
 
-    /// Where this unit packs class weights.
-    pub(super) fn packed_weights(&self) -> usize {
-        self.units + UNIT_POS as usize * (self.class_block + OWNED_CLASSES) * self.dim_padded
+    /// Floats from one packed class weight to the next.
+    pub(super) fn weight_stride(&self) -> usize {
+        self.dim_padded + SKEW
     }
 
-    /// Where this unit accumulates gradients of class weights.
-    pub(super) fn owned_gradient(&self) -> usize {
-        self.packed_weights() + self.class_block * self.dim_padded
+    /// Where the block number `block` of a head's class weights is packed.
+    pub(super) fn packed_weights(&self, block: usize, head: usize) -> usize {
+        self.packed + (block % 2 * self.heads + head) * self.class_block * self.weight_stride()
+    }
+
+    /// Where this unit has the logits of an item with a block of classes, if they are not kept.
+    pub(super) fn own_logits(&self) -> usize {
+        self.units + UNIT_POS as usize * self.own
+    }
+
+    /// Where this unit accumulates gradients of class weights: `[dim_padded / width, OWNED_CLASSES, width]`.
+    pub(super) fn own_gradient(&self, #[comptime] width: usize) -> usize {
+        self.own_logits() + self.class_block * width
+    }
+
+    /// Where this unit has the logit gradients of its classes: `[OWNED_CLASSES]` rows, [`own_stride`](Self::own_stride) apart.
+    pub(super) fn own_rows(&self, #[comptime] width: usize) -> usize {
+        self.own_gradient(width) + OWNED_CLASSES * self.dim_padded
+    }
+
+    /// Floats from one class to the next there.
+    pub(super) fn own_stride(&self, #[comptime] width: usize) -> usize {
+        comptime!(OWNED_PANELS * width + SKEW)
+    }
+
+    /// Where an item's first row is in the first block of columns.
+    pub(super) fn block_row(&self, local: usize, #[comptime] width: usize) -> usize {
+        self.blocks + local * comptime!(width * width)
+    }
+
+    /// Floats from one block of columns to the next.
+    pub(super) fn block_stride(&self, #[comptime] width: usize) -> usize {
+        self.chunk_items * comptime!(width * width)
     }
 
     /// Where the rows of an item keep what is known of them.
@@ -273,21 +329,20 @@ impl Plan {
             lse: at + width,
             arriving: at + comptime!(2 * width),
             loss: at + comptime!(3 * width),
+            peak: at + comptime!(4 * width),
+            base: at + comptime!(5 * width),
+            sum: at + comptime!(6 * width),
+            target: at + comptime!(7 * width),
+            total: at + comptime!(8 * width),
         }
     }
 
-    /// Where the peak is under which the exponentials of a group of classes were taken.
-    pub(super) fn peak(
-        &self,
-        local: usize,
-        group: usize,
-        groups: usize,
-        #[comptime] width: usize,
-    ) -> usize {
-        self.peaks + (local * groups + group) * width
+    /// Where the base of a block's exponentials is.
+    pub(super) fn base(&self, local: usize, block: usize, #[comptime] width: usize) -> usize {
+        self.bases + (local * self.classes.div_ceil(self.class_block) + block) * width
     }
 
-    /// Where the logits of an item's rows with a class of the chunk are.
+    /// Where the kept logits of an item's rows with a class of the chunk are.
     pub(super) fn logit(&self, local: usize, class: usize, #[comptime] width: usize) -> usize {
         self.logits + (local * self.chunk_classes + class) * width
     }

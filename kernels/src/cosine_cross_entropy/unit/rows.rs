@@ -1,190 +1,333 @@
-//! What a unit does for its own rows: it carries panels of them through all classes.
+//! What a unit does for its own rows: it multiplies a panel of them with a block of classes, and folds what comes out.
 
 use cubecl::prelude::*;
 
-use super::pack::pack_classes;
-use super::plan::{PANEL_BLOCK, Phases, Plan};
+use super::plan::{Phases, Plan};
 use crate::loss::target::INVALID;
-use crate::math::online_softmax::{FLOOR, OnlineSoftmax, SoftmaxRows};
-use crate::math::span::Span;
+use crate::math::online_softmax::FLOOR;
 use crate::math::tile::{Broadcast, Lanes, accumulate};
 use crate::packing::unit::{EPSILON, RowStrides, TILE_VECTORS};
 
-/// Logits of `tile_rows` packed classes (from row `class` of this unit's blocks on) with an item's panel, to
-/// `out [tile_rows, width]`.
+/// How far a logit may rise above the base before the base follows. Exponentials up to e⁸ lose nothing in f32, and while the
+/// base stands, what was summed under it needs no correction.
+const MARGIN: f32 = 8.0;
+
+/// A block of packed class weights.
+#[derive(CubeType, Clone, Copy)]
+pub(super) struct ClassBlock {
+    /// Its number.
+    pub number: usize,
+    /// Its first class.
+    pub first: usize,
+    /// Its classes, padded to whole register tiles.
+    pub count: usize,
+}
+
+/// An item that is being computed.
+#[derive(CubeType, Clone, Copy)]
+pub(super) struct Item {
+    pub item: usize,
+    /// Its place in the chunk.
+    pub local: usize,
+}
+
+/// Logits of the item's rows with the block, times `scale`, to `out [count, width]`.
 #[cube]
-fn logits<N: Size>(
+pub(super) fn logits<N: Size>(
     workspace: &mut [f32],
     plan: &Plan,
-    local: usize,
-    class: usize,
+    item: &Item,
+    block: &ClassBlock,
     out: usize,
     scale: f32,
     #[comptime] tile_rows: usize,
 ) {
     let lanes = N::value();
     let width = comptime!(lanes * TILE_VECTORS);
-    let columns = (plan.columns + local * plan.panel(width)) / lanes;
-    let classes = plan.packed_weights() + class * width;
-    let mut tile = Array::<Vector<f32, N>>::new(comptime!(tile_rows * TILE_VECTORS));
-    #[unroll]
-    for i in 0..tile_rows * TILE_VECTORS {
-        tile[i] = Vector::<f32, N>::new(0.0);
-    }
-    for block in 0..plan.dim_padded / width {
-        accumulate::<N>(
-            &mut tile,
-            &*workspace,
-            Broadcast {
-                base: classes + block * plan.class_block * width,
-                row_stride: width,
-                step_stride: 1,
-            },
-            workspace.as_vectorized().with_vector_size::<N>(),
-            Lanes {
-                base: columns + block * width * TILE_VECTORS,
-                step_stride: TILE_VECTORS,
-            },
-            width,
-            tile_rows,
-            TILE_VECTORS,
-        );
-    }
-    let scale = Vector::<f32, N>::new(scale);
-    let vectors = workspace.as_vectorized_mut().with_vector_size_mut::<N>();
-    #[unroll]
-    for i in 0..tile_rows * TILE_VECTORS {
-        vectors[out / lanes + i] = tile[i] * scale;
+    let columns = (plan.columns + item.local * plan.panel(width)) / lanes;
+    let weights = plan.packed_weights(block.number, plan.head(item.item));
+    let mut start = 0usize.runtime();
+    while start < plan.dim_padded {
+        let steps = min(plan.depth, plan.dim_padded - start);
+        let mut factor = 1.0f32.runtime();
+        if start + steps == plan.dim_padded {
+            factor = scale;
+        }
+        let factor = Vector::<f32, N>::new(factor);
+        for group in 0..block.count / tile_rows {
+            let at = out / lanes + group * comptime!(tile_rows * TILE_VECTORS);
+            let mut tile = Array::<Vector<f32, N>>::new(comptime!(tile_rows * TILE_VECTORS));
+            let vectors = workspace.as_vectorized().with_vector_size::<N>();
+            if start == 0 {
+                #[unroll]
+                for i in 0..tile_rows * TILE_VECTORS {
+                    tile[i] = Vector::<f32, N>::new(0.0);
+                }
+            } else {
+                #[unroll]
+                for i in 0..tile_rows * TILE_VECTORS {
+                    tile[i] = vectors[at + i];
+                }
+            }
+            accumulate::<N>(
+                &mut tile,
+                &*workspace,
+                Broadcast {
+                    base: weights + group * tile_rows * plan.weight_stride() + start,
+                    row_stride: plan.weight_stride(),
+                    step_stride: 1,
+                },
+                vectors,
+                Lanes {
+                    base: columns + start * TILE_VECTORS,
+                    step_stride: TILE_VECTORS,
+                },
+                steps,
+                tile_rows,
+                TILE_VECTORS,
+            );
+            let vectors = workspace.as_vectorized_mut().with_vector_size_mut::<N>();
+            #[unroll]
+            for i in 0..tile_rows * TILE_VECTORS {
+                vectors[at + i] = tile[i] * factor;
+            }
+        }
+        start += steps;
     }
 }
 
-/// The losses of the items `mine`, all of one head and at most `panel_block` of them. If `phases` keep the exponentials
-/// `e^(z − peak)`, they stay in the workspace with their peaks.
+/// Rows that have seen no class.
 #[cube]
-pub(super) fn losses<F: Float, N: Size, M: Size>(
-    weights: &[Vector<F, M>],
-    strides: &RowStrides,
-    targets: &[Vector<u32, N>], // [rows, padded]
+pub(super) fn start<N: Size>(workspace: &mut [f32], plan: &Plan, local: usize) {
+    let lanes = N::value();
+    let width = comptime!(lanes * TILE_VECTORS);
+    let state = plan.state(local, width);
+    let vectors = workspace.as_vectorized_mut().with_vector_size_mut::<N>();
+    for v in 0..TILE_VECTORS {
+        vectors[state.peak / lanes + v] = Vector::<f32, N>::new(FLOOR);
+        vectors[state.base / lanes + v] = Vector::<f32, N>::new(FLOOR);
+        vectors[state.sum / lanes + v] = Vector::<f32, N>::new(0.0);
+        vectors[state.target / lanes + v] = Vector::<f32, N>::new(0.0);
+        vectors[state.total / lanes + v] = Vector::<f32, N>::new(0.0);
+    }
+}
+
+/// Folds the block's logits `[count, width]` at `at` into the rows' softmax, and leaves their exponentials `e^(z − base)`.
+/// If gradients follow, what was summed under an earlier base is corrected.
+#[cube]
+pub(super) fn fold<N: Size>(
     workspace: &mut [f32],
-    row_loss: &mut [f32],
-    lse: &mut [f32],
-    predictions: &mut [u32],
+    targets: &[Vector<u32, N>],   // [rows, padded]
+    bests: &mut [Vector<u32, N>], // [chunk_items, width]
     plan: &Plan,
-    mine: &Span,
-    chunk: usize, // the first item of the chunk
-    scale: f32,
-    smoothing: f32,
+    item: &Item,
+    block: &ClassBlock,
+    at: usize,
     #[comptime] phases: Phases,
+) {
+    let lanes = N::value();
+    let width = comptime!(lanes * TILE_VECTORS);
+    let row = plan.first_row(item.item, width);
+    let state = plan.state(item.local, width);
+    let real = min(block.count, plan.active - block.first);
+    let vectors = workspace.as_vectorized_mut().with_vector_size_mut::<N>();
+    let mut raised = false.runtime();
+    for v in 0..TILE_VECTORS {
+        let logits = at / lanes + v;
+        let mut best = bests[item.local * TILE_VECTORS + v];
+        let mut peak = vectors[state.peak / lanes + v];
+        let mut target = vectors[state.target / lanes + v];
+        let target_class = targets[row / lanes + v];
+        let mut total = Vector::<f32, N>::new(0.0);
+        for c in 0..real {
+            let class = Vector::<u32, N>::new((block.first + c) as u32);
+            let z = vectors[logits + c * TILE_VECTORS];
+            target += select_many(class.equal(&target_class), z, Vector::<f32, N>::new(0.0));
+            if comptime!(phases.smooth) {
+                total += z;
+            }
+            best = select_many(z.greater_than(&peak), class, best);
+            peak = max(peak, z);
+        }
+        bests[item.local * TILE_VECTORS + v] = best;
+        vectors[state.peak / lanes + v] = peak;
+        vectors[state.target / lanes + v] = target;
+        if comptime!(phases.smooth) {
+            vectors[state.total / lanes + v] = vectors[state.total / lanes + v] + total;
+        }
+
+        let before = vectors[state.base / lanes + v];
+        let higher = (peak - before).greater_than(&Vector::<f32, N>::new(MARGIN));
+        let base = select_many(higher, peak, before);
+        let factor = (before - base).exp();
+        let mut sum = vectors[state.sum / lanes + v] * factor;
+        for c in 0..real {
+            let e = (vectors[logits + c * TILE_VECTORS] - base).exp();
+            vectors[logits + c * TILE_VECTORS] = e;
+            sum += e;
+        }
+        for c in real..block.count {
+            vectors[logits + c * TILE_VECTORS] = Vector::<f32, N>::new(0.0);
+        }
+        vectors[state.sum / lanes + v] = sum;
+        vectors[state.base / lanes + v] = base;
+        if comptime!(phases.at_once()) {
+            if comptime!(phases.weights) {
+                vectors[plan.base(item.local, block.number, width) / lanes + v] = base;
+            }
+            if comptime!(phases.embeddings) {
+                // Idle until the loss is there.
+                vectors[state.lse / lanes + v] = factor;
+                if factor.vector_sum() != f32::cast_from(lanes as u32) {
+                    raised = true;
+                }
+            }
+        }
+    }
+    if comptime!(phases.at_once() && phases.embeddings) && raised {
+        rescale::<N>(workspace, plan, item.local, state.lse);
+    }
+}
+
+/// Multiplies the gradient of each row with its factor from `factors` on.
+#[cube]
+fn rescale<N: Size>(workspace: &mut [f32], plan: &Plan, local: usize, factors: usize) {
+    let lanes = N::value();
+    let width = comptime!(lanes * TILE_VECTORS);
+    let panel = (plan.gradient + local * plan.panel(width)) / lanes;
+    for r in 0..width {
+        let factor = workspace[factors + r];
+        if factor != 1.0 {
+            let factor = Vector::<f32, N>::new(factor);
+            let vectors = workspace.as_vectorized_mut().with_vector_size_mut::<N>();
+            for b in 0..plan.dim_padded / width {
+                #[unroll]
+                for v in 0..TILE_VECTORS {
+                    let at = panel + (b * width + r) * TILE_VECTORS + v;
+                    vectors[at] = vectors[at] * factor;
+                }
+            }
+        }
+    }
+}
+
+/// `gradient[n] += Σ_c g[n, c] ŵ[c]` over the block, for the rows of an item whose `g [count, width]` is at `from`.
+#[cube]
+pub(super) fn add_classes<N: Size>(
+    workspace: &mut [f32],
+    plan: &Plan,
+    item: &Item,
+    block: &ClassBlock,
+    from: usize,
     #[comptime] tile_rows: usize,
 ) {
     let lanes = N::value();
     let width = comptime!(lanes * TILE_VECTORS);
-    let head = plan.head(mine.start);
-    let count = mine.end - mine.start;
-    let groups = plan.classes / tile_rows;
-    let mut softmax = SoftmaxRows::<N>::new(comptime!(PANEL_BLOCK * TILE_VECTORS));
-    for at in 0..count * TILE_VECTORS {
-        let none = OnlineSoftmax::<N>::new();
-        softmax.set(at, &none);
-    }
-
-    let mut first = 0usize.runtime();
-    while first < plan.classes {
-        let packed = min(plan.class_block, plan.classes - first);
-        pack_classes::<F, M>(
-            weights, strides, workspace, plan, head, first, packed, width,
-        );
-        for group in 0..packed / tile_rows {
-            let class = first + group * tile_rows;
-            for p in 0..count {
-                let local = mine.start + p - chunk;
-                let tile = match comptime!(phases.keeps()) {
-                    true => plan.logit(local, class, width),
-                    false => plan.owned_gradient(), // idle without gradients
-                };
-                logits::<N>(
-                    workspace,
-                    plan,
-                    local,
-                    group * tile_rows,
-                    tile,
-                    scale,
-                    tile_rows,
-                );
-                let row = plan.first_row(mine.start + p, width);
-                let vectors = workspace.as_vectorized_mut().with_vector_size_mut::<N>();
-                for v in 0..TILE_VECTORS {
-                    let at = p * TILE_VECTORS + v;
-                    let tile = tile / lanes + v;
-                    let before = softmax.peak[at];
-                    let mut peak = before;
-                    let mut best = softmax.best[at];
-                    let mut target = softmax.target[at];
-                    let mut total = softmax.total[at];
-                    for r in 0..tile_rows {
-                        let class = Vector::<u32, N>::new((class + r) as u32);
-                        let real = class.less_than(&Vector::<u32, N>::new(plan.active as u32));
-                        let z = vectors[tile + r * TILE_VECTORS];
-                        let zero = Vector::<f32, N>::new(0.0);
-                        target += select_many(class.equal(&targets[row / lanes + v]), z, zero);
-                        total += select_many(real, z, zero);
-                        let z = select_many(real, z, Vector::<f32, N>::new(FLOOR));
-                        best = select_many(z.greater_than(&peak), class, best);
-                        peak = max(peak, z);
-                        vectors[tile + r * TILE_VECTORS] = z;
-                    }
-                    let mut sum = softmax.sum[at] * (before - peak).exp();
-                    for r in 0..tile_rows {
-                        let e = (vectors[tile + r * TILE_VECTORS] - peak).exp();
-                        sum += e;
-                        if comptime!(phases.keeps()) {
-                            vectors[tile + r * TILE_VECTORS] = e;
-                        }
-                    }
-                    if comptime!(phases.keeps()) {
-                        vectors[plan.peak(local, class / tile_rows, groups, width) / lanes + v] =
-                            peak;
-                    }
-                    softmax.peak[at] = peak;
-                    softmax.sum[at] = sum;
-                    softmax.best[at] = best;
-                    softmax.target[at] = target;
-                    softmax.total[at] = total;
-                }
+    let weights = plan.packed_weights(block.number, plan.head(item.item));
+    let panel = (plan.gradient + item.local * plan.panel(width)) / lanes;
+    for b in 0..plan.dim_padded / width {
+        for group in 0..comptime!(width / tile_rows) {
+            let out =
+                panel + b * width * TILE_VECTORS + group * comptime!(tile_rows * TILE_VECTORS);
+            let mut tile = Array::<Vector<f32, N>>::new(comptime!(tile_rows * TILE_VECTORS));
+            let vectors = workspace.as_vectorized().with_vector_size::<N>();
+            #[unroll]
+            for i in 0..tile_rows * TILE_VECTORS {
+                tile[i] = vectors[out + i];
+            }
+            accumulate::<N>(
+                &mut tile,
+                &*workspace,
+                Broadcast {
+                    base: from + group * tile_rows,
+                    row_stride: 1,
+                    step_stride: width,
+                },
+                vectors,
+                Lanes {
+                    base: (weights + b * width) / lanes,
+                    step_stride: plan.weight_stride() / lanes,
+                },
+                block.count,
+                tile_rows,
+                TILE_VECTORS,
+            );
+            let gradient = workspace.as_vectorized_mut().with_vector_size_mut::<N>();
+            #[unroll]
+            for i in 0..tile_rows * TILE_VECTORS {
+                gradient[out + i] = tile[i];
             }
         }
-        first += packed;
     }
+}
 
+/// Adds the block's class weights to the totals of a head.
+#[cube]
+pub(super) fn add_totals<N: Size>(
+    workspace: &mut [f32],
+    plan: &Plan,
+    head: usize,
+    block: &ClassBlock,
+) {
+    let lanes = N::value();
+    let weights = plan.packed_weights(block.number, head) / lanes;
+    let totals = (plan.totals + head * plan.dim_padded) / lanes;
+    let vectors = workspace.as_vectorized_mut().with_vector_size_mut::<N>();
+    for d in 0..plan.dim_padded / lanes {
+        let mut total = vectors[totals + d];
+        if block.number == 0 {
+            total = Vector::<f32, N>::new(0.0);
+        }
+        for c in 0..block.count {
+            total += vectors[weights + c * plan.weight_stride() / lanes + d];
+        }
+        vectors[totals + d] = total;
+    }
+}
+
+/// The rows have seen all classes: their losses, lse and predictions.
+#[cube]
+pub(super) fn conclude<N: Size>(
+    workspace: &mut [f32],
+    targets: &[Vector<u32, N>], // [rows, padded]
+    bests: &[Vector<u32, N>],   // [chunk_items, width]
+    row_loss: &mut [f32],
+    lse: &mut [f32],
+    predictions: &mut [u32],
+    plan: &Plan,
+    item: &Item,
+    smoothing: f32,
+) {
+    let lanes = N::value();
+    let width = comptime!(lanes * TILE_VECTORS);
     let smoothing = Vector::<f32, N>::new(smoothing);
     let one = Vector::<f32, N>::new(1.0);
     let classes = Vector::<f32, N>::new(f32::cast_from(plan.active as u32));
-    for p in 0..count {
-        let first = plan.first_row(mine.start + p, width);
-        let state = plan.state(mine.start + p - chunk, width);
-        let real = min(width, plan.rows - first);
-        let vectors = workspace.as_vectorized_mut().with_vector_size_mut::<N>();
-        for v in 0..TILE_VECTORS {
-            let at = p * TILE_VECTORS + v;
-            let row_lse = softmax.peak[at] + softmax.sum[at].ln();
-            let mean = softmax.total[at] / classes;
-            let loss = row_lse - (one - smoothing) * softmax.target[at] - smoothing * mean;
-            let counts = targets[first / lanes + v].less_than(&Vector::<u32, N>::new(INVALID));
-            vectors[state.lse / lanes + v] = row_lse;
-            vectors[state.loss / lanes + v] = select_many(counts, loss, Vector::<f32, N>::new(0.0));
-            #[unroll]
-            for lane in 0..lanes {
-                if v * lanes + lane < real {
-                    predictions[head * plan.rows + first + v * lanes + lane] =
-                        softmax.best[at].extract(lane);
-                }
+    let head = plan.head(item.item);
+    let first = plan.first_row(item.item, width);
+    let state = plan.state(item.local, width);
+    let real = min(width, plan.rows - first);
+    let vectors = workspace.as_vectorized_mut().with_vector_size_mut::<N>();
+    for v in 0..TILE_VECTORS {
+        let row_lse = vectors[state.base / lanes + v] + vectors[state.sum / lanes + v].ln();
+        let mean = vectors[state.total / lanes + v] / classes;
+        let target = vectors[state.target / lanes + v];
+        let loss = row_lse - (one - smoothing) * target - smoothing * mean;
+        let counts = targets[first / lanes + v].less_than(&Vector::<u32, N>::new(INVALID));
+        vectors[state.lse / lanes + v] = row_lse;
+        vectors[state.loss / lanes + v] = select_many(counts, loss, Vector::<f32, N>::new(0.0));
+        #[unroll]
+        for lane in 0..lanes {
+            if v * lanes + lane < real {
+                predictions[head * plan.rows + first + v * lanes + lane] =
+                    bests[item.local * TILE_VECTORS + v].extract(lane);
             }
         }
-        for r in 0..real {
-            let out = head * plan.rows + first + r;
-            lse[out] = workspace[state.lse + r];
-            row_loss[out] = workspace[state.loss + r];
-        }
+    }
+    for r in 0..real {
+        let out = head * plan.rows + first + r;
+        lse[out] = workspace[state.lse + r];
+        row_loss[out] = workspace[state.loss + r];
     }
 }
 
@@ -197,16 +340,15 @@ pub(super) fn arriving<N: Size>(
     lse: &[f32],
     workspace: &mut [f32],
     plan: &Plan,
-    item: usize,
-    local: usize,
+    item: &Item,
     factor: f32,
     #[comptime] phases: Phases,
 ) {
     let lanes = N::value();
     let width = comptime!(lanes * TILE_VECTORS);
-    let head = plan.head(item);
-    let first = plan.first_row(item, width);
-    let state = plan.state(local, width);
+    let head = plan.head(item.item);
+    let first = plan.first_row(item.item, width);
+    let state = plan.state(item.local, width);
     for r in 0..width {
         let row = first + r;
         let mut arrived = 0.0f32.runtime();
@@ -234,145 +376,38 @@ pub(super) fn arriving<N: Size>(
     }
 }
 
-/// Adds what the classes `classes` of the chunk give to the gradients of the items `mine`, all of one head and at most
-/// `panel_block` of them, and leaves the logit gradients in the workspace.
+/// Turns the block's logits `[count, width]` at `at` into logit gradients, with the lse of an earlier launch.
 #[cube]
-pub(super) fn gradients<F: Float, N: Size, M: Size>(
-    weights: &[Vector<F, M>],
-    strides: &RowStrides,
+pub(super) fn logit_gradients<N: Size>(
+    workspace: &mut [f32],
     targets: &[Vector<u32, N>], // [rows, padded]
-    workspace: &mut [f32],
     plan: &Plan,
-    mine: &Span,
-    classes: &Span,
-    chunk: usize,
-    scale: f32,
+    item: &Item,
+    block: &ClassBlock,
+    at: usize,
     smoothing: f32,
-    #[comptime] phases: Phases,
-    #[comptime] tile_rows: usize,
 ) {
     let lanes = N::value();
     let width = comptime!(lanes * TILE_VECTORS);
-    let head = plan.head(mine.start);
-    let count = mine.end - mine.start;
-    let groups = plan.classes / tile_rows;
     let uniform = Vector::<f32, N>::new(smoothing / f32::cast_from(plan.active as u32));
-    let peak_target = Vector::<f32, N>::new(1.0 - smoothing);
+    let peak = Vector::<f32, N>::new(1.0 - smoothing);
     let zero = Vector::<f32, N>::new(0.0);
-    let mut first = classes.start;
-    while first < classes.end {
-        let packed = min(plan.class_block, classes.end - first);
-        if comptime!(phases.embeddings || !phases.loss) {
-            pack_classes::<F, M>(
-                weights, strides, workspace, plan, head, first, packed, width,
-            );
+    let row = plan.first_row(item.item, width);
+    let state = plan.state(item.local, width);
+    let real = min(block.count, plan.active - block.first);
+    let vectors = workspace.as_vectorized_mut().with_vector_size_mut::<N>();
+    for v in 0..TILE_VECTORS {
+        let row_lse = vectors[state.lse / lanes + v];
+        let arrived = vectors[state.arriving / lanes + v];
+        let target_class = targets[row / lanes + v];
+        for c in 0..real {
+            let class = Vector::<u32, N>::new((block.first + c) as u32);
+            let target = uniform + select_many(class.equal(&target_class), peak, zero);
+            let z = vectors[at / lanes + c * TILE_VECTORS + v];
+            vectors[at / lanes + c * TILE_VECTORS + v] = arrived * ((z - row_lse).exp() - target);
         }
-        for group in 0..packed / tile_rows {
-            let class = first + group * tile_rows;
-            for p in 0..count {
-                let local = mine.start + p - chunk;
-                let tile = plan.logit(local, class - classes.start, width);
-                if comptime!(!phases.loss) {
-                    logits::<N>(
-                        workspace,
-                        plan,
-                        local,
-                        group * tile_rows,
-                        tile,
-                        scale,
-                        tile_rows,
-                    );
-                }
-                let row = plan.first_row(mine.start + p, width);
-                let state = plan.state(local, width);
-                let vectors = workspace.as_vectorized_mut().with_vector_size_mut::<N>();
-                for v in 0..TILE_VECTORS {
-                    let tile = tile / lanes + v;
-                    let row_lse = vectors[state.lse / lanes + v];
-                    let arrived = vectors[state.arriving / lanes + v];
-                    let target_of = targets[row / lanes + v];
-                    let mut factor = arrived;
-                    if comptime!(phases.loss) {
-                        let peak = plan.peak(local, class / tile_rows, groups, width) / lanes + v;
-                        factor = arrived * (vectors[peak] - row_lse).exp();
-                    }
-                    for r in 0..tile_rows {
-                        let class = Vector::<u32, N>::new((class + r) as u32);
-                        let hit = class.equal(&target_of);
-                        let target = uniform + select_many(hit, peak_target, zero);
-                        let at = tile + r * TILE_VECTORS;
-                        if comptime!(phases.loss) {
-                            vectors[at] = vectors[at] * factor - arrived * target;
-                        } else {
-                            vectors[at] = arrived * ((vectors[at] - row_lse).exp() - target);
-                        }
-                    }
-                }
-            }
-        }
-        if comptime!(phases.embeddings) {
-            for p in 0..count {
-                add_classes::<N>(
-                    workspace,
-                    plan,
-                    mine.start + p - chunk,
-                    first - classes.start,
-                    packed,
-                    tile_rows,
-                );
-            }
-        }
-        first += packed;
-    }
-}
-
-/// `gradient[n] += Σ_c g[c, n] ŵ[c]` over the packed classes, for the rows of an item.
-#[cube]
-fn add_classes<N: Size>(
-    workspace: &mut [f32],
-    plan: &Plan,
-    local: usize,
-    first: usize, // in the chunk
-    packed: usize,
-    #[comptime] tile_rows: usize,
-) {
-    let lanes = N::value();
-    let width = comptime!(lanes * TILE_VECTORS);
-    let block = comptime!(width * width);
-    let weights = plan.packed_weights();
-    let logits = plan.logit(local, first, width);
-    for b in 0..plan.dim_padded / width {
-        for group in 0..comptime!(width / tile_rows) {
-            let out = (plan.gradient + local * plan.panel(width) + b * block) / lanes
-                + group * comptime!(tile_rows * TILE_VECTORS);
-            let mut tile = Array::<Vector<f32, N>>::new(comptime!(tile_rows * TILE_VECTORS));
-            let vectors = workspace.as_vectorized().with_vector_size::<N>();
-            #[unroll]
-            for i in 0..tile_rows * TILE_VECTORS {
-                tile[i] = vectors[out + i];
-            }
-            accumulate::<N>(
-                &mut tile,
-                &*workspace,
-                Broadcast {
-                    base: logits + group * tile_rows,
-                    row_stride: 1,
-                    step_stride: width,
-                },
-                vectors,
-                Lanes {
-                    base: (weights + b * plan.class_block * width) / lanes,
-                    step_stride: TILE_VECTORS,
-                },
-                packed,
-                tile_rows,
-                TILE_VECTORS,
-            );
-            let gradient = workspace.as_vectorized_mut().with_vector_size_mut::<N>();
-            #[unroll]
-            for i in 0..tile_rows * TILE_VECTORS {
-                gradient[out + i] = tile[i];
-            }
+        for c in real..block.count {
+            vectors[at / lanes + c * TILE_VECTORS + v] = zero;
         }
     }
 }
@@ -389,32 +424,91 @@ pub(super) fn clear<N: Size>(workspace: &mut [f32], plan: &Plan, local: usize) {
     }
 }
 
-/// Through the normalization: `dx = (dx̂ − x̂ (x̂·dx̂)) / ‖x‖`, or `dx̂ / EPSILON` where the norm was clamped.
+/// Sums of exponentials times class weights become gradients of the unit-norm rows:
+/// `arriving · (e^(base − lse) Σ_c e_c ŵ_c − (1 − ε) ŵ_y − ε/K Σ_c ŵ_c)`.
 #[cube]
-pub(super) fn finish<F: Float, N: Size, M: Size>(
-    workspace: &[f32],
-    grad: &mut [Vector<F, M>],
+pub(super) fn subtract_targets<F: Float, N: Size, M: Size>(
+    weights: &[Vector<F, M>],
+    strides: &RowStrides,
+    targets: &[u32], // [rows, padded]
+    workspace: &mut [f32],
     plan: &Plan,
-    item: usize,
-    local: usize,
+    item: &Item,
+    smoothing: f32,
+    #[comptime] phases: Phases,
 ) {
     let piece = M::value();
     let lanes = N::value();
     let width = comptime!(lanes * TILE_VECTORS);
     let pieces = comptime!(width / piece);
     let block = comptime!(width * width / piece);
-    let head = plan.head(item);
-    let first = plan.first_row(item, width);
-    let pieces_of = workspace.as_vectorized().with_vector_size::<M>();
+    let head = plan.head(item.item);
+    let first = plan.first_row(item.item, width);
+    let state = plan.state(item.local, width);
+    let uniform = smoothing / f32::cast_from(plan.active as u32);
     for r in 0..width {
         if first + r < plan.rows {
-            let unit = (plan.blocks + local * plan.panel(width) + r * width) / piece;
-            let upstream = (plan.gradient + local * plan.panel(width) + r * width) / piece;
-            let norm = workspace[plan.state(local, width).norms + r];
+            let arrived = workspace[state.arriving + r];
+            let sums = arrived * (workspace[state.base + r] - workspace[state.lse + r]).exp();
+            let target = targets[first + r];
+            let mut from = 0usize.runtime();
+            let mut of_target = 0.0f32.runtime();
+            if target < INVALID {
+                from = head * strides.head + target as usize * strides.row;
+                let mut squares = Vector::<f32, M>::new(0.0);
+                for d in 0..plan.dim / piece {
+                    let value = Vector::<f32, M>::cast_from(weights[from + d]);
+                    squares = fma(value, value, squares);
+                }
+                let norm = squares.vector_sum().sqrt();
+                of_target = -arrived * (1.0 - smoothing) / max(norm, EPSILON);
+            }
+            let sums = Vector::<f32, M>::new(sums);
+            let of_target = Vector::<f32, M>::new(of_target);
+            let of_all = Vector::<f32, M>::new(-arrived * uniform);
+            let upstream = (plan.gradient + item.local * plan.panel(width) + r * width) / piece;
+            let totals = (plan.totals + head * plan.dim_padded) / piece;
+            let space = workspace.as_vectorized_mut().with_vector_size_mut::<M>();
+            for d in 0..plan.dim / piece {
+                let at = upstream + d / pieces * block + d % pieces;
+                let mut value = space[at] * sums;
+                if comptime!(phases.smooth) {
+                    value = fma(space[totals + d], of_all, value);
+                }
+                let w = Vector::<f32, M>::cast_from(weights[from + d]);
+                space[at] = fma(w, of_target, value);
+            }
+        }
+    }
+}
+
+/// Through the normalization: `dx = (dx̂ − x̂ (x̂·dx̂)) / ‖x‖`, or `dx̂ / EPSILON` where the norm was clamped.
+#[cube]
+pub(super) fn finish<F: Float, N: Size, M: Size>(
+    workspace: &[f32],
+    grad: &mut [Vector<F, M>],
+    plan: &Plan,
+    item: &Item,
+) {
+    let piece = M::value();
+    let lanes = N::value();
+    let width = comptime!(lanes * TILE_VECTORS);
+    let pieces = comptime!(width / piece);
+    let block = comptime!(width * width / piece);
+    let head = plan.head(item.item);
+    let first = plan.first_row(item.item, width);
+    let pieces_of = workspace.as_vectorized().with_vector_size::<M>();
+    let unit_block = plan.block_stride(width) / piece;
+    for r in 0..width {
+        if first + r < plan.rows {
+            let unit = (plan.block_row(item.local, width) + r * width) / piece;
+            let upstream = (plan.gradient + item.local * plan.panel(width) + r * width) / piece;
+            let norm = workspace[plan.state(item.local, width).norms + r];
             let mut along = Vector::<f32, M>::new(0.0);
             for d in 0..plan.dim / piece {
-                let at = d / pieces * block + d % pieces;
-                along = fma(pieces_of[unit + at], pieces_of[upstream + at], along);
+                let x = pieces_of[unit + d / pieces * unit_block + d % pieces];
+                let g = pieces_of[upstream + d / pieces * block + d % pieces];
+                along = fma(x, g, along);
             }
             let mut projection = along.vector_sum();
             if norm < EPSILON {
@@ -424,9 +518,9 @@ pub(super) fn finish<F: Float, N: Size, M: Size>(
             let projection = Vector::<f32, M>::new(-projection);
             let out = (head * plan.rows + first + r) * plan.dim / piece;
             for d in 0..plan.dim / piece {
-                let at = d / pieces * block + d % pieces;
-                let value = fma(projection, pieces_of[unit + at], pieces_of[upstream + at]);
-                grad[out + d] = Vector::<F, M>::cast_from(value * inverse);
+                let x = pieces_of[unit + d / pieces * unit_block + d % pieces];
+                let g = pieces_of[upstream + d / pieces * block + d % pieces];
+                grad[out + d] = Vector::<F, M>::cast_from(fma(projection, x, g) * inverse);
             }
         }
     }

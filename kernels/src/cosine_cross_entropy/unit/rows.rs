@@ -153,7 +153,7 @@ pub(super) fn fold<N: Size>(
         vectors[state.peak / lanes + v] = peak;
         vectors[state.target / lanes + v] = target;
         if comptime!(phases.smooth) {
-            vectors[state.total / lanes + v] = vectors[state.total / lanes + v] + total;
+            vectors[state.total / lanes + v] += total;
         }
 
         let before = vectors[state.base / lanes + v];
@@ -204,7 +204,7 @@ fn rescale<N: Size>(workspace: &mut [f32], plan: &Plan, local: usize, factors: u
                 #[unroll]
                 for v in 0..TILE_VECTORS {
                     let at = panel + (b * width + r) * TILE_VECTORS + v;
-                    vectors[at] = vectors[at] * factor;
+                    vectors[at] *= factor;
                 }
             }
         }

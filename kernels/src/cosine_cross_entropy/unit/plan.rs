@@ -33,7 +33,7 @@ impl Phases {
 }
 
 /// Classes whose weights are packed at once; a multiple of every `tile_rows`.
-const CLASS_BLOCK: usize = 64;
+const CLASS_BLOCK: usize = 128;
 /// Classes whose gradients a unit accumulates at once.
 pub(super) const OWNED_CLASSES: usize = 32;
 /// Panels of rows that a unit multiplies with those at once.

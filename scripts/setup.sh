@@ -65,6 +65,7 @@ if [ "${1:-}" = "--tests" ] && ! ls /usr/share/vulkan/icd.d/*.json >/dev/null 2>
     echo "setup: no Vulkan driver could be installed: the tests will skip wgpu and say so" >&2
 fi
 if [ "${1:-}" = "--tests" ] && [ -z "${CUDA_PATH:-}" ] && [ ! -e "$cuda_dir/nvidia/cu13/bin/ptxas" ]; then
+  python3 -m pip --version >/dev/null 2>&1 || apt_install python3-pip || true
   echo "setup: installing NVIDIA's assembler $cuda_version from PyPI into $cuda_dir"
   python3 -m pip install --quiet --no-deps --target "$cuda_dir" \
     "nvidia-cuda-nvcc==$cuda_version" "nvidia-nvvm==$cuda_version" 2>/dev/null ||

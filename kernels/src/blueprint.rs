@@ -80,22 +80,27 @@ impl Blueprint {
         dtype: ElemType,
         allow_tf32: bool,
     ) -> Result<Self, Error> {
-        let forced = strategy == Strategy::Forced(Variant::Cmma);
         let gpu = client.properties().hardware.num_cpu_cores.is_none();
-        if gpu
-            && (forced || strategy == Strategy::Inferred)
-            && let Some(tile) = Tile::new(client, dtype, allow_tf32, forced)
-        {
-            return Ok(Self {
+        let on_tensor_cores = || Tile::on_tensor_cores(client, dtype, allow_tf32);
+        let tile = match strategy {
+            Strategy::Inferred if gpu => on_tensor_cores(),
+            Strategy::Forced(Variant::Cmma) => match on_tensor_cores() {
+                Some(tile) => Some(tile),
+                None => Some(Tile::plain(client, dtype)?),
+            },
+            _ => None,
+        };
+        match tile {
+            Some(tile) => Ok(Self {
                 variant: Variant::Cmma,
                 lanes: tile.vector,
                 tile_rows: 0,
                 micro: 0,
                 product: Some(tile),
                 units: crate::cmma::UNITS,
-            });
+            }),
+            None => Self::new(client, strategy),
         }
-        Self::new(client, strategy)
     }
 
     /// For any other op.

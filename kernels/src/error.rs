@@ -101,10 +101,8 @@ pub enum Error {
     /// The unit variant was forced on a device that is no CPU.
     #[error("the unit variant runs on CPU devices only")]
     NoCpu,
-    /// The cmma variant was forced on an op without a product, or on a device that cannot hold its tiles.
-    #[error(
-        "the cmma variant is of ops with a matrix product, on GPUs with 256 units a cube and 32 KiB of shared memory"
-    )]
+    /// The cmma variant was forced on an op without a product.
+    #[error("only ops with a matrix product have a cmma variant")]
     NoProduct,
     /// A label is neither a class nor ignored.
     #[error(

@@ -37,7 +37,7 @@ impl Strided {
         Ok(strided)
     }
 
-    /// [`float`](Self::float), for kernels whose indices grow with the operands.
+    /// [`float`](Self::float), for kernels whose indices grow with the operands, where the device has such.
     pub(crate) fn of_any_size(
         client: &Client,
         operand: &'static str,
@@ -55,10 +55,15 @@ impl Strided {
                 expected: "f32, f16 or bf16, as far as the device has them".into(),
             });
         }
-        Self::new(operand, tensor, rank)
+        Self::new(client, operand, tensor, rank)
     }
 
-    fn new(operand: &'static str, tensor: &TensorHandle, rank: usize) -> Result<Self, Error> {
+    fn new(
+        client: &Client,
+        operand: &'static str,
+        tensor: &TensorHandle,
+        rank: usize,
+    ) -> Result<Self, Error> {
         let shape = tensor.shape().to_vec();
         let strides = tensor.strides().to_vec();
         if shape.len() != rank {
@@ -88,6 +93,11 @@ impl Strided {
                 strides,
                 elements,
             });
+        }
+        if address_type(&[elements]) == AddressType::U64
+            && !client.properties().supports_address(AddressType::U64)
+        {
+            addressable(operand, elements as u128)?;
         }
         let stride = |axis: usize| if shape[axis] == 1 { 0 } else { strides[axis] };
         Ok(Self {

@@ -259,10 +259,11 @@ fn loads(ptx: &str) -> impl Iterator<Item = &str> {
     ptx.lines().filter(|line| line.contains("ld.global"))
 }
 
-/// Whether a load brings 16 bytes.
+/// Whether a load brings 16 bytes or more.
 fn is_wide(line: &str) -> bool {
     [
-        ".v4.b32", ".v4.u32", ".v4.f32", ".v2.b64", ".v2.u64", ".v8.b16",
+        ".v4.b32", ".v4.u32", ".v4.f32", ".v2.b64", ".v2.u64", ".v8.b16", ".v8.b32", ".v8.f32",
+        ".v4.b64",
     ]
     .iter()
     .any(|vector| line.contains(vector))

@@ -17,7 +17,8 @@ use crate::{
     cross_entropy, reconstruction,
 };
 
-/// The public functions have checked everything that the host can see; what is left is a bug of this crate.
+/// The public functions have checked shapes, dtypes, options and sizes before Burn took the op down here, where nothing can be
+/// returned; what is left is a bug of this crate.
 fn checked<T>(result: Result<T, Error>) -> T {
     result.unwrap_or_else(|error| panic!("refused after it was checked: {error}"))
 }

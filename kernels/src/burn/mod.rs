@@ -16,6 +16,7 @@ pub use heads::{CosineHeads, CosineHeadsConfig, HeadsLoss};
 use burn::backend::Dispatch;
 use burn::tensor::{DType, Device, Int, Tensor};
 
+use crate::operand::addressable;
 use crate::{
     Error, Reduction, Strategy, cosine_cross_entropy as fused, cosine_logits as logits_op,
     cross_entropy as cross_entropy_op,
@@ -135,7 +136,7 @@ pub fn cross_entropy_by_row(
 ) -> Result<CrossEntropy<2>, Error> {
     cube_device(&logits.device())?;
     let [heads, rows, active] = logits.dims();
-    not_empty("logits", &logits.dims())?;
+    sized("logits", &logits.dims())?;
     float_dtype("logits", logits.dtype())?;
     let mut options = options.clone();
     options.loss.reduction = Reduction::None;
@@ -166,7 +167,9 @@ pub fn cosine_logits(
     weights: Tensor<3>,
     options: &logits_op::Options,
 ) -> Result<Tensor<3>, Error> {
-    head_operands(&embeddings, &weights, options.scale, options.active)?;
+    let active = head_operands(&embeddings, &weights, options.scale, options.active)?;
+    let [heads, rows, _] = embeddings.dims();
+    sized("logits", &[heads, rows, active])?;
     Ok(Tensor::from_dispatch(
         <Dispatch as ProtoheadOps>::protohead_logits(
             embeddings.into_dispatch(),
@@ -207,7 +210,7 @@ pub fn reconstruction(
             )));
         }
     }
-    not_empty("whole", &whole.dims())?;
+    sized("whole", &whole.dims())?;
     float_dtype("whole", whole.dtype())?;
     Ok(Tensor::from_dispatch(
         <Dispatch as ProtoheadOps>::protohead_reconstruction(
@@ -258,7 +261,9 @@ fn cube_device(device: &Device) -> Result<(), Error> {
     }
 }
 
-fn not_empty(operand: &'static str, dims: &[usize]) -> Result<(), Error> {
+/// Refuses tensors without elements, and with more than 32-bit indices reach: the launchers could only panic at them.
+fn sized(operand: &'static str, dims: &[usize]) -> Result<(), Error> {
+    addressable(operand, dims.iter().map(|&n| n as u128).product())?;
     if dims.contains(&0) {
         return Err(Error::Empty {
             operand,
@@ -278,8 +283,8 @@ fn head_operands(
     cube_device(&embeddings.device())?;
     let [heads, rows, dim] = embeddings.dims();
     let [_, classes, _] = weights.dims();
-    not_empty("embeddings", &embeddings.dims())?;
-    not_empty("class weights", &weights.dims())?;
+    sized("embeddings", &embeddings.dims())?;
+    sized("class weights", &weights.dims())?;
     if weights.dims() != [heads, classes, dim] || weights.dtype() != embeddings.dtype() {
         return Err(Error::Shape {
             operand: "class weights",
@@ -309,6 +314,10 @@ fn head_operands(
     if active == 0 || active > classes {
         return Err(Error::ActiveClasses { active, classes });
     }
+    // No tile is longer than this on any side.
+    let padded = |count: usize| count.next_multiple_of(128) as u128;
+    let packed = heads as u128 * (padded(rows) + padded(active)) * padded(dim);
+    addressable("the packed operands", packed)?;
     Ok(active)
 }
 
@@ -330,4 +339,21 @@ fn row_labels(labels: &Tensor<1, Int>, rows: usize) -> Result<(), Error> {
         });
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_32_bit_indices_do_not_reach_is_refused_with_its_elements() {
+        assert_eq!(
+            sized("class weights", &[1, 17_000_000, 256]),
+            Err(Error::TooLarge {
+                operand: "class weights",
+                elements: 4_352_000_000
+            })
+        );
+        assert_eq!(sized("class weights", &[1, 16_000_000, 256]), Ok(()));
+    }
 }

@@ -16,15 +16,20 @@
 //! `Plain` is never inferred: it is how the variant is checked where there are no tensor cores, all but the instruction.
 
 mod chunks;
+mod logits;
 mod pack;
 mod product;
 
 pub(crate) use chunks::{Backward, Chunk, Chunks};
+pub(crate) use logits::{ChunkShape, LogitTile};
 pub(crate) use pack::pack_chunk;
-pub(crate) use product::{Lies, Source, column_of, place, row_of, tile_product};
+pub(crate) use product::{Lies, column_of, place, row_of};
 
 use cubecl::client::Client;
 use cubecl::ir::{ElemType, FloatKind};
+
+use crate::error::Error;
+use crate::operand::F32;
 
 /// Units of a cube: eight planes of 32.
 pub(crate) const UNITS: usize = 256;
@@ -59,54 +64,70 @@ pub(crate) struct Tile {
 }
 
 impl Tile {
-    /// The tile for operands of this dtype; `allow_tf32` for f32 on tensor cores. None if the device has no engine for it
-    /// but the plain one, unless `plain` is fine.
-    pub(crate) fn new(
+    /// The tile for operands of this dtype, if the device's tensor cores multiply them and it has room for it; `allow_tf32`
+    /// for f32.
+    pub(crate) fn on_tensor_cores(
         client: &Client,
         dtype: ElemType,
         allow_tf32: bool,
-        plain: bool,
     ) -> Option<Self> {
         let properties = client.properties();
         let features = &properties.features.matmul;
         let multiplies = |operand: ElemType, k: u32| {
             features.mma.iter().any(|mma| {
-                (mma.a_type, mma.b_type, mma.cd_type) == (operand, operand, crate::operand::F32)
+                (mma.a_type, mma.b_type, mma.cd_type) == (operand, operand, F32)
                     && (mma.m, mma.n, mma.k) == (16, 8, k)
             })
         };
-        let tf32 = ElemType::Float(FloatKind::TF32);
         let engine = if features.ldmatrix.contains(&dtype) && multiplies(dtype, 16) {
             Engine::Mma
-        } else if allow_tf32 && dtype == crate::operand::F32 && multiplies(tf32, 8) {
+        } else if allow_tf32 && dtype == F32 && multiplies(ElemType::Float(FloatKind::TF32), 8) {
             Engine::Tf32
-        } else if plain {
-            Engine::Plain
         } else {
             return None;
         };
-        let widest = (16 / dtype.size()).min(properties.hardware.max_vector_size);
-        let (side, depth, pad) = match engine {
-            Engine::Mma => (128, 64, 8),
-            Engine::Tf32 => (128, 32, 4),
-            Engine::Plain => (64, 16, 0),
+        let tile = Self::new(client, engine, dtype);
+        let whole_planes = properties.hardware.plane_size_max as usize == PLANE;
+        (whole_planes && tile.fits(client, dtype)).then_some(tile)
+    }
+
+    /// The tile of multiply-adds, on any GPU that has room for it.
+    pub(crate) fn plain(client: &Client, dtype: ElemType) -> Result<Self, Error> {
+        let tile = Self::new(client, Engine::Plain, dtype);
+        if tile.fits(client, dtype) {
+            return Ok(tile);
+        }
+        let hardware = &client.properties().hardware;
+        Err(Error::Variant {
+            variant: "cmma",
+            needed: UNITS,
+            shared: tile.shared_bytes(dtype),
+            units: hardware.max_units_per_cube as usize,
+            memory: hardware.max_shared_memory_size,
+        })
+    }
+
+    fn new(client: &Client, engine: Engine, dtype: ElemType) -> Self {
+        let widest = (16 / dtype.size()).min(client.properties().hardware.max_vector_size);
+        let (side, depth, pad, vector) = match engine {
+            Engine::Mma => (128, 64, 8, widest),
+            Engine::Tf32 => (128, 32, 4, widest),
+            // WGSL has vectors of four.
+            Engine::Plain => (64, 16, 0, widest.min(4)),
         };
-        let tile = Self {
+        Self {
             engine,
             side,
             depth,
-            vector: if engine == Engine::Plain {
-                widest.min(4)
-            } else {
-                widest
-            },
+            vector,
             pad,
-        };
-        let hardware = &properties.hardware;
-        let planes = engine == Engine::Plain || hardware.plane_size_max as usize == PLANE;
-        let fits = hardware.max_shared_memory_size >= tile.shared_bytes(dtype)
-            && hardware.max_units_per_cube as usize >= UNITS;
-        (planes && fits).then_some(tile)
+        }
+    }
+
+    fn fits(&self, client: &Client, dtype: ElemType) -> bool {
+        let hardware = &client.properties().hardware;
+        hardware.max_shared_memory_size >= self.shared_bytes(dtype)
+            && hardware.max_units_per_cube as usize >= UNITS
     }
 
     /// Fragments of 16 rows that a plane owns.

@@ -28,6 +28,40 @@ struct Rows {
     columns_padded: usize,
 }
 
+/// The row that a plane takes.
+#[derive(CubeType, Clone, Copy)]
+struct RowOfPlane {
+    lane: usize,
+    head: usize,
+    row: usize,
+    /// Its number among all rows of the launch.
+    number: usize,
+    /// Whether it is a row of the launch at all: the last cube may have planes left over.
+    is_there: bool,
+    /// Whether the operand has it.
+    real: bool,
+    /// Where it begins in the operand, in vectors.
+    from: usize,
+}
+
+#[cube]
+impl RowOfPlane {
+    fn locate(rows: &Rows, strides: &RowStrides) -> RowOfPlane {
+        let at = CUBE_POS * ROWS + UNIT_POS as usize / PLANE;
+        let head = at / rows.count;
+        let row = at % rows.count;
+        RowOfPlane {
+            lane: UNIT_POS as usize % PLANE,
+            head,
+            row,
+            number: at,
+            is_there: head < rows.heads,
+            real: head < rows.heads && row < rows.real,
+            from: head * strides.head + (rows.first + row) * strides.row,
+        }
+    }
+}
+
 /// `x / max(‖x‖, EPSILON)` of the rows `first .. first + real` of every head, zero-padded to `[heads, count, dim_padded]`.
 pub(crate) fn pack_chunk(
     client: &Client,
@@ -68,32 +102,27 @@ fn pack<F: Float, M: Size>(
     rows: Rows,
     #[define(F)] _dtype: ElemType,
 ) {
-    let lane = UNIT_POS as usize % PLANE;
-    let at = CUBE_POS * ROWS + UNIT_POS as usize / PLANE;
-    let head = at / rows.count;
-    let row = at % rows.count;
-    let real = head < rows.heads && row < rows.real;
-    let from = head * strides.head + (rows.first + row) * strides.row;
+    let at = RowOfPlane::locate(&rows, &strides);
     let mut squares = Vector::<f32, M>::new(0.0);
-    if real {
-        let mut d = lane;
+    if at.real {
+        let mut d = at.lane;
         while d < rows.columns {
-            let value = Vector::<f32, M>::cast_from(source[from + d]);
+            let value = Vector::<f32, M>::cast_from(source[at.from + d]);
             squares = fma(value, value, squares);
             d += PLANE;
         }
     }
     let norm = group_sum(squares.vector_sum(), UNITS, PLANE).sqrt();
     let inverse = Vector::<f32, M>::new(1.0 / max(norm, EPSILON));
-    if head < rows.heads {
-        let mut d = lane;
+    if at.is_there {
+        let mut d = at.lane;
         while d < rows.columns_padded {
             let mut value = Vector::<F, M>::cast_from(Vector::<f32, M>::new(0.0));
-            if real && d < rows.columns {
-                let x = Vector::<f32, M>::cast_from(source[from + d]);
+            if at.real && d < rows.columns {
+                let x = Vector::<f32, M>::cast_from(source[at.from + d]);
                 value = Vector::<F, M>::cast_from(x * inverse);
             }
-            packed[at * rows.columns_padded + d] = value;
+            packed[at.number * rows.columns_padded + d] = value;
             d += PLANE;
         }
     }
@@ -151,19 +180,14 @@ fn finish<F: Float, M: Size>(
     stored: usize,
     #[define(F)] _dtype: ElemType,
 ) {
-    let lane = UNIT_POS as usize % PLANE;
-    let at = CUBE_POS * ROWS + UNIT_POS as usize / PLANE;
-    let head = at / rows.count;
-    let row = at % rows.count;
-    let real = head < rows.heads && row < rows.real;
-    let from = head * strides.head + (rows.first + row) * strides.row;
-    let upstream = (head * padded + row) * rows.columns_padded;
+    let at = RowOfPlane::locate(&rows, &strides);
+    let upstream = (at.head * padded + at.row) * rows.columns_padded;
     let mut squares = Vector::<f32, M>::new(0.0);
     let mut along = Vector::<f32, M>::new(0.0);
-    if real {
-        let mut d = lane;
+    if at.real {
+        let mut d = at.lane;
         while d < rows.columns {
-            let value = Vector::<f32, M>::cast_from(source[from + d]);
+            let value = Vector::<f32, M>::cast_from(source[at.from + d]);
             squares = fma(value, value, squares);
             along = fma(value, gradient[upstream + d], along);
             d += PLANE;
@@ -176,19 +200,19 @@ fn finish<F: Float, M: Size>(
     if norm < EPSILON {
         projection = 0.0;
     }
-    if head < rows.heads {
+    if at.is_there {
         let mut factor = 0.0f32.runtime();
-        if real {
-            factor = factors[head] * inverse;
+        if at.real {
+            factor = factors[at.head] * inverse;
         }
         let factor = Vector::<f32, M>::new(factor);
         let projection = Vector::<f32, M>::new(-projection);
-        let out = (head * stored + rows.first + row) * rows.columns;
-        let mut d = lane;
+        let out = (at.head * stored + rows.first + at.row) * rows.columns;
+        let mut d = at.lane;
         while d < rows.columns {
             let mut value = Vector::<f32, M>::new(0.0);
-            if real {
-                let x = Vector::<f32, M>::cast_from(source[from + d]);
+            if at.real {
+                let x = Vector::<f32, M>::cast_from(source[at.from + d]);
                 value = fma(projection, x, gradient[upstream + d]) * factor;
             }
             grad[out + d] = Vector::<F, M>::cast_from(value);

@@ -9,7 +9,7 @@ use super::launch::Call;
 use crate::Gradients;
 use crate::blueprint::{PLANE_UNITS, cubes_for};
 use crate::cmma::{
-    Backward, Chunk, Chunks, Lies, Source, Tile, UNITS, column_of, place, row_of, tile_product,
+    Backward, Chunk, ChunkShape, Chunks, Lies, Tile, UNITS, column_of, place, row_of,
 };
 use crate::operand::{Strided, address_type, whole};
 use crate::packing::unit::RowStrides;
@@ -32,13 +32,7 @@ pub(super) fn launch_forward(call: &Call, tile: Tile, logits: &TensorHandle, sca
                 chunks.embeddings_arg(),
                 chunks.weights_arg(&chunk),
                 whole(logits, 1),
-                sizes.heads,
-                sizes.rows,
-                sizes.rows_padded,
-                sizes.active,
-                chunk.first,
-                chunk.padded,
-                sizes.dim_padded,
+                chunks.shape_arg(&chunk),
                 scale,
                 tile,
                 logits.dtype,
@@ -91,61 +85,41 @@ fn forward<E: Float, N: Size>(
     embeddings: &[Vector<E, N>], // [heads, rows_padded, dim]
     weights: &[Vector<E, N>],    // [heads, classes, dim]
     logits: &mut [E],            // [heads, rows, active]
-    heads: usize,
-    rows: usize,
-    rows_padded: usize,
-    active: usize,
-    first: usize,   // the chunk's first class
-    classes: usize, // of the chunk
-    dim: usize,
+    shape: ChunkShape,
     scale: f32,
     #[comptime] tile: Tile,
     #[define(E)] _dtype: ElemType,
 ) {
-    let side = comptime!(tile.side);
-    let stride = dim / comptime!(tile.vector);
-    let row_tiles = rows_padded / side;
-    let class_tiles = classes / side;
-    let head = CUBE_POS / (row_tiles * class_tiles);
-    if head >= heads {
+    let of = shape.tile_of_cube(tile);
+    if of.head >= shape.heads {
         terminate!();
     }
-    let first_row = CUBE_POS % row_tiles * side;
-    let in_chunk = CUBE_POS / row_tiles % class_tiles * side;
-    let mut left_stages =
-        Shared::<[E]>::new_aligned_slice(comptime!(2 * tile.stage(Lies::Rows)), 16usize);
-    let mut right_stages =
-        Shared::<[E]>::new_aligned_slice(comptime!(2 * tile.stage(Lies::Rows)), 16usize);
+    let stage = comptime!(2 * tile.stage(Lies::Rows));
+    let mut left_stages = Shared::<[E]>::new_aligned_slice(stage, 16usize);
+    let mut right_stages = Shared::<[E]>::new_aligned_slice(stage, 16usize);
     let mut results = Array::<f32>::new(comptime!(tile.results()));
-    tile_product::<E, N>(
+    shape.cosines::<E, N>(
         &mut results,
         embeddings,
-        &Source {
-            base: (head * rows_padded + first_row) * stride,
-            stride,
-        },
         weights,
-        &Source {
-            base: (head * classes + in_chunk) * stride,
-            stride,
-        },
-        dim / comptime!(tile.depth),
+        &of,
         &mut left_stages,
         &mut right_stages,
-        Lies::Rows,
-        Lies::Rows,
         tile,
     );
     let at = place();
     #[unroll]
     for r in 0..comptime!(2 * tile.tall()) {
-        let row = first_row + row_of(&at, comptime!(r / 2), comptime!(r % 2), tile);
+        let row = of.first_row + row_of(&at, comptime!(r / 2), comptime!(r % 2), tile);
         #[unroll]
         for c in 0..comptime!(2 * tile.wide()) {
-            let class = first + in_chunk + column_of(&at, comptime!(c / 2), comptime!(c % 2), tile);
-            if row < rows && class < active {
+            let class = shape.first
+                + of.in_chunk
+                + column_of(&at, comptime!(c / 2), comptime!(c % 2), tile);
+            if row < shape.rows && class < shape.active {
                 let from = comptime!((r / 2 * tile.wide() + c / 2) * 4 + r % 2 * 2 + c % 2);
-                logits[(head * rows + row) * active + class] = E::cast_from(results[from] * scale);
+                logits[(of.head * shape.rows + row) * shape.active + class] =
+                    E::cast_from(results[from] * scale);
             }
         }
     }

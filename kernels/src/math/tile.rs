@@ -21,6 +21,31 @@ pub(crate) struct Lanes {
     pub step_stride: usize,
 }
 
+/// [`accumulate`] onto a tile that lies at `out`, its rows one after another, in the same space as the operands.
+#[cube]
+pub(crate) fn add_to<N: Size>(
+    space: &mut [f32],
+    out: usize, // in vectors
+    a: Broadcast,
+    b: Lanes,
+    steps: usize,
+    #[comptime] rows: usize,
+    #[comptime] vectors: usize,
+) {
+    let mut tile = Array::<Vector<f32, N>>::new(comptime!(rows * vectors));
+    let operands = space.as_vectorized().with_vector_size::<N>();
+    #[unroll]
+    for i in 0..rows * vectors {
+        tile[i] = operands[out + i];
+    }
+    accumulate::<N>(&mut tile, &*space, a, operands, b, steps, rows, vectors);
+    let results = space.as_vectorized_mut().with_vector_size_mut::<N>();
+    #[unroll]
+    for i in 0..rows * vectors {
+        results[out + i] = tile[i];
+    }
+}
+
 /// `acc[r · vectors + v] += Σ_step a(r, step) · b(step, v)`, for `steps` steps in order.
 #[cube]
 pub(crate) fn accumulate<N: Size>(

@@ -273,6 +273,9 @@ fn shapes_beyond_one_workspace_agree_with_the_reference() {
         ((3, 1501, 5, 3003, 3000), Dtype::Bf16),
         // More rows than are packed at once; gradients of less than f32 carried beside.
         ((1, 81_000, 3, 4, 3), Dtype::F16),
+        // More heads than have their class weights packed together; both ways to carry gradients.
+        ((3000, 33, 3, 9, 8), Dtype::F32),
+        ((3000, 33, 3, 9, 8), Dtype::Bf16),
         // Too many classes to keep a panel's exponentials: two launches, classes in chunks.
         ((1, 3, 2, 220_000, 220_000), Dtype::F32),
     ] {

@@ -157,7 +157,8 @@ proptest! {
 fn the_fused_op_needs_no_memory_that_grows_with_rows_times_classes() {
     for run in product_runs() {
         // In the unit variant a bounded workspace may hold a chunk of logits: [N, K] in f32 is 1.5 GiB here, operands and
-        // gradients together 4 MiB. The plane variant keeps no logits at all; software Vulkan asks for a smaller shape.
+        // gradients together 4 MiB. The plane variant keeps no logits at all, the cmma variant
+        // those of a chunk of classes; software Vulkan asks for a smaller shape.
         let (size, workspace) = match run.strategy {
             Strategy::Forced(Variant::Unit) => (20_000, 64 << 20),
             _ => (2048, 0),

@@ -12,15 +12,18 @@ fn rows() -> &'static [Row] {
 }
 
 fn compiled() -> Vec<Row> {
-    let Some(toolkit) = toolkit() else {
+    if toolkit().is_none() {
+        assert!(
+            std::env::var_os("CI").is_none(),
+            "no CUDA toolkit: scripts/setup.sh --tests should have installed it"
+        );
         eprintln!(
             "protohead tests: no CUDA toolkit, so nothing was compiled for NVIDIA GPUs; scripts/setup.sh --tests installs it"
         );
         return Vec::new();
-    };
+    }
     let output = Command::new(env!("CARGO_BIN_EXE_kernels"))
         .arg("--json")
-        .env("CUDA_PATH", toolkit)
         .output()
         .expect("the program starts");
     let said = String::from_utf8_lossy(&output.stderr);
@@ -38,6 +41,8 @@ fn every_kernel_fits_an_nvidia_gpu_and_none_spills() {
             row.kernel, row.op, row.dtype, row.arch
         );
         let Some(assembled) = row.assembled else {
+            // A toolkit of the user's own may lack the assembler; what setup.sh installs has it.
+            assert!(std::env::var_os("CI").is_none(), "no ptxas for {of}");
             continue;
         };
         assert_eq!(assembled.spilled, 0, "{of} spills");

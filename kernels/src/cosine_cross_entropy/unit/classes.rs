@@ -4,7 +4,7 @@ use cubecl::prelude::*;
 
 use super::plan::{CACHED_PANELS, OWNED_CLASSES, OWNED_PANELS, Phases, Plan};
 use crate::math::span::{Span, share};
-use crate::math::tile::{Broadcast, Lanes, accumulate};
+use crate::math::tile::{Broadcast, Lanes, add_to};
 use crate::packing::unit::{EPSILON, RowStrides, TILE_VECTORS};
 
 /// Adds the rows of the items `chunk` to the gradients of the classes `classes`, in every head that the chunk touches.
@@ -249,15 +249,9 @@ fn add_rows<N: Size>(
             for group in 0..owned.groups {
                 let out = (plan.own_gradient(width) + b * comptime!(OWNED_CLASSES * width)) / lanes
                     + group * comptime!(tile_rows * TILE_VECTORS);
-                let mut tile = Array::<Vector<f32, N>>::new(comptime!(tile_rows * TILE_VECTORS));
-                let vectors = workspace.as_vectorized().with_vector_size::<N>();
-                #[unroll]
-                for i in 0..tile_rows * TILE_VECTORS {
-                    tile[i] = vectors[out + i];
-                }
-                accumulate::<N>(
-                    &mut tile,
-                    &*workspace,
+                add_to::<N>(
+                    workspace,
+                    out,
                     Broadcast {
                         base: plan.own_rows(width)
                             + group * tile_rows * plan.own_stride(width)
@@ -265,7 +259,6 @@ fn add_rows<N: Size>(
                         row_stride: plan.own_stride(width),
                         step_stride: 1,
                     },
-                    vectors,
                     Lanes {
                         base: rows,
                         step_stride: TILE_VECTORS,
@@ -274,11 +267,6 @@ fn add_rows<N: Size>(
                     tile_rows,
                     TILE_VECTORS,
                 );
-                let gradient = workspace.as_vectorized_mut().with_vector_size_mut::<N>();
-                #[unroll]
-                for i in 0..tile_rows * TILE_VECTORS {
-                    gradient[out + i] = tile[i];
-                }
             }
             at = end;
         }

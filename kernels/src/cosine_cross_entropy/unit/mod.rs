@@ -14,8 +14,10 @@
 //! order of a sum.
 
 mod classes;
+mod ends;
 mod pack;
 mod plan;
+mod row_gradients;
 mod rows;
 
 use cubecl::prelude::*;
@@ -24,15 +26,13 @@ use cubecl::std::tensor::TensorHandle;
 use super::launch::{Call, Results};
 use crate::Gradients;
 use crate::loss::Reduction;
-use crate::loss::reduce::STATUS_FIELDS;
 use crate::loss::rows::Arriving;
-use crate::loss::target::{IGNORED, INVALID, LabelRule, is_class, label_rule, target_of};
+use crate::loss::target::{LabelRule, label_rule};
 use crate::math::span::{Span, share};
-use crate::math::sum::Kahan;
 use crate::operand::{F32, whole};
 use crate::packing::unit::{RowStrides, TILE_VECTORS};
 use plan::{HostPlan, Phases, Plan, Problem};
-use rows::{ClassBlock, Item};
+use rows::ClassBlock;
 
 /// A launch that was planned.
 pub(super) struct Step<'a> {
@@ -183,7 +183,7 @@ fn step<F: Float, I: Int, N: Size, M: Size>(
 ) {
     let lanes = N::value();
     let width = comptime!(lanes * TILE_VECTORS);
-    let counted = count::<I>(
+    let counted = ends::count::<I>(
         labels,
         &rule,
         targets,
@@ -209,10 +209,7 @@ fn step<F: Float, I: Int, N: Size, M: Size>(
         let first_head = plan.head(chunk.start);
         let end_head = plan.head(chunk.end - 1) + 1;
         for item in mine.start..mine.end {
-            let item = Item {
-                item,
-                local: item - chunk.start,
-            };
+            let item = plan.item(item, &chunk);
             pack::pack_item::<F, N, M>(
                 embeddings,
                 &embedding_strides,
@@ -226,7 +223,7 @@ fn step<F: Float, I: Int, N: Size, M: Size>(
                 rows::start::<N>(workspace, &plan, item.local);
             }
             if comptime!(phases.gradients()) {
-                rows::arriving::<N>(
+                row_gradients::arriving::<N>(
                     targets.as_vectorized().with_vector_size::<N>(),
                     upstream,
                     &*lse,
@@ -238,7 +235,7 @@ fn step<F: Float, I: Int, N: Size, M: Size>(
                 );
             }
             if comptime!(phases.embeddings) {
-                rows::clear::<N>(workspace, &plan, item.local);
+                row_gradients::clear::<N>(workspace, &plan, item.local);
             }
         }
         pack::pack_classes::<F, M>(
@@ -273,10 +270,7 @@ fn step<F: Float, I: Int, N: Size, M: Size>(
                 count: min(plan.class_block, plan.classes - first),
             };
             for item in mine.start..mine.end {
-                let item = Item {
-                    item,
-                    local: item - chunk.start,
-                };
+                let item = plan.item(item, &chunk);
                 let at = match comptime!(phases.weights) {
                     true => plan.logit(item.local, first - kept, width),
                     false => plan.own_logits(),
@@ -305,17 +299,33 @@ fn step<F: Float, I: Int, N: Size, M: Size>(
                     );
                 }
                 if comptime!(phases.embeddings) {
-                    rows::add_classes::<N>(workspace, &plan, &item, &block, at, tile_rows);
+                    row_gradients::add_classes::<N>(workspace, &plan, &item, &block, at, tile_rows);
                 }
                 if comptime!(phases.at_once() && phases.embeddings && phases.smooth) {
                     let head = plan.head(item.item);
                     if item.item == max(chunk.start, head * plan.panels) {
-                        rows::add_totals::<N>(workspace, &plan, head, &block);
+                        row_gradients::add_totals::<N>(workspace, &plan, &item, &block);
                     }
                 }
             }
+            if comptime!(phases.loss) && number + 1 == blocks {
+                for item in mine.start..mine.end {
+                    let item = plan.item(item, &chunk);
+                    rows::conclude::<N>(
+                        workspace,
+                        targets.as_vectorized().with_vector_size::<N>(),
+                        bests.as_vectorized().with_vector_size::<N>(),
+                        row_loss,
+                        lse,
+                        predictions,
+                        &plan,
+                        &item,
+                        smoothing,
+                    );
+                }
+            }
             sync_cube(); // this block's place is the next but one's
-            if comptime!(phases.weights && !phases.loss) {
+            if comptime!(phases.weights) {
                 let classes = Span {
                     start: kept,
                     end: first + block.count,
@@ -340,145 +350,31 @@ fn step<F: Float, I: Int, N: Size, M: Size>(
                 }
             }
         }
-        for item in mine.start..mine.end {
-            let item = Item {
-                item,
-                local: item - chunk.start,
-            };
-            if comptime!(phases.loss) {
-                rows::conclude::<N>(
-                    workspace,
-                    targets.as_vectorized().with_vector_size::<N>(),
-                    bests.as_vectorized().with_vector_size::<N>(),
-                    row_loss,
-                    lse,
-                    predictions,
-                    &plan,
-                    &item,
-                    smoothing,
-                );
-            }
-            if comptime!(phases.at_once() && phases.embeddings) {
-                rows::subtract_targets::<F, N, M>(
-                    weights,
-                    &weight_strides,
-                    &*targets,
-                    workspace,
-                    &plan,
-                    &item,
-                    smoothing,
-                    phases,
-                );
-            }
-            if comptime!(phases.embeddings) {
-                rows::finish::<F, N, M>(&*workspace, grad_embeddings, &plan, &item);
+        if comptime!(phases.embeddings) {
+            for item in mine.start..mine.end {
+                let item = plan.item(item, &chunk);
+                if comptime!(phases.loss) {
+                    row_gradients::subtract_targets::<F, N, M>(
+                        weights,
+                        &weight_strides,
+                        &*targets,
+                        workspace,
+                        &plan,
+                        &item,
+                        smoothing,
+                        phases,
+                    );
+                }
+                row_gradients::finish::<F, N, M>(&*workspace, grad_embeddings, &plan, &item);
             }
         }
-        sync_cube();
-        if comptime!(phases.weights && phases.loss) {
-            let classes = Span {
-                start: 0usize.runtime(),
-                end: plan.classes,
-            };
-            classes::gradients::<F, N, M>(
-                weights,
-                &weight_strides,
-                targets.as_vectorized().with_vector_size::<N>(),
-                workspace,
-                grad_weights,
-                &plan,
-                &chunk,
-                &classes,
-                smoothing,
-                phases,
-                carry_in_gradient,
-                tile_rows,
-            );
-            sync_cube(); // the next chunk divides the same workspace otherwise
-        }
+        sync_cube(); // the next chunk divides the same workspace otherwise
         start = chunk.end;
     }
     if comptime!(phases.weights) {
         classes::clear_inactive::<F, M>(grad_weights, &plan);
     }
     if comptime!(phases.loss) && UNIT_POS == 0 {
-        reduce(&*row_loss, head_weights, loss, total, &plan, part);
+        ends::reduce(&*row_loss, head_weights, loss, total, &plan, part);
     }
-}
-
-/// Turns labels into targets, and counts the rows that have one; the status goes out if this launch is to `report`.
-/// Every unit must call.
-#[cube]
-fn count<I: Int>(
-    labels: &[I],
-    rule: &LabelRule,
-    targets: &mut [u32],
-    status: &mut [u32],
-    rows: usize,
-    padded: usize,
-    #[comptime] report: bool,
-    #[comptime] units: usize,
-) -> u32 {
-    let unit = UNIT_POS as usize;
-    // Shared memory also has the runtime wait for the launches before this one, so that no two launches with
-    // barriers, of different streams, can each hold cores that the other is waiting for.
-    let mut shared = Shared::<[u32]>::new_slice(comptime!(STATUS_FIELDS * units));
-    let mut counted = 0u32.runtime();
-    let mut invalid = 0u32.runtime();
-    let mut first = INVALID.runtime();
-    let mine = share(0, padded);
-    for row in mine.start..mine.end {
-        let mut target = IGNORED.runtime();
-        if row < rows {
-            target = target_of::<I>(labels[row], rule);
-        }
-        targets[row] = target;
-        if is_class(target) {
-            counted += 1;
-        } else if target == INVALID {
-            invalid += 1;
-            first = min(first, row as u32);
-        }
-    }
-    shared[unit * STATUS_FIELDS] = counted;
-    shared[unit * STATUS_FIELDS + 1] = invalid;
-    shared[unit * STATUS_FIELDS + 2] = first;
-    sync_cube();
-    counted = 0;
-    invalid = 0;
-    first = INVALID;
-    for i in 0..units {
-        counted += shared[i * STATUS_FIELDS];
-        invalid += shared[i * STATUS_FIELDS + 1];
-        first = min(first, shared[i * STATUS_FIELDS + 2]);
-    }
-    if comptime!(report) && unit == 0 {
-        status[0] = counted;
-        status[1] = invalid;
-        status[2] = first;
-    }
-    counted
-}
-
-/// Row losses become head losses and the total.
-#[cube]
-fn reduce(
-    row_loss: &[f32],
-    head_weights: &[f32],
-    loss: &mut [f32],
-    total: &mut [f32],
-    plan: &Plan,
-    part: f32,
-) {
-    let mut all = Kahan::new();
-    for head in 0..plan.heads {
-        let mut sum = Kahan::new();
-        for row in 0..plan.rows {
-            sum.add(row_loss[head * plan.rows + row]);
-        }
-        let of_head = sum.total() * part;
-        loss[head] = of_head;
-        all.add(of_head * head_weights[head]);
-    }
-    total[0] = all.total();
 }

@@ -130,7 +130,7 @@ pub(super) fn pack_classes<F: Float, M: Size>(
             head * strides.head + (first + r) * strides.row,
             first + r < plan.active,
             workspace,
-            plan.packed_weights(block, head) + r * plan.weight_stride(),
+            plan.packed_weights(block, head - first_head) + r * plan.weight_stride(),
             width,
             plan,
             width,

@@ -2,6 +2,8 @@
 
 use cubecl::prelude::*;
 
+use super::rows::Item;
+use crate::math::span::Span;
 use crate::packing::unit::TILE_VECTORS;
 
 /// What one launch computes, decided when the kernel is compiled.
@@ -44,6 +46,8 @@ pub(super) const CACHED_PANELS: usize = 4;
 const CACHED_COLUMNS: usize = 192;
 /// Floats between rows that are read together: a cache line more than a power of two, so that they fall into other sets.
 pub(super) const SKEW: usize = 16;
+/// Heads whose blocks of class weights are to fit together without getting smaller.
+const HEADS_TOGETHER: usize = 8;
 /// Floats that the packed class weights may take: 8 MiB, however many heads there are.
 const PACKED_FLOATS: usize = 2 << 20;
 /// Floats of the whole workspace: 60 MiB, whatever `N·K` is.
@@ -69,8 +73,9 @@ pub(super) struct Plan {
     pub class_block: usize,
     /// Columns that are multiplied while they are in the first-level cache.
     pub depth: usize,
-    /// `[2, heads, class_block, dim_padded + SKEW]`: unit-norm class weights, a block being used and the next.
+    /// `[2, slots, class_block, dim_padded + SKEW]`: unit-norm class weights of the chunk's heads, a block being used and the next.
     pub packed: usize,
+    pub slots: usize,
     /// `[heads, dim_padded]`: sums of the unit-norm class weights, for smoothed labels.
     pub totals: usize,
     /// `[chunk_items, dim_padded, width]`: unit-norm embeddings, a column of a panel after another.
@@ -125,42 +130,49 @@ impl HostPlan {
         let panels = problem.rows.div_ceil(width);
         let items = problem.heads * panels;
         let panel = dim_padded * width;
-        let class_block = (PACKED_FLOATS / 2 / problem.heads / (dim_padded + SKEW))
+        let block_floats = |heads: usize, classes: usize| 2 * heads * classes * (dim_padded + SKEW);
+        let class_block = (PACKED_FLOATS / block_floats(problem.heads.min(HEADS_TOGETHER), 1))
             .clamp(problem.tile_rows, CLASS_BLOCK)
             .next_multiple_of(problem.tile_rows)
             .min(classes);
+        // A chunk has no more items than touch so many heads, wherever it starts.
+        let slots = (PACKED_FLOATS / block_floats(1, class_block)).clamp(1, problem.heads);
+        let most = match slots == problem.heads {
+            true => items,
+            false => ((slots - 1) * panels).max(1),
+        };
         let parts = dim_padded.div_ceil(CACHED_COLUMNS);
         let depth = dim_padded.div_ceil(parts).next_multiple_of(width);
 
         let panels_each = if phases.embeddings { 3 } else { 2 };
         let of_item = panels_each * panel + STATES * width;
         let blocks = classes.div_ceil(class_block);
-        let packed = 2 * problem.heads * class_block * (dim_padded + SKEW);
+        let packed = block_floats(slots, class_block);
         let own = class_block * width
             + OWNED_CLASSES * (dim_padded + OWNED_PANELS * width + SKEW).next_multiple_of(width);
         let room = WORKSPACE_FLOATS
             .saturating_sub(packed + problem.heads * dim_padded + problem.units * own);
-        let least = items.min(problem.units);
+        let least = most.min(problem.units);
 
         let (chunk_items, chunk_classes) = if phases.weights && phases.loss {
-            let fitting = room / (of_item + (classes + blocks) * width);
-            let fitting = match fitting / problem.units * problem.units {
-                _ if fitting >= items => items,
+            let fitting = (room / (of_item + (classes + blocks) * width)).min(most);
+            let fitting = match fitting {
+                _ if fitting == items => items,
                 // Gradients of less than f32 are not carried in themselves: a head's rows stay together.
                 _ if !problem.full => fitting / panels * panels,
-                whole => whole,
+                _ => fitting / problem.units * problem.units,
             };
             if fitting < least {
                 return None;
             }
             (fitting, classes)
         } else if phases.weights {
-            let fitting = (room / 2 / of_item).max(least).min(items);
+            let fitting = (room / 2 / of_item).max(least).min(most);
             let block = class_block * width * fitting;
             let fitting_blocks = ((room - room / 2) / block).max(1);
             (fitting, (fitting_blocks * class_block).min(classes))
         } else {
-            ((room / of_item).max(least).min(items), 0)
+            ((room / of_item).max(least).min(most), 0)
         };
         let split = phases.weights && chunk_items < items && chunk_items % panels != 0;
         let carry_in_gradient = problem.full;
@@ -190,6 +202,7 @@ impl HostPlan {
             class_block,
             depth,
             packed: take(true, packed),
+            slots,
             totals: take(phases.smooth, problem.heads * dim_padded),
             columns: take(true, chunk_items * panel),
             blocks: take(phases.gradients(), chunk_items * panel),
@@ -226,6 +239,7 @@ impl Plan {
             self.class_block,
             self.depth,
             self.packed,
+            self.slots,
             self.totals,
             self.columns,
             self.blocks,
@@ -266,6 +280,15 @@ pub(super) struct RowState {
 
 #[cube]
 impl Plan {
+    /// An item of a chunk.
+    pub(super) fn item(&self, item: usize, chunk: &Span) -> Item {
+        Item {
+            item,
+            local: item - chunk.start,
+            slot: self.head(item) - self.head(chunk.start),
+        }
+    }
+
     /// The head of an item.
     pub(super) fn head(&self, item: usize) -> usize {
         item / self.panels
@@ -286,9 +309,9 @@ impl Plan {
         self.dim_padded + SKEW
     }
 
-    /// Where the block number `block` of a head's class weights is packed.
-    pub(super) fn packed_weights(&self, block: usize, head: usize) -> usize {
-        self.packed + (block % 2 * self.heads + head) * self.class_block * self.weight_stride()
+    /// Where the block number `block` of the class weights of a chunk's head number `slot` is packed.
+    pub(super) fn packed_weights(&self, block: usize, slot: usize) -> usize {
+        self.packed + (block % 2 * self.slots + slot) * self.class_block * self.weight_stride()
     }
 
     /// Where this unit has the logits of an item with a block of classes, if they are not kept.

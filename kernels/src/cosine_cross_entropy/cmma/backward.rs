@@ -1,0 +1,173 @@
+//! Logit gradients of a chunk of classes, and what undoes their scaling.
+
+use cubecl::prelude::*;
+use cubecl::server::Handle;
+
+use super::super::launch::Call;
+use crate::Gradients;
+use crate::blueprint::{PLANE_UNITS, cubes_for};
+use crate::cmma::{
+    Backward, Chunk, ChunkShape, Chunks, Lies, Tile, UNITS, column_of, place, row_of,
+};
+use crate::loss::rows::Rows;
+use crate::math::cube::cube_max;
+
+/// Gradients from a forward pass's `rows`.
+pub(in crate::cosine_cross_entropy) fn launch_backward(
+    call: &Call,
+    tile: Tile,
+    rows: &Rows,
+    gradients: &Gradients,
+) {
+    let client = call.client;
+    let sizes = &call.problem.sizes;
+    let dtype = call.problem.embeddings.dtype();
+    // Softmax probabilities of many classes would be subnormal in f16: its exponents are used from the top.
+    let unit: f32 = match dtype {
+        F16 => 4096.0,
+        _ => 1.0,
+    };
+    let factors = client.empty(sizes.heads * size_of::<f32>());
+    // SAFETY: `Rows` has [heads, 2, rows_padded] numbers, the factors are [heads].
+    unsafe {
+        relative::launch_unchecked(
+            client,
+            cubes_for(client, sizes.heads),
+            CubeDim::new_1d(PLANE_UNITS as u32),
+            rows.state_arg(1),
+            BufferArg::from_raw_parts(factors.clone(), sizes.heads),
+            sizes.heads,
+            sizes.rows_padded,
+            call.options.scale / unit,
+            unit,
+        );
+    }
+    let chunks = Chunks::new(client, &call.blueprint, tile, &call.problem);
+    let backward = Backward {
+        chunks: &chunks,
+        factors,
+        gradients,
+    };
+    backward.run(|chunk: &Chunk, logits: &Handle| {
+        let elements = sizes.heads * sizes.rows_padded * chunk.padded;
+        let cubes = elements / tile.side / tile.side;
+        // SAFETY: operands, rows and gradients are whole tiles.
+        unsafe {
+            logit_gradients::launch_unchecked(
+                client,
+                cubes_for(client, cubes),
+                CubeDim::new_1d(UNITS as u32),
+                tile.vector,
+                chunks.embeddings_arg(),
+                chunks.weights_arg(chunk),
+                rows.state_arg(1),
+                rows.targets_arg(1),
+                BufferArg::from_raw_parts(logits.clone(), elements / 2),
+                chunks.shape_arg(chunk),
+                call.options.scale,
+                call.options.loss.label_smoothing,
+                tile,
+                dtype,
+            );
+        }
+    });
+}
+
+const F16: ElemType = ElemType::Float(cubecl::ir::FloatKind::F16);
+
+/// A cube divides a head's arriving gradients by the largest of them, and gives the factor that undoes it.
+#[cube(launch_unchecked)]
+fn relative(
+    state: &mut [f32],   // [heads, 2, rows_padded]: lse, then the gradient that arrives
+    factors: &mut [f32], // [heads]
+    heads: usize,
+    rows_padded: usize,
+    scale: f32,
+    unit: f32,
+) {
+    let head = CUBE_POS;
+    if head >= heads {
+        terminate!();
+    }
+    let first = (head * 2 + 1) * rows_padded;
+    let mut largest = 0.0f32.runtime();
+    let mut row = UNIT_POS as usize;
+    while row < rows_padded {
+        largest = max(largest, state[first + row].abs());
+        row += PLANE_UNITS;
+    }
+    let largest = cube_max(largest, PLANE_UNITS);
+    let mut inverse = 0.0f32.runtime();
+    if largest > 0.0 {
+        inverse = unit / largest;
+    }
+    row = UNIT_POS as usize;
+    while row < rows_padded {
+        state[first + row] *= inverse;
+        row += PLANE_UNITS;
+    }
+    if UNIT_POS == 0 {
+        factors[head] = largest * scale;
+    }
+}
+
+#[cube(launch_unchecked)]
+fn logit_gradients<E: Float, N: Size>(
+    embeddings: &[Vector<E, N>],           // [heads, rows_padded, dim]
+    weights: &[Vector<E, N>],              // [heads, classes, dim]
+    state: &[f32],                         // [heads, 2, rows_padded]
+    targets: &[u32],                       // [rows_padded]
+    gradients: &mut [Vector<E, Const<2>>], // [heads, rows_padded, classes]
+    shape: ChunkShape,
+    scale: f32,
+    smoothing: f32,
+    #[comptime] tile: Tile,
+    #[define(E)] _dtype: ElemType,
+) {
+    let of = shape.tile_of_cube(tile);
+    if of.head >= shape.heads {
+        terminate!();
+    }
+    let stage = comptime!(2 * tile.stage(Lies::Rows));
+    let mut left_stages = Shared::<[E]>::new_aligned_slice(stage, 16usize);
+    let mut right_stages = Shared::<[E]>::new_aligned_slice(stage, 16usize);
+    let mut results = Array::<f32>::new(comptime!(tile.results()));
+    shape.cosines::<E, N>(
+        &mut results,
+        embeddings,
+        weights,
+        &of,
+        &mut left_stages,
+        &mut right_stages,
+        tile,
+    );
+    let at = place();
+    let uniform = smoothing / f32::cast_from(shape.active as u32);
+    #[unroll]
+    for r in 0..comptime!(2 * tile.tall()) {
+        let row = of.first_row + row_of(&at, comptime!(r / 2), comptime!(r % 2), tile);
+        let lse = state[of.head * 2 * shape.rows_padded + row];
+        let arriving = state[(of.head * 2 + 1) * shape.rows_padded + row];
+        let target = targets[row];
+        #[unroll]
+        for j in 0..comptime!(tile.wide()) {
+            let column = of.in_chunk + column_of(&at, j, 0usize, tile);
+            let mut pair = Vector::<f32, Const<2>>::new(0.0);
+            #[unroll]
+            for odd in 0..2usize {
+                let from = comptime!((r / 2 * tile.wide() + j) * 4 + r % 2 * 2 + odd);
+                let class = shape.first + column + odd;
+                if class < shape.active {
+                    let mut wanted = uniform;
+                    if class as u32 == target {
+                        wanted += 1.0 - smoothing;
+                    }
+                    let p = (results[from] * scale - lse).exp();
+                    pair.insert(odd, arriving * (p - wanted));
+                }
+            }
+            let to = ((of.head * shape.rows_padded + row) * shape.classes + column) / 2;
+            gradients[to] = Vector::<E, Const<2>>::cast_from(pair);
+        }
+    }
+}

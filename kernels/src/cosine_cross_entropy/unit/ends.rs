@@ -1,0 +1,86 @@
+//! Where a step begins and ends: labels become targets, and row losses the loss.
+
+use cubecl::prelude::*;
+
+use super::plan::Plan;
+use crate::loss::reduce::STATUS_FIELDS;
+use crate::loss::target::{IGNORED, INVALID, LabelRule, is_class, target_of};
+use crate::math::span::share;
+use crate::math::sum::Kahan;
+
+/// Turns labels into targets, and counts the rows that have one; the status goes out if this launch is to `report`.
+/// Every unit must call.
+#[cube]
+pub(super) fn count<I: Int>(
+    labels: &[I],
+    rule: &LabelRule,
+    targets: &mut [u32],
+    status: &mut [u32],
+    rows: usize,
+    padded: usize,
+    #[comptime] report: bool,
+    #[comptime] units: usize,
+) -> u32 {
+    let unit = UNIT_POS as usize;
+    // Shared memory also has the runtime wait for the launches before this one, so that no two launches with
+    // barriers, of different streams, can each hold cores that the other is waiting for.
+    let mut shared = Shared::<[u32]>::new_slice(comptime!(STATUS_FIELDS * units));
+    let mut counted = 0u32.runtime();
+    let mut invalid = 0u32.runtime();
+    let mut first = INVALID.runtime();
+    let mine = share(0, padded);
+    for row in mine.start..mine.end {
+        let mut target = IGNORED.runtime();
+        if row < rows {
+            target = target_of::<I>(labels[row], rule);
+        }
+        targets[row] = target;
+        if is_class(target) {
+            counted += 1;
+        } else if target == INVALID {
+            invalid += 1;
+            first = min(first, row as u32);
+        }
+    }
+    shared[unit * STATUS_FIELDS] = counted;
+    shared[unit * STATUS_FIELDS + 1] = invalid;
+    shared[unit * STATUS_FIELDS + 2] = first;
+    sync_cube();
+    counted = 0;
+    invalid = 0;
+    first = INVALID;
+    for i in 0..units {
+        counted += shared[i * STATUS_FIELDS];
+        invalid += shared[i * STATUS_FIELDS + 1];
+        first = min(first, shared[i * STATUS_FIELDS + 2]);
+    }
+    if comptime!(report) && unit == 0 {
+        status[0] = counted;
+        status[1] = invalid;
+        status[2] = first;
+    }
+    counted
+}
+
+/// Row losses become head losses and the total.
+#[cube]
+pub(super) fn reduce(
+    row_loss: &[f32],
+    head_weights: &[f32],
+    loss: &mut [f32],
+    total: &mut [f32],
+    plan: &Plan,
+    part: f32,
+) {
+    let mut all = Kahan::new();
+    for head in 0..plan.heads {
+        let mut sum = Kahan::new();
+        for row in 0..plan.rows {
+            sum.add(row_loss[head * plan.rows + row]);
+        }
+        let of_head = sum.total() * part;
+        loss[head] = of_head;
+        all.add(of_head * head_weights[head]);
+    }
+    total[0] = all.total();
+}

@@ -7,6 +7,7 @@
 
 use cubecl::client::Client;
 use cubecl::ir::ElemType;
+use cubecl::ir::features::Plane;
 use cubecl::prelude::*;
 
 use crate::cmma::Tile;
@@ -60,8 +61,10 @@ pub(crate) const PLANE_UNITS: usize = PLANE_SIDE * PLANE_SIDE;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Blueprint {
     pub variant: Variant,
-    /// Elements of a vector of f32.
+    /// Elements of a vector of f32 on a CPU, the most of any vector elsewhere.
     pub lanes: usize,
+    /// Neighbouring units that can exchange registers; 1 where the device has no such instruction.
+    pub plane: usize,
     /// Rows of the unit variant's register tile.
     pub tile_rows: usize,
     /// The plane variant's register tile is `micro × micro` a unit.
@@ -94,6 +97,7 @@ impl Blueprint {
             Some(tile) => Ok(Self {
                 variant: Variant::Cmma,
                 lanes: tile.vector,
+                plane: exchanging_units(client),
                 tile_rows: 0,
                 micro: 0,
                 product: Some(tile),
@@ -127,6 +131,7 @@ impl Blueprint {
                 Ok(Self {
                     variant,
                     lanes,
+                    plane: 1,
                     tile_rows: tile_rows.min(lanes * crate::packing::unit::TILE_VECTORS),
                     micro: 0,
                     product: None,
@@ -135,7 +140,8 @@ impl Blueprint {
             }
             Variant::Plane if fits(2) => Ok(Self {
                 variant,
-                lanes: 1,
+                lanes: 1 << hardware.max_vector_size.clamp(1, 16).ilog2(),
+                plane: exchanging_units(client),
                 tile_rows: 0,
                 micro: if fits(4) { 4 } else { 2 },
                 product: None,
@@ -152,6 +158,15 @@ impl Blueprint {
         }
     }
 
+    /// Elements of the vectors in which operands of this dtype are read: a CPU's registers hold so many once they are
+    /// f32, a GPU's unit loads 16 bytes.
+    pub(crate) fn vector(&self, dtype: ElemType) -> usize {
+        match self.variant {
+            Variant::Unit => self.lanes,
+            Variant::Plane | Variant::Cmma => (16 / dtype.size()).min(self.lanes),
+        }
+    }
+
     /// Rows of a tile on either side of a product; packed operands are padded to a multiple of it.
     pub(crate) fn tile(&self) -> usize {
         match self.variant {
@@ -165,6 +180,18 @@ impl Blueprint {
     pub(crate) fn unit_grid(&self) -> (CubeCount, CubeDim) {
         (CubeCount::new_single(), CubeDim::new_1d(self.units as u32))
     }
+}
+
+/// Units of a plane that can exchange registers, where every plane is whole and of one size.
+fn exchanging_units(client: &Client) -> usize {
+    let properties = client.properties();
+    let hardware = &properties.hardware;
+    let size = hardware.plane_size_max;
+    let usable = properties.features.plane.contains(Plane::Ops)
+        && hardware.plane_size_min == size
+        && size.is_power_of_two()
+        && size as usize <= PLANE_UNITS;
+    if usable { size as usize } else { 1 }
 }
 
 /// Shared memory of the hungriest plane kernel: the block of logit gradients and two operand slabs.

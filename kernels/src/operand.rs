@@ -126,14 +126,10 @@ impl Strided {
         let columns = self.shape()[self.shape().len() - 1];
         // A handle may begin inside its allocation, where vectors would not be aligned.
         let offset = self.tensor.handle.offset_start.unwrap_or(0) as usize / self.dtype().size();
-        let mut vector = blueprint.lanes;
-        while [columns, self.row_stride, self.outer_stride, offset]
-            .iter()
-            .any(|length| !length.is_multiple_of(vector))
-        {
-            vector /= 2;
-        }
-        vector
+        widest(
+            blueprint.vector(self.dtype()),
+            [columns, self.row_stride, self.outer_stride, offset],
+        )
     }
 
     pub(crate) fn buffer_arg(&self, vector: usize) -> BufferArg {
@@ -208,6 +204,14 @@ impl Labels {
         // SAFETY: `new` proved that this many elements are in the buffer.
         unsafe { BufferArg::from_raw_parts(self.tensor.handle.clone(), self.elements) }
     }
+}
+
+/// The largest half of half of .. `vector` that divides all lengths.
+pub(crate) fn widest<const L: usize>(mut vector: usize, lengths: [usize; L]) -> usize {
+    while lengths.iter().any(|length| !length.is_multiple_of(vector)) {
+        vector /= 2;
+    }
+    vector
 }
 
 /// A whole contiguous tensor as a kernel argument, in vectors of `vector` elements.

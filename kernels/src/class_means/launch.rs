@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 use super::{plane, unit};
 use crate::blueprint::{Blueprint, PLANE_UNITS, Strategy, Variant, cubes_for};
 use crate::error::Error;
-use crate::operand::{F32, Labels, Strided, U32, addressable, empty, whole};
+use crate::math::group::Group;
+use crate::operand::{F32, Labels, Strided, U32, addressable, empty, whole, widest};
 use crate::packing::unit::RowStrides;
 
 /// What is averaged.
@@ -37,9 +38,10 @@ impl Default for Options {
 /// Sums and counts of rows by class, on the device.
 #[derive(Clone, Debug)]
 pub struct ClassSums {
-    /// f32, `[heads, classes, dim]`
+    /// f32, `[lanes, heads, classes, dim]`: row `i` of a class, in the order in which they came, is summed in lane `i % lanes`.
+    /// A CPU has one lane; a GPU has more where there are few classes.
     pub sums: TensorHandle,
-    /// f32, `[heads, classes, dim]`: what rounding has taken from the sums so far, to be subtracted.
+    /// f32, of the same shape: what rounding has taken from the sums so far, to be subtracted.
     pub carries: TensorHandle,
     /// u32, `[classes]`
     pub counts: TensorHandle,
@@ -62,6 +64,11 @@ impl ClassSums {
                 got: shape.to_vec(),
             });
         }
+        let lanes = match client.properties().hardware.num_cpu_cores {
+            Some(_) => 1,
+            None => lanes(heads.saturating_mul(classes).saturating_mul(dim)),
+        };
+        let shape = [lanes, heads, classes, dim];
         addressable("class sums", heads as u128 * classes as u128 * dim as u128)?;
         let zeros =
             |count: usize| client.create(cubecl::bytes::Bytes::from_elems(vec![0u32; count]));
@@ -74,9 +81,15 @@ impl ClassSums {
         })
     }
 
-    fn dims(&self) -> [usize; 3] {
+    /// `[lanes, heads, classes, dim]`
+    pub(super) fn shape(&self) -> [usize; 4] {
         let shape = self.sums.shape();
-        [shape[0], shape[1], shape[2]]
+        [shape[0], shape[1], shape[2], shape[3]]
+    }
+
+    fn dims(&self) -> [usize; 3] {
+        let [_, heads, classes, dim] = self.shape();
+        [heads, classes, dim]
     }
 
     /// Adds `embeddings [heads, rows, dim]` (f32, f16 or bf16) to the classes that `labels [rows]` name, in row order.
@@ -145,20 +158,22 @@ impl ClassSums {
             return Ok(());
         }
         let blueprint = Blueprint::new(client, strategy)?;
-        let [heads, classes, dim] = self.dims();
-        let (count, cube) = elementwise(client, &blueprint, heads * classes * dim);
+        let [lanes, heads, classes, dim] = self.shape();
+        let vector = widest(blueprint.vector(F32), [dim]);
+        let (count, cube) = elementwise(client, &blueprint, lanes * heads * classes * dim / vector);
         // SAFETY: both states have these shapes, proved above.
         unsafe {
             merge::launch_unchecked(
                 client,
                 count,
                 cube,
-                whole(&self.sums, 1),
-                whole(&self.carries, 1),
+                vector,
+                whole(&self.sums, vector),
+                whole(&self.carries, vector),
                 whole(&self.counts, 1),
                 whole(&self.status, 1),
-                whole(&other.sums, 1),
-                whole(&other.carries, 1),
+                whole(&other.sums, vector),
+                whole(&other.carries, vector),
                 whole(&other.counts, 1),
                 whole(&other.status, 1),
                 self.fresh,
@@ -181,7 +196,7 @@ impl ClassSums {
     ) -> Result<TensorHandle, Error> {
         let blueprint = Blueprint::new(client, strategy)?;
         let weights = Strided::float(client, "class weights", weights, 3)?;
-        let [heads, classes, dim] = self.dims();
+        let [lanes, heads, classes, dim] = self.shape();
         let [_, stored, _] = weights.dims3();
         if weights.shape() != [heads, stored, dim] || stored < classes {
             return Err(Error::Shape {
@@ -191,12 +206,13 @@ impl ClassSums {
             });
         }
         let out = empty(client, [heads, stored, dim], weights.dtype());
-        let vector = match blueprint.variant {
-            Variant::Unit => weights.vector_size(&blueprint),
-            Variant::Plane | Variant::Cmma => 1,
+        let vector = weights.vector_size(&blueprint);
+        let sharing = match blueprint.variant {
+            Variant::Unit => 1,
+            Variant::Plane | Variant::Cmma => Group::of(&blueprint, dim / vector).size,
         };
-        let (count, cube) = elementwise(client, &blueprint, heads * stored * dim);
-        // SAFETY: `Strided` proved the weights, the sums are [heads, classes ≤ stored, dim].
+        let (count, cube) = elementwise(client, &blueprint, heads * stored * sharing);
+        // SAFETY: `Strided` proved the weights, the sums are [lanes, heads, classes ≤ stored, dim].
         unsafe {
             write_means::launch_unchecked(
                 client,
@@ -209,9 +225,12 @@ impl ClassSums {
                 weights.buffer_arg(vector),
                 weights.strides_arg(vector),
                 whole(&out, vector),
+                lanes,
+                heads,
                 classes,
                 stored,
                 dim / vector,
+                sharing,
                 weights.dtype(),
             );
         }
@@ -250,24 +269,30 @@ pub(super) struct AccumulateCall<'a> {
     pub options: &'a Options,
 }
 
-fn elementwise(client: &Client, blueprint: &Blueprint, elements: usize) -> (CubeCount, CubeDim) {
+/// Lanes of the sums of so many elements on a GPU: with few classes, enough for all its units.
+fn lanes(elements: usize) -> usize {
+    let most = (1 << 17) / elements.max(1);
+    1 << most.clamp(1, 16).ilog2()
+}
+
+fn elementwise(client: &Client, blueprint: &Blueprint, work: usize) -> (CubeCount, CubeDim) {
     match blueprint.variant {
         Variant::Unit => blueprint.unit_grid(),
         Variant::Plane | Variant::Cmma => (
-            cubes_for(client, elements.div_ceil(PLANE_UNITS).min(65_535)),
+            cubes_for(client, work.div_ceil(PLANE_UNITS).min(65_535)),
             CubeDim::new_1d(PLANE_UNITS as u32),
         ),
     }
 }
 
 #[cube(launch_unchecked)]
-fn merge(
-    sums: &mut [f32],
-    carries: &mut [f32],
+fn merge<N: Size>(
+    sums: &mut [Vector<f32, N>],
+    carries: &mut [Vector<f32, N>],
     counts: &mut [u32],
     status: &mut [u32],
-    other_sums: &[f32],
-    other_carries: &[f32],
+    other_sums: &[Vector<f32, N>],
+    other_carries: &[Vector<f32, N>],
     other_counts: &[u32],
     other_status: &[u32],
     #[comptime] fresh: bool,
@@ -301,32 +326,59 @@ fn merge(
 
 #[cube(launch_unchecked)]
 fn write_means<F: Float, N: Size>(
-    sums: &[Vector<f32, N>],    // [heads, classes, dim]
-    carries: &[Vector<f32, N>], // [heads, classes, dim]
+    sums: &[Vector<f32, N>],    // [lanes, heads, classes, dim]
+    carries: &[Vector<f32, N>], // [lanes, heads, classes, dim]
     counts: &[u32],             // [classes]
     weights: &[Vector<F, N>],   // [heads, stored, dim]
     strides: RowStrides,
     out: &mut [Vector<F, N>], // [heads, stored, dim]
+    lanes: usize,
+    heads: usize,
     classes: usize,
     stored: usize,
-    columns: usize, // vectors of a row
+    columns: usize,             // vectors of a row
+    #[comptime] sharing: usize, // units that share a row
     #[define(F)] _dtype: ElemType,
 ) {
-    let mut i = ABSOLUTE_POS;
-    while i < out.len() {
-        let d = i % columns;
-        let class = i / columns % stored;
-        let head = i / columns / stored;
-        let mut value = weights[head * strides.head + class * strides.row + d];
+    let lane = ABSOLUTE_POS % sharing;
+    let mut row = ABSOLUTE_POS / sharing;
+    while row < heads * stored {
+        let head = row / stored;
+        let class = row % stored;
+        let old = head * strides.head + class * strides.row;
+        let mut count = 0u32.runtime();
         if class < classes {
-            let count = counts[class];
-            if count > 0 {
-                let at = (head * classes + class) * columns + d;
-                let count = Vector::<f32, N>::new(f32::cast_from(count));
-                value = Vector::<F, N>::cast_from((sums[at] - carries[at]) / count);
+            count = counts[class];
+        }
+        let mut d = lane;
+        if count == 0 {
+            while d < columns {
+                out[row * columns + d] = weights[old + d];
+                d += sharing;
+            }
+        } else {
+            let first = (head * classes + class) * columns;
+            let divisor = Vector::<f32, N>::new(f32::cast_from(count));
+            let inverse = Vector::<f32, N>::new(1.0 / f32::cast_from(count));
+            while d < columns {
+                let mut at = first + d;
+                let mut total = sums[at];
+                let mut carry = carries[at];
+                for _lane in 1..lanes {
+                    at += heads * classes * columns;
+                    let corrected = (sums[at] - carries[at]) - carry;
+                    let next = total + corrected;
+                    carry = (next - total) - corrected;
+                    total = next;
+                }
+                // A division, without a subroutine for every element: the quotient, corrected by what it leaves.
+                let sum = total - carry;
+                let quotient = sum * inverse;
+                let mean = fma(fma(-quotient, divisor, sum), inverse, quotient);
+                out[row * columns + d] = Vector::<F, N>::cast_from(mean);
+                d += sharing;
             }
         }
-        out[i] = value;
-        i += CUBE_COUNT * CUBE_DIM as usize;
+        row += CUBE_COUNT * CUBE_DIM as usize / sharing;
     }
 }

@@ -28,11 +28,12 @@ pub(crate) use product::{Lies, column_of, place, row_of};
 use cubecl::client::Client;
 use cubecl::ir::{ElemType, FloatKind};
 
+use crate::blueprint::PLANE_UNITS;
 use crate::error::Error;
 use crate::operand::F32;
 
 /// Units of a cube: eight planes of 32.
-pub(crate) const UNITS: usize = 256;
+pub(crate) const UNITS: usize = PLANE_UNITS;
 /// Units of a plane. Fragments are laid out for this many.
 pub(crate) const PLANE: usize = 32;
 /// Planes along a tile's columns; two lie along its rows.

@@ -1,18 +1,16 @@
 //! Rows on their way in and out: unit-norm copies of the operands, and gradients through the normalization.
-//! A plane takes a row.
+//! A group of units takes a row.
 
 use cubecl::client::Client;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 use cubecl::std::tensor::TensorHandle;
 
-use super::{PLANE, UNITS};
-use crate::blueprint::{Blueprint, cubes_for};
-use crate::math::cube::group_sum;
+use super::UNITS;
+use crate::blueprint::Blueprint;
+use crate::math::group::{Group, group_sum, member};
 use crate::operand::{Strided, address_type, whole};
 use crate::packing::unit::{EPSILON, RowStrides};
-
-const ROWS: usize = UNITS / PLANE; // of a cube
 
 /// Which rows of an operand a launch takes, and how long they are, in vectors.
 #[derive(CubeType, CubeLaunch, Clone, Copy)]
@@ -28,15 +26,15 @@ struct Rows {
     columns_padded: usize,
 }
 
-/// The row that a plane takes.
+/// The row that a group takes.
 #[derive(CubeType, Clone, Copy)]
-struct RowOfPlane {
+struct RowOfGroup {
     lane: usize,
     head: usize,
     row: usize,
     /// Its number among all rows of the launch.
     number: usize,
-    /// Whether it is a row of the launch at all: the last cube may have planes left over.
+    /// Whether it is a row of the launch at all: the last cube may have groups left over.
     is_there: bool,
     /// Whether the operand has it.
     real: bool,
@@ -45,16 +43,16 @@ struct RowOfPlane {
 }
 
 #[cube]
-impl RowOfPlane {
-    fn locate(rows: &Rows, strides: &RowStrides) -> RowOfPlane {
-        let at = CUBE_POS * ROWS + UNIT_POS as usize / PLANE;
-        let head = at / rows.count;
-        let row = at % rows.count;
-        RowOfPlane {
-            lane: UNIT_POS as usize % PLANE,
+impl RowOfGroup {
+    fn locate(rows: &Rows, strides: &RowStrides, #[comptime] group: Group) -> RowOfGroup {
+        let at = member(group);
+        let head = at.group / rows.count;
+        let row = at.group % rows.count;
+        RowOfGroup {
+            lane: at.lane,
             head,
             row,
-            number: at,
+            number: at.group,
             is_there: head < rows.heads,
             real: head < rows.heads && row < rows.real,
             from: head * strides.head + (rows.first + row) * strides.row,
@@ -74,13 +72,14 @@ pub(crate) fn pack_chunk(
 ) -> Handle {
     let [heads, _, dim] = operand.dims3();
     let vector = operand.vector_size(blueprint);
+    let group = Group::of(blueprint, dim / vector);
     let elements = heads * count * dim_padded;
     let packed = client.empty(elements * operand.dtype().size());
     // SAFETY: `Strided` proved the operand, which has rows up to `first + real`; `packed` has `heads · count` rows.
     unsafe {
         pack::launch_unchecked(
             client,
-            cubes_for(client, (heads * count).div_ceil(ROWS)),
+            group.cubes(client, heads * count),
             CubeDim::new_1d(UNITS as u32),
             address_type(&[operand.elements(), elements]),
             vector,
@@ -88,6 +87,7 @@ pub(crate) fn pack_chunk(
             operand.strides_arg(vector),
             BufferArg::from_raw_parts(packed.clone(), elements / vector),
             RowsLaunch::new(heads, first, real, count, dim / vector, dim_padded / vector),
+            group,
             operand.dtype(),
         );
     }
@@ -100,19 +100,20 @@ fn pack<F: Float, M: Size>(
     strides: RowStrides,
     packed: &mut [Vector<F, M>], // [heads, count, dim_padded]
     rows: Rows,
+    #[comptime] group: Group,
     #[define(F)] _dtype: ElemType,
 ) {
-    let at = RowOfPlane::locate(&rows, &strides);
-    let mut squares = Vector::<f32, M>::new(0.0);
+    let at = RowOfGroup::locate(&rows, &strides, group);
+    let mut squares = 0.0f32.runtime();
     if at.real {
         let mut d = at.lane;
         while d < rows.columns {
             let value = Vector::<f32, M>::cast_from(source[at.from + d]);
-            squares = fma(value, value, squares);
-            d += PLANE;
+            squares += (value * value).vector_sum();
+            d += group.size;
         }
     }
-    let norm = group_sum(squares.vector_sum(), UNITS, PLANE).sqrt();
+    let norm = group_sum(squares, group).sqrt();
     let inverse = Vector::<f32, M>::new(1.0 / max(norm, EPSILON));
     if at.is_there {
         let mut d = at.lane;
@@ -123,7 +124,7 @@ fn pack<F: Float, M: Size>(
                 value = Vector::<F, M>::cast_from(x * inverse);
             }
             packed[at.number * rows.columns_padded + d] = value;
-            d += PLANE;
+            d += group.size;
         }
     }
 }
@@ -146,12 +147,13 @@ pub(super) fn finish_chunk(
 ) {
     let [heads, stored, dim] = operand.dims3();
     let vector = operand.vector_size(blueprint);
+    let group = Group::of(blueprint, dim / vector);
     let elements = heads * padded * dim_padded;
     // SAFETY: `Strided` proved the operand, whose shape `grad` has; the gradient has whole rows for all that are real.
     unsafe {
         finish::launch_unchecked(
             client,
-            cubes_for(client, (heads * count).div_ceil(ROWS)),
+            group.cubes(client, heads * count),
             CubeDim::new_1d(UNITS as u32),
             address_type(&[operand.elements(), heads * stored * dim]),
             vector,
@@ -163,6 +165,7 @@ pub(super) fn finish_chunk(
             RowsLaunch::new(heads, first, real, count, dim / vector, dim_padded / vector),
             padded,
             stored,
+            group,
             operand.dtype(),
         );
     }
@@ -178,23 +181,24 @@ fn finish<F: Float, M: Size>(
     rows: Rows,
     padded: usize,
     stored: usize,
+    #[comptime] group: Group,
     #[define(F)] _dtype: ElemType,
 ) {
-    let at = RowOfPlane::locate(&rows, &strides);
+    let at = RowOfGroup::locate(&rows, &strides, group);
     let upstream = (at.head * padded + at.row) * rows.columns_padded;
-    let mut squares = Vector::<f32, M>::new(0.0);
-    let mut along = Vector::<f32, M>::new(0.0);
+    let mut squares = 0.0f32.runtime();
+    let mut along = 0.0f32.runtime();
     if at.real {
         let mut d = at.lane;
         while d < rows.columns {
             let value = Vector::<f32, M>::cast_from(source[at.from + d]);
-            squares = fma(value, value, squares);
-            along = fma(value, gradient[upstream + d], along);
-            d += PLANE;
+            squares += (value * value).vector_sum();
+            along += (value * gradient[upstream + d]).vector_sum();
+            d += group.size;
         }
     }
-    let norm = group_sum(squares.vector_sum(), UNITS, PLANE).sqrt();
-    let along = group_sum(along.vector_sum(), UNITS, PLANE);
+    let norm = group_sum(squares, group).sqrt();
+    let along = group_sum(along, group);
     let inverse = 1.0 / max(norm, EPSILON);
     let mut projection = along * inverse * inverse;
     if norm < EPSILON {
@@ -216,7 +220,7 @@ fn finish<F: Float, M: Size>(
                 value = fma(projection, x, gradient[upstream + d]) * factor;
             }
             grad[out + d] = Vector::<F, M>::cast_from(value);
-            d += PLANE;
+            d += group.size;
         }
     }
 }

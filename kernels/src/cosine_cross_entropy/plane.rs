@@ -7,8 +7,8 @@ use super::launch::{Call, RowResults};
 use crate::blueprint::{PLANE_SIDE, PLANE_UNITS, cubes_for};
 use crate::loss::rows::Rows;
 use crate::loss::target::{LabelRule, is_class, label_rule, target_of};
-use crate::math::cube::merge_softmax;
 use crate::math::lanes::One;
+use crate::math::merge::merge_softmax;
 use crate::math::online_softmax::{OnlineSoftmax, SoftmaxRows, logit_gradient};
 use crate::operand::whole;
 use crate::packing::plane::{add_product, cosines, finish, place};
@@ -26,7 +26,7 @@ pub(super) fn launch_forward(call: &Call, packed: &Packed, results: &RowResults)
                 sizes.heads * sizes.rows_padded / call.blueprint.tile(),
             ),
             CubeDim::new_1d(PLANE_UNITS as u32),
-            packed.rows_arg(),
+            packed.rows_arg(1),
             call.labels.buffer_arg(),
             whole(&results.loss, 1),
             whole(&results.lse, 1),
@@ -61,7 +61,7 @@ pub(super) fn launch_backward(
                 elements / sizes.dim_padded / call.blueprint.tile(),
             ),
             CubeDim::new_1d(PLANE_UNITS as u32),
-            packed.rows_arg(),
+            packed.rows_arg(1),
             rows.state_arg(1),
             rows.targets_arg(1),
             BufferArg::from_raw_parts(gradient.clone(), elements),
@@ -72,7 +72,7 @@ pub(super) fn launch_backward(
             call.blueprint.micro,
         );
     }
-    finish(call.client, packed, &gradient, grad, owner);
+    finish(call.client, &call.blueprint, packed, &gradient, grad, owner);
 }
 
 #[cube(launch_unchecked)]

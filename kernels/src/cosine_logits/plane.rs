@@ -27,7 +27,7 @@ pub(super) fn launch_forward(
             client,
             cubes_for(client, tiles),
             CubeDim::new_1d(PLANE_UNITS as u32),
-            packed.rows_arg(),
+            packed.rows_arg(1),
             whole(logits, 1),
             sizes.launch_arg(),
             scale,
@@ -48,7 +48,7 @@ pub(super) fn launch_backward(call: &BackwardCall) {
             call.client,
             cubes_for(call.client, elements / sizes.dim_padded / tile),
             CubeDim::new_1d(PLANE_UNITS as u32),
-            call.packed.rows_arg(),
+            call.packed.rows_arg(1),
             call.upstream.buffer_arg(1),
             call.upstream.strides_arg(1),
             BufferArg::from_raw_parts(gradient.clone(), elements),
@@ -59,7 +59,14 @@ pub(super) fn launch_backward(call: &BackwardCall) {
             call.upstream.dtype(),
         );
     }
-    finish(call.client, call.packed, &gradient, call.grad, call.owner);
+    finish(
+        call.client,
+        call.blueprint,
+        call.packed,
+        &gradient,
+        call.grad,
+        call.owner,
+    );
 }
 
 #[cube(launch_unchecked)]

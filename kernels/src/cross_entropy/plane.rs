@@ -1,26 +1,29 @@
-//! One cube a row: its units stride over the classes and merge once.
+//! A group of units takes a row: they stride over the classes in vectors, and merge once.
 
 use cubecl::prelude::*;
 
 use super::launch::{BackwardCall, ForwardCall};
-use crate::blueprint::{PLANE_UNITS, cubes_for};
+use crate::blueprint::PLANE_UNITS;
 use crate::loss::target::{LabelRule, is_class, label_rule, target_of};
-use crate::math::cube::merge_softmax;
-use crate::math::lanes::One;
-use crate::math::online_softmax::{OnlineSoftmax, logit_gradient};
+use crate::math::group::{Group, group_softmax, member};
+use crate::math::lanes::iota;
+use crate::math::online_softmax::{RowSoftmax, logit_gradient};
 use crate::operand::whole;
 use crate::packing::unit::RowStrides;
 
 pub(super) fn launch_forward(call: &ForwardCall) {
     let [heads, rows, classes] = call.logits.dims3();
+    let vector = call.logits.vector_size(call.blueprint);
+    let group = Group::of(call.blueprint, classes / vector);
     // SAFETY: `Strided` proved the logits, the outputs are [heads, rows], labels have `rows` elements.
     unsafe {
         forward::launch_unchecked(
             call.client,
-            cubes_for(call.client, heads * rows),
+            group.cubes(call.client, heads * rows),
             CubeDim::new_1d(PLANE_UNITS as u32),
-            call.logits.buffer_arg(1),
-            call.logits.strides_arg(1),
+            vector,
+            call.logits.buffer_arg(vector),
+            call.logits.strides_arg(vector),
             call.labels.buffer_arg(),
             whole(call.row_loss, 1),
             whole(call.lse, 1),
@@ -30,6 +33,7 @@ pub(super) fn launch_forward(call: &ForwardCall) {
             classes,
             label_rule(call.labels.dtype(), classes, call.loss.ignore_index),
             call.loss.label_smoothing,
+            group,
             call.logits.dtype(),
             call.labels.dtype(),
         );
@@ -38,29 +42,33 @@ pub(super) fn launch_forward(call: &ForwardCall) {
 
 pub(super) fn launch_backward(call: &BackwardCall) {
     let [heads, rows, classes] = call.logits.dims3();
+    let vector = call.logits.vector_size(call.blueprint);
+    let group = Group::of(call.blueprint, classes / vector);
     // SAFETY: `Strided` proved the logits, `Rows` holds every row, `grad` is [heads, rows, classes].
     unsafe {
         backward::launch_unchecked(
             call.client,
-            cubes_for(call.client, heads * rows),
+            group.cubes(call.client, heads * rows),
             CubeDim::new_1d(PLANE_UNITS as u32),
-            call.logits.buffer_arg(1),
-            call.logits.strides_arg(1),
+            vector,
+            call.logits.buffer_arg(vector),
+            call.logits.strides_arg(vector),
             call.rows.state_arg(1),
             call.rows.targets_arg(1),
-            whole(call.grad, 1),
+            whole(call.grad, vector),
             heads,
             rows,
             classes,
             call.smoothing,
+            group,
             call.logits.dtype(),
         );
     }
 }
 
 #[cube(launch_unchecked)]
-fn forward<F: Float, I: Int>(
-    logits: &[F],
+fn forward<F: Float, I: Int, N: Size>(
+    logits: &[Vector<F, N>],
     strides: RowStrides,
     labels: &[I],
     row_loss: &mut [f32],
@@ -71,81 +79,77 @@ fn forward<F: Float, I: Int>(
     classes: usize,
     rule: LabelRule,
     smoothing: f32,
+    #[comptime] group: Group,
     #[define(F)] _dtype: ElemType,
     #[define(I)] _label: ElemType,
 ) {
-    if CUBE_POS >= heads * rows {
-        terminate!();
-    }
-    let unit = UNIT_POS as usize;
-    let row = CUBE_POS % rows;
-    let from = CUBE_POS / rows * strides.head + row * strides.row;
-    let target = target_of::<I>(labels[row], &rule);
+    let of = member(group);
+    let out = of.group;
+    let row = out % rows;
+    let from = out / rows * strides.head + row * strides.row;
     let active = classes as u32;
-    let mut values = Shared::<[f32]>::new_slice(PLANE_UNITS);
-    let mut bests = Shared::<[u32]>::new_slice(PLANE_UNITS);
-    let mut state = OnlineSoftmax::<One>::new();
-    let mut class = unit;
-    while class < classes {
-        state.fold(
-            Vector::<f32, One>::new(f32::cast_from(logits[from + class])),
-            Vector::<u32, One>::new(class as u32),
-            active,
-            target,
-        );
-        class += PLANE_UNITS;
+    let mut target = 0u32.runtime();
+    let mut columns = 0usize.runtime();
+    if out < heads * rows {
+        target = target_of::<I>(labels[row], &rule);
+        columns = classes / N::value();
     }
-    let softmax = merge_softmax(
-        state.finish(),
-        0,
-        unit,
-        &mut values,
-        &mut bests,
-        PLANE_UNITS,
-    );
-    if unit == 0 {
-        lse[CUBE_POS] = softmax.lse();
-        predictions[CUBE_POS] = softmax.best;
+    let mut state = RowSoftmax::new();
+    let mut d = of.lane;
+    while d < columns {
+        let z = Vector::<f32, N>::cast_from(logits[from + d]);
+        state.fold::<N>(z, (d * N::value()) as u32, target);
+        d += group.size;
+    }
+    let softmax = group_softmax(state, group);
+    if out < heads * rows && of.lane == 0 {
+        lse[out] = softmax.lse();
+        predictions[out] = softmax.best;
         let mut loss = 0.0f32.runtime();
         if is_class(target) {
             loss = softmax.loss(active, smoothing);
         }
-        row_loss[CUBE_POS] = loss;
+        row_loss[out] = loss;
     }
 }
 
 #[cube(launch_unchecked)]
-fn backward<F: Float>(
-    logits: &[F],
+fn backward<F: Float, N: Size>(
+    logits: &[Vector<F, N>],
     strides: RowStrides,
     state: &[f32],
     targets: &[u32],
-    grad: &mut [F],
+    grad: &mut [Vector<F, N>],
     heads: usize,
     rows: usize,
     classes: usize,
     smoothing: f32,
+    #[comptime] group: Group,
     #[define(F)] _dtype: ElemType,
 ) {
-    if CUBE_POS >= heads * rows {
+    let of = member(group);
+    if of.group >= heads * rows {
         terminate!();
     }
-    let (head, row) = (CUBE_POS / rows, CUBE_POS % rows);
+    let (head, row) = (of.group / rows, of.group % rows);
     let from = head * strides.head + row * strides.row;
-    let lse = Vector::<f32, One>::new(state[head * 2 * rows + row]);
-    let upstream = Vector::<f32, One>::new(state[(head * 2 + 1) * rows + row]);
-    let target = Vector::<u32, One>::new(targets[row]);
-    let mut class = UNIT_POS as usize;
-    while class < classes {
-        let gradient = logit_gradient::<One>(
-            Vector::<f32, One>::new(f32::cast_from(logits[from + class])),
+    let lse = Vector::<f32, N>::new(state[head * 2 * rows + row]);
+    let upstream = Vector::<f32, N>::new(state[(head * 2 + 1) * rows + row]);
+    let target = Vector::<u32, N>::new(targets[row]);
+    let columns = classes / N::value();
+    let lanes = iota::<N>();
+    let mut d = of.lane;
+    while d < columns {
+        let class = Vector::<u32, N>::new((d * N::value()) as u32) + lanes;
+        let gradient = logit_gradient::<N>(
+            Vector::<f32, N>::cast_from(logits[from + d]),
             lse,
             upstream,
-            Vector::<u32, One>::new(class as u32).equal(&target),
+            class.equal(&target),
             classes as u32,
             smoothing,
         );
-        grad[CUBE_POS * classes + class] = F::cast_from(gradient.extract(0usize));
-        class += PLANE_UNITS;
+        grad[of.group * columns + d] = Vector::<F, N>::cast_from(gradient);
+        d += group.size;
     }
 }

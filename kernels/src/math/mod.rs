@@ -1,7 +1,8 @@
 //! Device helpers shared by the ops: each file is one piece of a formula.
 
-pub(crate) mod cube;
+pub(crate) mod group;
 pub(crate) mod lanes;
+pub(crate) mod merge;
 pub(crate) mod online_softmax;
 pub(crate) mod span;
 pub(crate) mod sum;

@@ -131,6 +131,39 @@ pub(crate) struct RowSoftmax {
 
 #[cube]
 impl RowSoftmax {
+    /// Of no class yet.
+    pub(crate) fn new() -> RowSoftmax {
+        RowSoftmax {
+            peak: FLOOR.runtime(),
+            sum: 0.0f32.runtime(),
+            best: 0u32.runtime(),
+            target: 0.0f32.runtime(),
+            total: 0.0f32.runtime(),
+        }
+    }
+
+    /// Folds in the logits of neighbouring classes, of which `first` is the first. One exponential more than there are
+    /// logits, and few registers: the units of a GPU make up for the lanes.
+    pub(crate) fn fold<N: Size>(&mut self, logits: Vector<f32, N>, first: u32, target: u32) {
+        let mut peak = self.peak;
+        #[unroll]
+        for lane in 0..N::value() {
+            let z = logits.extract(lane);
+            let class = first + lane as u32;
+            if z > peak {
+                self.best = class;
+            }
+            if class == target {
+                self.target = z;
+            }
+            peak = max(peak, z);
+        }
+        let rest = (logits - Vector::<f32, N>::new(peak)).exp();
+        self.sum = fma(self.sum, (self.peak - peak).exp(), rest.vector_sum());
+        self.total += logits.vector_sum();
+        self.peak = peak;
+    }
+
     /// `ln Σ e^z`
     pub(crate) fn lse(&self) -> f32 {
         self.peak + self.sum.ln()

@@ -114,14 +114,17 @@ impl Packed {
             .min(weights.vector_size(blueprint));
         match blueprint.variant {
             Variant::Unit => unit::launch(client, embeddings, weights, &packed, vector, blueprint),
-            Variant::Plane | Variant::Cmma => plane::launch(client, embeddings, weights, &packed),
+            Variant::Plane | Variant::Cmma => {
+                plane::launch(client, embeddings, weights, &packed, vector, blueprint);
+            }
         }
         packed
     }
 
-    pub(crate) fn rows_arg(&self) -> BufferArg {
+    /// The rows in vectors of `vector`, which divides the tile.
+    pub(crate) fn rows_arg(&self, vector: usize) -> BufferArg {
         // SAFETY: `new` allocated exactly this many elements.
-        unsafe { BufferArg::from_raw_parts(self.rows.clone(), self.sizes.elements()) }
+        unsafe { BufferArg::from_raw_parts(self.rows.clone(), self.sizes.elements() / vector) }
     }
 
     /// The panels in vectors of `lanes`; only where the unit variant packed them.

@@ -1,4 +1,4 @@
-//! A cube packs a row at a time, and multiplies square tiles of the packed operands through shared memory.
+//! A group of units packs a row, a cube multiplies square tiles of the packed operands through shared memory.
 
 use cubecl::client::Client;
 use cubecl::prelude::*;
@@ -7,108 +7,128 @@ use cubecl::std::tensor::TensorHandle;
 
 use super::unit::{EPSILON, RowStrides};
 use super::{Layout, Operand, Packed};
-use crate::blueprint::{PLANE_SIDE, PLANE_UNITS, cubes_for};
-use crate::math::cube::cube_sum;
-use crate::operand::{Strided, whole};
+use crate::blueprint::{Blueprint, PLANE_SIDE, PLANE_UNITS};
+use crate::math::group::{Group, group_sum, member};
+use crate::operand::{Strided, whole, widest};
 
-pub(super) fn launch(client: &Client, embeddings: &Strided, weights: &Strided, packed: &Packed) {
-    // SAFETY: `Strided` proved that its strides stay inside its buffer, `Packed::new` allocated every packed row.
+pub(super) fn launch(
+    client: &Client,
+    embeddings: &Strided,
+    weights: &Strided,
+    packed: &Packed,
+    vector: usize,
+    blueprint: &Blueprint,
+) {
+    let sizes = &packed.sizes;
+    let group = Group::of(blueprint, sizes.dim_padded / vector);
+    // SAFETY: `Strided` proved that its strides stay inside its buffer, `Packed::new` allocated every packed row, whose
+    // length is a multiple of every vector.
     unsafe {
         pack::launch_unchecked(
             client,
-            cubes_for(client, packed.sizes.packed_rows()),
+            group.cubes(client, sizes.packed_rows()),
             CubeDim::new_1d(PLANE_UNITS as u32),
-            embeddings.buffer_arg(1),
-            embeddings.strides_arg(1),
-            weights.buffer_arg(1),
-            weights.strides_arg(1),
-            packed.rows_arg(),
+            vector,
+            embeddings.buffer_arg(vector),
+            embeddings.strides_arg(vector),
+            weights.buffer_arg(vector),
+            weights.strides_arg(vector),
+            packed.rows_arg(vector),
             packed.norms_arg(),
-            packed.sizes.launch_arg(),
+            sizes.launch_arg(),
+            group,
             embeddings.dtype(),
         );
     }
 }
 
 #[cube(launch_unchecked)]
-fn pack<F: Float>(
-    embeddings: &[F],
+fn pack<F: Float, M: Size>(
+    embeddings: &[Vector<F, M>],
     embedding_strides: RowStrides,
-    weights: &[F],
+    weights: &[Vector<F, M>],
     weight_strides: RowStrides,
-    rows: &mut [f32],
+    rows: &mut [Vector<f32, M>],
     norms: &mut [f32],
     layout: Layout,
+    #[comptime] group: Group,
     #[define(F)] _dtype: ElemType,
 ) {
-    let packed_row = CUBE_POS;
+    let of = member(group);
     let weights_start = layout.head_start(0, Operand::Weights);
-    if packed_row >= weights_start + layout.heads * layout.active_padded {
-        terminate!();
-    }
-    if packed_row < weights_start {
-        pack_row::<F>(
-            embeddings,
-            &embedding_strides,
-            rows,
-            norms,
+    let is_there = of.group < weights_start + layout.heads * layout.active_padded;
+    let is_weight = of.group >= weights_start;
+    let embedding = source_row(&layout, of.group, &embedding_strides, Operand::Embeddings);
+    let mut real = embedding.real;
+    let mut from = embedding.from;
+    if is_weight {
+        let weight = source_row(
             &layout,
-            packed_row,
-            packed_row,
-            Operand::Embeddings,
-        );
-    } else {
-        pack_row::<F>(
-            weights,
+            of.group - weights_start,
             &weight_strides,
-            rows,
-            norms,
-            &layout,
-            packed_row,
-            packed_row - weights_start,
             Operand::Weights,
         );
+        real = is_there && weight.real;
+        from = weight.from;
+    }
+    let columns = layout.dim / M::value();
+    let columns_padded = layout.dim_padded / M::value();
+    let mut squares = 0.0f32.runtime();
+    if real {
+        let mut d = of.lane;
+        while d < columns {
+            let value = if is_weight {
+                Vector::<f32, M>::cast_from(weights[from + d])
+            } else {
+                Vector::<f32, M>::cast_from(embeddings[from + d])
+            };
+            squares += (value * value).vector_sum();
+            d += group.size;
+        }
+    }
+    let norm = group_sum(squares, group).sqrt();
+    let inverse = Vector::<f32, M>::new(1.0 / max(norm, EPSILON));
+    if is_there {
+        if of.lane == 0 {
+            norms[of.group] = norm;
+        }
+        let mut d = of.lane;
+        while d < columns_padded {
+            let mut value = Vector::<f32, M>::new(0.0);
+            if real && d < columns {
+                value = if is_weight {
+                    Vector::<f32, M>::cast_from(weights[from + d])
+                } else {
+                    Vector::<f32, M>::cast_from(embeddings[from + d])
+                } * inverse;
+            }
+            rows[of.group * columns_padded + d] = value;
+            d += group.size;
+        }
     }
 }
 
+/// Where a packed row comes from.
+#[derive(CubeType, Clone, Copy)]
+struct SourceRow {
+    /// Whether the operand has it, or it is padding.
+    real: bool,
+    /// Where it begins in the operand, in vectors.
+    from: usize,
+}
+
 #[cube]
-fn pack_row<F: Float>(
-    source: &[F],
-    strides: &RowStrides,
-    rows: &mut [f32],
-    norms: &mut [f32],
+fn source_row(
     layout: &Layout,
-    packed_row: usize,
-    operand_row: usize,
+    packed: usize,
+    strides: &RowStrides,
     #[comptime] operand: Operand,
-) {
-    let unit = UNIT_POS as usize;
-    let head = operand_row / layout.padded(operand);
-    let row = operand_row % layout.padded(operand);
-    let real = row < layout.count(operand);
-    let at = head * strides.head + row * strides.row;
-    let mut squares = 0.0f32.runtime();
-    if real {
-        let mut d = unit;
-        while d < layout.dim {
-            let value = f32::cast_from(source[at + d]);
-            squares += value * value;
-            d += PLANE_UNITS;
-        }
-    }
-    let norm = cube_sum(squares, PLANE_UNITS).sqrt();
-    if unit == 0 {
-        norms[packed_row] = norm;
-    }
-    let inverse = 1.0 / max(norm, EPSILON);
-    let mut d = unit;
-    while d < layout.dim_padded {
-        let mut value = 0.0f32.runtime();
-        if real && d < layout.dim {
-            value = f32::cast_from(source[at + d]) * inverse;
-        }
-        rows[packed_row * layout.dim_padded + d] = value;
-        d += PLANE_UNITS;
+) -> SourceRow {
+    let head = packed / layout.padded(operand);
+    let row = packed % layout.padded(operand);
+    SourceRow {
+        real: row < layout.count(operand),
+        from: head * strides.head + row * strides.row,
     }
 }
 
@@ -263,6 +283,7 @@ pub(crate) fn add_product(
 /// Takes unit-sphere gradients `[heads, padded, dim_padded]` through the normalization into `grad [heads, stored, dim]`.
 pub(crate) fn finish(
     client: &Client,
+    blueprint: &Blueprint,
     packed: &Packed,
     gradient: &Handle,
     grad: &TensorHandle,
@@ -270,67 +291,80 @@ pub(crate) fn finish(
 ) {
     let sizes = &packed.sizes;
     let [heads, stored] = [grad.shape()[0], grad.shape()[1]];
+    let vector = widest(blueprint.vector(grad.dtype), [sizes.dim]);
+    let group = Group::of(blueprint, sizes.dim / vector);
     // SAFETY: the gradient holds every padded row of the owner, `grad` is [heads, stored, dim].
     unsafe {
         finish_rows::launch_unchecked(
             client,
-            cubes_for(client, heads * stored),
+            group.cubes(client, heads * stored),
             CubeDim::new_1d(PLANE_UNITS as u32),
-            BufferArg::from_raw_parts(gradient.clone(), sizes.gradient_len(owner)),
-            packed.rows_arg(),
+            vector,
+            BufferArg::from_raw_parts(gradient.clone(), sizes.gradient_len(owner) / vector),
+            packed.rows_arg(vector),
             packed.norms_arg(),
-            whole(grad, 1),
+            whole(grad, vector),
             sizes.launch_arg(),
             stored,
             owner,
+            group,
             grad.dtype,
         );
     }
 }
 
 #[cube(launch_unchecked)]
-fn finish_rows<F: Float>(
-    gradient: &[f32],
-    rows: &[f32],
+fn finish_rows<F: Float, M: Size>(
+    gradient: &[Vector<f32, M>],
+    rows: &[Vector<f32, M>],
     norms: &[f32],
-    grad: &mut [F],
+    grad: &mut [Vector<F, M>],
     layout: Layout,
     stored: usize,
     #[comptime] owner: Operand,
+    #[comptime] group: Group,
     #[define(F)] _dtype: ElemType,
 ) {
-    let unit = UNIT_POS as usize;
-    if CUBE_POS >= layout.heads * stored {
-        terminate!();
-    }
-    let head = CUBE_POS / stored;
-    let row = CUBE_POS % stored;
-    let real = row < layout.count(owner);
+    let of = member(group);
+    let head = of.group / stored;
+    let row = of.group % stored;
+    let is_there = head < layout.heads;
+    let real = is_there && row < layout.count(owner);
+    let columns = layout.dim / M::value();
+    let columns_padded = layout.dim_padded / M::value();
     let packed_row = layout.head_start(head, owner) + row;
-    let unit_at = packed_row * layout.dim_padded;
-    let at = (head * layout.padded(owner) + row) * layout.dim_padded;
+    let unit_at = packed_row * columns_padded;
+    let at = (head * layout.padded(owner) + row) * columns_padded;
     let mut along = 0.0f32.runtime();
     let mut norm = 1.0f32.runtime();
     if real {
         norm = norms[packed_row];
-        let mut d = unit;
-        while d < layout.dim {
-            along += rows[unit_at + d] * gradient[at + d];
-            d += PLANE_UNITS;
+    }
+    let inverse = 1.0 / max(norm, EPSILON);
+    if real {
+        let mut d = of.lane;
+        while d < columns {
+            along += (rows[unit_at + d] * gradient[at + d]).vector_sum();
+            d += group.size;
         }
     }
-    let mut projection = cube_sum(along, PLANE_UNITS);
+    let mut projection = group_sum(along, group);
     if norm < EPSILON {
         projection = 0.0;
     }
-    let inverse = 1.0 / max(norm, EPSILON);
-    let mut d = unit;
-    while d < layout.dim {
-        let mut value = 0.0f32.runtime();
-        if real {
-            value = (gradient[at + d] - projection * rows[unit_at + d]) * inverse;
+    let projection = Vector::<f32, M>::new(projection);
+    let inverse = Vector::<f32, M>::new(inverse);
+    let mut d = of.lane;
+    if real {
+        while d < columns {
+            let value = (gradient[at + d] - projection * rows[unit_at + d]) * inverse;
+            grad[of.group * columns + d] = Vector::<F, M>::cast_from(value);
+            d += group.size;
         }
-        grad[CUBE_POS * layout.dim + d] = F::cast_from(value);
-        d += PLANE_UNITS;
+    } else if is_there {
+        while d < columns {
+            grad[of.group * columns + d] = Vector::<F, M>::cast_from(Vector::<f32, M>::new(0.0));
+            d += group.size;
+        }
     }
 }

@@ -36,7 +36,7 @@ pub(super) fn launch(
             embeddings.strides_arg(vector),
             weights.buffer_arg(vector),
             weights.strides_arg(vector),
-            packed.rows_arg(),
+            packed.rows_arg(1),
             packed.panels_arg(blueprint.lanes),
             packed.norms_arg(),
             sizes.launch_arg(),

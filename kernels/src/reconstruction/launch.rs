@@ -4,10 +4,10 @@ use cubecl::client::Client;
 use cubecl::prelude::*;
 use cubecl::std::tensor::TensorHandle;
 
+use super::row::PerOperandLaunch;
 use super::{plane, unit};
-use crate::blueprint::{Blueprint, PLANE_UNITS, Strategy, Variant};
+use crate::blueprint::{Blueprint, Strategy, Variant};
 use crate::error::Error;
-use crate::math::sum::Kahan;
 use crate::operand::{F32, Strided, empty, whole};
 
 /// The operands, never modified: `[rows, dim]`, f32, f16 or bf16, the last axis packed.
@@ -45,29 +45,17 @@ pub struct Gradients {
 /// A typed [`Error`], before anything is launched.
 pub fn forward(client: &Client, inputs: &Inputs, strategy: Strategy) -> Result<Output, Error> {
     let blueprint = Blueprint::new(client, strategy)?;
-    let problem = Problem::new(client, inputs)?;
-    let cosines = empty(client, [problem.rows], F32);
-    match blueprint.variant {
-        Variant::Unit => unit::launch_forward(client, &blueprint, &problem, &cosines),
-        Variant::Plane | Variant::Cmma => plane::launch_forward(client, &problem, &cosines),
-    }
-    let loss = empty(client, [1], F32);
-    let units = match blueprint.variant {
-        Variant::Unit => 1,
-        Variant::Plane | Variant::Cmma => PLANE_UNITS,
+    let call = Call::new(client, &blueprint, inputs)?;
+    let output = Output {
+        loss: empty(client, [1], F32),
+        cosines: empty(client, [call.rows], F32),
     };
-    // SAFETY: one cube reads `rows` cosines and writes one loss.
-    unsafe {
-        one_minus_mean::launch_unchecked(
-            client,
-            CubeCount::new_single(),
-            CubeDim::new_1d(units as u32),
-            whole(&cosines, 1),
-            whole(&loss, 1),
-            units,
-        );
-    }
-    Ok(Output { loss, cosines })
+    let launch = match blueprint.variant {
+        Variant::Unit => unit::launch_forward,
+        Variant::Plane | Variant::Cmma => plane::launch_forward,
+    };
+    launch(&call, &output.cosines, &output.loss);
+    Ok(output)
 }
 
 /// The gradients of the operands; `upstream` is f32, `[1]`.
@@ -83,7 +71,7 @@ pub fn backward(
     part: bool,
 ) -> Result<Gradients, Error> {
     let blueprint = Blueprint::new(client, strategy)?;
-    let problem = Problem::new(client, inputs)?;
+    let call = Call::new(client, &blueprint, inputs)?;
     if upstream.shape().to_vec() != [1] || upstream.dtype != F32 {
         return Err(Error::Shape {
             operand: "upstream gradient",
@@ -91,37 +79,42 @@ pub fn backward(
             expected: "f32 [1]".into(),
         });
     }
-    let shape = [problem.rows, problem.dim];
-    let dtype = problem.whole.dtype();
+    let shape = [call.rows, call.dim];
+    let dtype = call.whole.dtype();
     let gradients = Gradients {
         whole: whole.then(|| empty(client, shape, dtype)),
         part: part.then(|| empty(client, shape, dtype)),
     };
-    for (of_whole, grad) in [(true, &gradients.whole), (false, &gradients.part)] {
-        let Some(grad) = grad else { continue };
+    if whole || part {
+        let call = BackwardCall {
+            of: &call,
+            upstream,
+            grad_whole: gradients.whole.as_ref(),
+            grad_part: gradients.part.as_ref(),
+        };
         match blueprint.variant {
-            Variant::Unit => {
-                unit::launch_backward(client, &blueprint, &problem, upstream, grad, of_whole);
-            }
-            Variant::Plane | Variant::Cmma => {
-                plane::launch_backward(client, &problem, upstream, grad, of_whole)
-            }
+            Variant::Unit => unit::launch_backward(&call),
+            Variant::Plane | Variant::Cmma => plane::launch_backward(&call),
         }
     }
     Ok(gradients)
 }
 
-/// Three operands that belong together.
-pub(super) struct Problem {
+/// A call whose operands are proved.
+pub(super) struct Call<'a> {
+    pub client: &'a Client,
+    pub blueprint: &'a Blueprint,
     pub whole: Strided,
     pub first: Strided,
     pub second: Strided,
     pub rows: usize,
     pub dim: usize,
+    /// Elements of a vector, on which every row of each operand begins.
+    pub vector: usize,
 }
 
-impl Problem {
-    fn new(client: &Client, inputs: &Inputs) -> Result<Self, Error> {
+impl<'a> Call<'a> {
+    fn new(client: &'a Client, blueprint: &'a Blueprint, inputs: &Inputs) -> Result<Self, Error> {
         let whole = Strided::float(client, "whole", &inputs.whole, 2)?;
         let part = |operand, tensor| {
             let part = Strided::float(client, operand, tensor, 2)?;
@@ -144,36 +137,57 @@ impl Problem {
         let first = part("first part", &inputs.first)?;
         let second = part("second part", &inputs.second)?;
         let [rows, dim] = [whole.shape()[0], whole.shape()[1]];
+        let vector = whole
+            .vector_size(blueprint)
+            .min(first.vector_size(blueprint))
+            .min(second.vector_size(blueprint));
         Ok(Self {
+            client,
+            blueprint,
             whole,
             first,
             second,
             rows,
             dim,
+            vector,
         })
+    }
+
+    pub(super) fn strides_arg(&self) -> PerOperandLaunch {
+        PerOperandLaunch::new(
+            self.whole.row_stride(self.vector),
+            self.first.row_stride(self.vector),
+            self.second.row_stride(self.vector),
+        )
     }
 }
 
-#[cube(launch_unchecked)]
-fn one_minus_mean(cosines: &[f32], loss: &mut [f32], #[comptime] units: usize) {
-    let unit = UNIT_POS as usize;
-    let rows = cosines.len();
-    let mut partial = Shared::<[f32]>::new_slice(units);
-    let mut sum = Kahan::new();
-    let mut row = unit;
-    while row < rows {
-        sum.add(cosines[row]);
-        row += units;
+/// A backward launch of either variant.
+pub(super) struct BackwardCall<'a> {
+    pub of: &'a Call<'a>,
+    pub upstream: &'a TensorHandle,           // f32, [1]
+    pub grad_whole: Option<&'a TensorHandle>, // [rows, dim]
+    pub grad_part: Option<&'a TensorHandle>,  // [rows, dim]
+}
+
+impl BackwardCall<'_> {
+    pub(super) fn whole_arg(&self) -> BufferArg {
+        self.grad_arg(self.grad_whole)
     }
-    partial[unit] = sum.total();
-    if comptime!(units > 1) {
-        sync_cube();
+
+    pub(super) fn part_arg(&self) -> BufferArg {
+        self.grad_arg(self.grad_part)
     }
-    if unit == 0 {
-        let mut all = Kahan::new();
-        for i in 0..units {
-            all.add(partial[i]);
+
+    /// A vector that nobody writes stands in for a gradient that was not asked for.
+    fn grad_arg(&self, grad: Option<&TensorHandle>) -> BufferArg {
+        let vector = self.of.vector;
+        match grad {
+            Some(grad) => whole(grad, vector),
+            None => whole(
+                &empty(self.of.client, [vector], self.of.whole.dtype()),
+                vector,
+            ),
         }
-        loss[0] = 1.0 - all.total() / f32::cast_from(rows as u32);
     }
 }

@@ -6,6 +6,7 @@
 
 mod launch;
 mod plane;
+mod row;
 mod unit;
 
 pub use launch::{Gradients, Inputs, Output, backward, forward};

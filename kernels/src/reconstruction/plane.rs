@@ -1,176 +1,217 @@
-//! One cube a row.
+//! A group of units takes a row.
+//!
+//! Bytes, for operands of `b` bytes an element: forward reads `3·N·D·b` and writes `4·N`; backward reads `3·N·D·b` and writes
+//! `N·D·b` for each gradient, since a row is still in the caches when it is read the second time. Both are what the
+//! op needs at least, in loads and stores of 16 bytes wherever rows begin at such, each unit having several on the way.
 
-use cubecl::client::Client;
 use cubecl::prelude::*;
 use cubecl::std::tensor::TensorHandle;
 
-use super::launch::Problem;
-use crate::blueprint::{PLANE_UNITS, cubes_for};
-use crate::math::cube::cube_sum;
+use super::launch::{BackwardCall, Call};
+use super::row::{PerOperand, Products, load};
+use crate::blueprint::PLANE_UNITS;
+use crate::math::group::{Group, group_sum, member};
+use crate::math::sum::Kahan;
 use crate::operand::whole;
-use crate::packing::unit::EPSILON;
 
-pub(super) fn launch_forward(client: &Client, problem: &Problem, cosines: &TensorHandle) {
-    // SAFETY: `Strided` proved the operands, the cosines are [rows].
+/// Cubes of a forward launch: enough to fill a GPU, few enough that one cube sums what they found.
+const CUBES: usize = 1024;
+
+pub(super) fn launch_forward(call: &Call, cosines: &TensorHandle, loss: &TensorHandle) {
+    let vector = call.vector;
+    let group = Group::of(call.blueprint, call.dim / vector);
+    let cubes = call.rows.div_ceil(group.per_cube()).min(CUBES);
+    let partial = call.client.empty(cubes * size_of::<f32>());
+    // SAFETY: `Strided` proved the operands, the cosines are [rows], the partial sums [cubes], the loss [1].
     unsafe {
         forward::launch_unchecked(
-            client,
-            cubes_for(client, problem.rows),
+            call.client,
+            CubeCount::new_1d(cubes as u32),
             CubeDim::new_1d(PLANE_UNITS as u32),
-            problem.whole.buffer_arg(1),
-            problem.first.buffer_arg(1),
-            problem.second.buffer_arg(1),
+            vector,
+            call.whole.buffer_arg(vector),
+            call.first.buffer_arg(vector),
+            call.second.buffer_arg(vector),
             whole(cosines, 1),
-            problem.whole.row_stride(1),
-            problem.first.row_stride(1),
-            problem.second.row_stride(1),
-            problem.rows,
-            problem.dim,
-            problem.whole.dtype(),
+            BufferArg::from_raw_parts(partial.clone(), cubes),
+            call.strides_arg(),
+            call.rows,
+            call.dim,
+            group,
+            call.whole.dtype(),
+        );
+        one_minus_mean::launch_unchecked(
+            call.client,
+            CubeCount::new_single(),
+            CubeDim::new_1d(PLANE_UNITS as u32),
+            BufferArg::from_raw_parts(partial, cubes),
+            whole(loss, 1),
+            call.rows as u32,
+            Group::cube(call.blueprint),
         );
     }
 }
 
-pub(super) fn launch_backward(
-    client: &Client,
-    problem: &Problem,
-    upstream: &TensorHandle,
-    grad: &TensorHandle,
-    of_whole: bool,
-) {
-    // SAFETY: `Strided` proved the operands, the gradient is [rows, dim].
+pub(super) fn launch_backward(call: &BackwardCall) {
+    let vector = call.of.vector;
+    let group = Group::of(call.of.blueprint, call.of.dim / vector);
+    // SAFETY: `Strided` proved the operands, the gradients that are written are [rows, dim].
     unsafe {
         backward::launch_unchecked(
-            client,
-            cubes_for(client, problem.rows),
+            call.of.client,
+            group.cubes(call.of.client, call.of.rows),
             CubeDim::new_1d(PLANE_UNITS as u32),
-            problem.whole.buffer_arg(1),
-            problem.first.buffer_arg(1),
-            problem.second.buffer_arg(1),
-            whole(upstream, 1),
-            whole(grad, 1),
-            problem.whole.row_stride(1),
-            problem.first.row_stride(1),
-            problem.second.row_stride(1),
-            problem.rows,
-            problem.dim,
-            of_whole,
-            problem.whole.dtype(),
+            vector,
+            call.of.whole.buffer_arg(vector),
+            call.of.first.buffer_arg(vector),
+            call.of.second.buffer_arg(vector),
+            whole(call.upstream, 1),
+            call.whole_arg(),
+            call.part_arg(),
+            call.of.strides_arg(),
+            call.of.rows,
+            call.of.dim,
+            group,
+            call.grad_whole.is_some(),
+            call.grad_part.is_some(),
+            call.of.whole.dtype(),
         );
     }
 }
 
-/// `whole·part`, `‖whole‖` and `‖part‖` of a row, in every unit.
-#[derive(CubeType, Clone, Copy)]
-struct Products {
-    dot: f32,
-    whole: f32,
-    part: f32,
-}
-
+/// The products of the group's row, in each of its units.
 #[cube]
-fn products<F: Float>(
-    whole: &[F],
-    first: &[F],
-    second: &[F],
-    whole_at: usize,
-    first_at: usize,
-    second_at: usize,
-    dim: usize,
+fn products<F: Float, N: Size>(
+    whole: &[Vector<F, N>],
+    first: &[Vector<F, N>],
+    second: &[Vector<F, N>],
+    at: &PerOperand,
+    lane: usize,
+    columns: usize, // none where the group has no row
+    #[comptime] group: Group,
 ) -> Products {
+    // One register each, whatever the vector: more rows on the way at once.
     let mut dot = 0.0f32.runtime();
     let mut whole_squares = 0.0f32.runtime();
     let mut part_squares = 0.0f32.runtime();
-    let mut d = UNIT_POS as usize;
-    while d < dim {
-        let w = f32::cast_from(whole[whole_at + d]);
-        let p = f32::cast_from(first[first_at + d]) + f32::cast_from(second[second_at + d]);
-        dot += w * p;
-        whole_squares += w * w;
-        part_squares += p * p;
-        d += PLANE_UNITS;
+    let mut d = lane;
+    while d < columns {
+        let pair = load::<F, N>(whole, first, second, at, d);
+        dot += (pair.whole * pair.part).vector_sum();
+        whole_squares += (pair.whole * pair.whole).vector_sum();
+        part_squares += (pair.part * pair.part).vector_sum();
+        d += group.size;
     }
     Products {
-        dot: cube_sum(dot, PLANE_UNITS),
-        whole: cube_sum(whole_squares, PLANE_UNITS).sqrt(),
-        part: cube_sum(part_squares, PLANE_UNITS).sqrt(),
+        dot: group_sum(dot, group),
+        whole: group_sum(whole_squares, group).sqrt(),
+        part: group_sum(part_squares, group).sqrt(),
     }
 }
 
 #[cube(launch_unchecked)]
-fn forward<F: Float>(
-    whole: &[F],
-    first: &[F],
-    second: &[F],
+fn forward<F: Float, N: Size>(
+    whole: &[Vector<F, N>],
+    first: &[Vector<F, N>],
+    second: &[Vector<F, N>],
     cosines: &mut [f32],
-    whole_stride: usize,
-    first_stride: usize,
-    second_stride: usize,
+    partial: &mut [f32], // [cubes]: the sum of each cube's cosines
+    strides: PerOperand,
     rows: usize,
     dim: usize,
+    #[comptime] group: Group,
     #[define(F)] _dtype: ElemType,
 ) {
-    let row = CUBE_POS;
-    if row >= rows {
-        terminate!();
+    let of = member(group);
+    let groups = CUBE_COUNT * comptime!(group.per_cube());
+    let mut sum = Kahan::new();
+    // All groups take as many turns, because they meet at barriers.
+    for turn in 0..rows.div_ceil(groups) {
+        let row = turn * groups + of.group;
+        let mut columns = 0usize.runtime();
+        if row < rows {
+            columns = dim / N::value();
+        }
+        let of_row = products::<F, N>(
+            whole,
+            first,
+            second,
+            &strides.at(row),
+            of.lane,
+            columns,
+            group,
+        );
+        if row < rows && of.lane == 0 {
+            let cosine = of_row.cosine();
+            cosines[row] = cosine;
+            sum.add(cosine);
+        }
     }
-    let of_row = products::<F>(
-        whole,
-        first,
-        second,
-        row * whole_stride,
-        row * first_stride,
-        row * second_stride,
-        dim,
+    let all = group_sum(
+        sum.total(),
+        comptime!(Group {
+            size: PLANE_UNITS,
+            exchange: group.exchange
+        }),
     );
     if UNIT_POS == 0 {
-        // Divided one after the other: the product of two small norms would underflow.
-        cosines[row] = of_row.dot / max(of_row.whole, EPSILON) / max(of_row.part, EPSILON);
+        partial[CUBE_POS] = all;
     }
 }
 
 #[cube(launch_unchecked)]
-fn backward<F: Float>(
-    whole: &[F],
-    first: &[F],
-    second: &[F],
+fn one_minus_mean(partial: &[f32], loss: &mut [f32], rows: u32, #[comptime] group: Group) {
+    let mut sum = Kahan::new();
+    let mut i = UNIT_POS as usize;
+    while i < partial.len() {
+        sum.add(partial[i]);
+        i += PLANE_UNITS;
+    }
+    let all = group_sum(sum.total(), group);
+    if UNIT_POS == 0 {
+        loss[0] = 1.0 - all / f32::cast_from(rows);
+    }
+}
+
+#[cube(launch_unchecked)]
+fn backward<F: Float, N: Size>(
+    whole: &[Vector<F, N>],
+    first: &[Vector<F, N>],
+    second: &[Vector<F, N>],
     upstream: &[f32],
-    grad: &mut [F],
-    whole_stride: usize,
-    first_stride: usize,
-    second_stride: usize,
+    grad_whole: &mut [Vector<F, N>],
+    grad_part: &mut [Vector<F, N>],
+    strides: PerOperand,
     rows: usize,
     dim: usize,
+    #[comptime] group: Group,
     #[comptime] of_whole: bool,
+    #[comptime] of_part: bool,
     #[define(F)] _dtype: ElemType,
 ) {
-    let row = CUBE_POS;
-    if row >= rows {
-        terminate!();
+    let of = member(group);
+    let mut columns = 0usize.runtime();
+    if of.group < rows {
+        columns = dim / N::value();
     }
+    let at = strides.at(of.group);
+    let of_row = products::<F, N>(whole, first, second, &at, of.lane, columns, group);
     let share = -upstream[0] / f32::cast_from(rows as u32);
-    let (whole_at, first_at, second_at) =
-        (row * whole_stride, row * first_stride, row * second_stride);
-    let of_row = products::<F>(whole, first, second, whole_at, first_at, second_at, dim);
-    let inverse_whole = 1.0 / max(of_row.whole, EPSILON);
-    let inverse_part = 1.0 / max(of_row.part, EPSILON);
-    let (norm, inverse, inverse_other) = if comptime!(of_whole) {
-        (of_row.whole, inverse_whole, inverse_part)
-    } else {
-        (of_row.part, inverse_part, inverse_whole)
-    };
-    let mut projection = of_row.dot * inverse_whole * inverse_part;
-    if norm < EPSILON {
-        projection = 0.0;
-    }
-    let away = share * inverse_other;
-    let along = -share * projection * inverse;
-    let mut d = UNIT_POS as usize;
-    while d < dim {
-        let w = f32::cast_from(whole[whole_at + d]);
-        let p = f32::cast_from(first[first_at + d]) + f32::cast_from(second[second_at + d]);
-        let (own, other) = if comptime!(of_whole) { (w, p) } else { (p, w) };
-        grad[row * dim + d] = F::cast_from((along * own + away * other) * inverse);
-        d += PLANE_UNITS;
+    let to_whole = of_row.of_whole(share);
+    let to_part = of_row.of_part(share);
+    let mut out = of.group * columns + of.lane;
+    let mut d = of.lane;
+    while d < columns {
+        let pair = load::<F, N>(whole, first, second, &at, d);
+        if comptime!(of_whole) {
+            let value = to_whole.apply::<N>(pair.whole, pair.part);
+            grad_whole[out] = Vector::<F, N>::cast_from(value);
+        }
+        if comptime!(of_part) {
+            let value = to_part.apply::<N>(pair.part, pair.whole);
+            grad_part[out] = Vector::<F, N>::cast_from(value);
+        }
+        out += group.size;
+        d += group.size;
     }
 }

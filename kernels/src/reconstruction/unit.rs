@@ -1,89 +1,91 @@
 //! One unit a row.
 
-use cubecl::client::Client;
 use cubecl::prelude::*;
 use cubecl::std::tensor::TensorHandle;
 
-use super::launch::Problem;
-use crate::blueprint::Blueprint;
+use super::launch::{BackwardCall, Call};
+use super::row::{Pair, PerOperand, Products, load};
+use crate::math::sum::Kahan;
 use crate::operand::whole;
-use crate::packing::unit::EPSILON;
 
-fn vector_size(blueprint: &Blueprint, problem: &Problem) -> usize {
-    [&problem.whole, &problem.first, &problem.second]
-        .map(|operand| operand.vector_size(blueprint))
-        .into_iter()
-        .fold(blueprint.lanes, usize::min)
-}
-
-pub(super) fn launch_forward(
-    client: &Client,
-    blueprint: &Blueprint,
-    problem: &Problem,
-    cosines: &TensorHandle,
-) {
-    let (count, cube) = blueprint.unit_grid();
-    let vector = vector_size(blueprint, problem);
-    // SAFETY: `Strided` proved the operands, the cosines are [rows].
+pub(super) fn launch_forward(call: &Call, cosines: &TensorHandle, loss: &TensorHandle) {
+    let (count, cube) = call.blueprint.unit_grid();
+    let vector = call.vector;
+    // SAFETY: `Strided` proved the operands, the cosines are [rows], the loss is [1].
     unsafe {
         forward::launch_unchecked(
-            client,
+            call.client,
             count,
             cube,
             vector,
-            problem.whole.buffer_arg(vector),
-            problem.first.buffer_arg(vector),
-            problem.second.buffer_arg(vector),
+            call.whole.buffer_arg(vector),
+            call.first.buffer_arg(vector),
+            call.second.buffer_arg(vector),
             whole(cosines, 1),
-            problem.whole.row_stride(vector),
-            problem.first.row_stride(vector),
-            problem.second.row_stride(vector),
-            problem.rows,
-            problem.dim,
-            problem.whole.dtype(),
+            call.strides_arg(),
+            call.rows,
+            call.dim,
+            call.whole.dtype(),
+        );
+        one_minus_mean::launch_unchecked(
+            call.client,
+            CubeCount::new_single(),
+            CubeDim::new_single(),
+            whole(cosines, 1),
+            whole(loss, 1),
         );
     }
 }
 
-pub(super) fn launch_backward(
-    client: &Client,
-    blueprint: &Blueprint,
-    problem: &Problem,
-    upstream: &TensorHandle,
-    grad: &TensorHandle,
-    of_whole: bool,
-) {
-    let (count, cube) = blueprint.unit_grid();
-    let vector = vector_size(blueprint, problem);
-    // SAFETY: `Strided` proved the operands, the gradient is [rows, dim].
+pub(super) fn launch_backward(call: &BackwardCall) {
+    let (count, cube) = call.of.blueprint.unit_grid();
+    let vector = call.of.vector;
+    // SAFETY: `Strided` proved the operands, the gradients that are written are [rows, dim].
     unsafe {
         backward::launch_unchecked(
-            client,
+            call.of.client,
             count,
             cube,
             vector,
-            problem.whole.buffer_arg(vector),
-            problem.first.buffer_arg(vector),
-            problem.second.buffer_arg(vector),
-            whole(upstream, 1),
-            whole(grad, vector),
-            problem.whole.row_stride(vector),
-            problem.first.row_stride(vector),
-            problem.second.row_stride(vector),
-            problem.rows,
-            problem.dim,
-            of_whole,
-            problem.whole.dtype(),
+            call.of.whole.buffer_arg(vector),
+            call.of.first.buffer_arg(vector),
+            call.of.second.buffer_arg(vector),
+            whole(call.upstream, 1),
+            call.whole_arg(),
+            call.part_arg(),
+            call.of.strides_arg(),
+            call.of.rows,
+            call.of.dim,
+            call.grad_whole.is_some(),
+            call.grad_part.is_some(),
+            call.of.whole.dtype(),
         );
     }
 }
 
-/// `whole·part`, `‖whole‖` and `‖part‖` of a row.
+/// `whole·part`, `‖whole‖²` and `‖part‖²`, in lanes.
 #[derive(CubeType, Clone, Copy)]
-struct Products {
-    dot: f32,
-    whole: f32,
-    part: f32,
+struct Sums<N: Size> {
+    pub dot: Vector<f32, N>,
+    pub whole: Vector<f32, N>,
+    pub part: Vector<f32, N>,
+}
+
+#[cube]
+impl<N: Size> Sums<N> {
+    fn new() -> Sums<N> {
+        Sums::<N> {
+            dot: Vector::<f32, N>::new(0.0),
+            whole: Vector::<f32, N>::new(0.0),
+            part: Vector::<f32, N>::new(0.0),
+        }
+    }
+
+    fn add(&mut self, pair: Pair<N>) {
+        self.dot = fma(pair.whole, pair.part, self.dot);
+        self.whole = fma(pair.whole, pair.whole, self.whole);
+        self.part = fma(pair.part, pair.part, self.part);
+    }
 }
 
 #[cube]
@@ -91,26 +93,17 @@ fn products<F: Float, N: Size>(
     whole: &[Vector<F, N>],
     first: &[Vector<F, N>],
     second: &[Vector<F, N>],
-    whole_at: usize,
-    first_at: usize,
-    second_at: usize,
+    at: &PerOperand,
     dim: usize,
 ) -> Products {
-    let mut dot = Vector::<f32, N>::new(0.0);
-    let mut whole_squares = Vector::<f32, N>::new(0.0);
-    let mut part_squares = Vector::<f32, N>::new(0.0);
+    let mut sums = Sums::<N>::new();
     for d in 0..dim / N::value() {
-        let w = Vector::<f32, N>::cast_from(whole[whole_at + d]);
-        let p = Vector::<f32, N>::cast_from(first[first_at + d])
-            + Vector::<f32, N>::cast_from(second[second_at + d]);
-        dot = fma(w, p, dot);
-        whole_squares = fma(w, w, whole_squares);
-        part_squares = fma(p, p, part_squares);
+        sums.add(load::<F, N>(whole, first, second, at, d));
     }
     Products {
-        dot: dot.vector_sum(),
-        whole: whole_squares.vector_sum().sqrt(),
-        part: part_squares.vector_sum().sqrt(),
+        dot: sums.dot.vector_sum(),
+        whole: sums.whole.vector_sum().sqrt(),
+        part: sums.part.vector_sum().sqrt(),
     }
 }
 
@@ -120,28 +113,27 @@ fn forward<F: Float, N: Size>(
     first: &[Vector<F, N>],
     second: &[Vector<F, N>],
     cosines: &mut [f32],
-    whole_stride: usize,
-    first_stride: usize,
-    second_stride: usize,
+    strides: PerOperand,
     rows: usize,
     dim: usize,
     #[define(F)] _dtype: ElemType,
 ) {
     let mut row = ABSOLUTE_POS;
     while row < rows {
-        let of_row = products::<F, N>(
-            whole,
-            first,
-            second,
-            row * whole_stride,
-            row * first_stride,
-            row * second_stride,
-            dim,
-        );
-        // Divided one after the other: the product of two small norms would underflow.
-        cosines[row] = of_row.dot / max(of_row.whole, EPSILON) / max(of_row.part, EPSILON);
+        let of_row = products::<F, N>(whole, first, second, &strides.at(row), dim);
+        cosines[row] = of_row.cosine();
         row += CUBE_COUNT * CUBE_DIM as usize;
     }
+}
+
+#[cube(launch_unchecked)]
+fn one_minus_mean(cosines: &[f32], loss: &mut [f32]) {
+    let rows = cosines.len();
+    let mut sum = Kahan::new();
+    for row in 0..rows {
+        sum.add(cosines[row]);
+    }
+    loss[0] = 1.0 - sum.total() / f32::cast_from(rows as u32);
 }
 
 #[cube(launch_unchecked)]
@@ -150,42 +142,33 @@ fn backward<F: Float, N: Size>(
     first: &[Vector<F, N>],
     second: &[Vector<F, N>],
     upstream: &[f32],
-    grad: &mut [Vector<F, N>],
-    whole_stride: usize,
-    first_stride: usize,
-    second_stride: usize,
+    grad_whole: &mut [Vector<F, N>],
+    grad_part: &mut [Vector<F, N>],
+    strides: PerOperand,
     rows: usize,
     dim: usize,
     #[comptime] of_whole: bool,
+    #[comptime] of_part: bool,
     #[define(F)] _dtype: ElemType,
 ) {
-    let lanes = N::value();
+    let columns = dim / N::value();
     let share = -upstream[0] / f32::cast_from(rows as u32);
     let mut row = ABSOLUTE_POS;
     while row < rows {
-        let (whole_at, first_at, second_at) =
-            (row * whole_stride, row * first_stride, row * second_stride);
-        let of_row = products::<F, N>(whole, first, second, whole_at, first_at, second_at, dim);
-        let inverse_whole = 1.0 / max(of_row.whole, EPSILON);
-        let inverse_part = 1.0 / max(of_row.part, EPSILON);
-        let (norm, inverse, inverse_other) = if comptime!(of_whole) {
-            (of_row.whole, inverse_whole, inverse_part)
-        } else {
-            (of_row.part, inverse_part, inverse_whole)
-        };
-        let mut projection = of_row.dot * inverse_whole * inverse_part;
-        if norm < EPSILON {
-            projection = 0.0;
-        }
-        let away = Vector::<f32, N>::new(share * inverse_other);
-        let along = Vector::<f32, N>::new(-share * projection * inverse);
-        for d in 0..dim / lanes {
-            let w = Vector::<f32, N>::cast_from(whole[whole_at + d]);
-            let p = Vector::<f32, N>::cast_from(first[first_at + d])
-                + Vector::<f32, N>::cast_from(second[second_at + d]);
-            let (own, other) = if comptime!(of_whole) { (w, p) } else { (p, w) };
-            let value = fma(along, own, away * other) * Vector::<f32, N>::new(inverse);
-            grad[row * dim / lanes + d] = Vector::<F, N>::cast_from(value);
+        let at = strides.at(row);
+        let of_row = products::<F, N>(whole, first, second, &at, dim);
+        let (to_whole, to_part) = (of_row.of_whole(share), of_row.of_part(share));
+        for d in 0..columns {
+            let pair = load::<F, N>(whole, first, second, &at, d);
+            let out = row * columns + d;
+            if comptime!(of_whole) {
+                let value = to_whole.apply::<N>(pair.whole, pair.part);
+                grad_whole[out] = Vector::<F, N>::cast_from(value);
+            }
+            if comptime!(of_part) {
+                let value = to_part.apply::<N>(pair.part, pair.whole);
+                grad_part[out] = Vector::<F, N>::cast_from(value);
+            }
         }
         row += CUBE_COUNT * CUBE_DIM as usize;
     }

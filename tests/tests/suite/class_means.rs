@@ -1,11 +1,12 @@
 //! Prototype averaging against the reference.
 
 use proptest::prelude::*;
+use protohead::Reduction;
 use protohead::class_means::{ClassSums, Options};
 use protohead_reference as reference;
 use protohead_tests::close::Comparison;
 use protohead_tests::devices::{Run, runs};
-use protohead_tests::problem::{Problem, download, problem};
+use protohead_tests::problem::{Dtype, LabelDtype, LabelKind, Problem, Values, download, problem};
 
 use crate::support::{config, fails};
 
@@ -111,6 +112,40 @@ fn check(run: &Run, problem: &Problem, unit: bool, split: usize) -> Result<(), S
         .check()?;
     }
     Ok(())
+}
+
+/// Many blocks of rows; more classes than a cube has units; more classes than rows; more heads and columns than lanes.
+#[test]
+fn many_blocks_of_rows_and_of_classes_agree_with_the_reference() {
+    let plain = Problem {
+        sizes: (1, 1, 1, 1, 1),
+        dtype: Dtype::F32,
+        label_dtype: LabelDtype::I64,
+        gap: 3,
+        values: Values::Uniform,
+        labels: LabelKind::SomeIgnored,
+        scale: 16.0,
+        reduction: Reduction::Mean,
+        smoothing: 0.0,
+        ignore_index: -100,
+        weighted: false,
+        seed: 9,
+    };
+    for (sizes, unit) in [
+        ((2, 20_001, 7, 5, 4), false),
+        ((1, 9_001, 12, 1_000, 999), true),
+        ((3, 300, 8, 2_000, 2_000), false),
+        ((1, 2_500, 40, 1, 1), true),
+    ] {
+        let problem = Problem {
+            sizes,
+            ..plain.clone()
+        };
+        for run in runs() {
+            check(&run, &problem, unit, sizes.1 / 3)
+                .unwrap_or_else(|error| panic!("{problem:?} on {}: {error}", run.device));
+        }
+    }
 }
 
 proptest! {

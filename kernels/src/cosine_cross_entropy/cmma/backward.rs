@@ -10,7 +10,7 @@ use crate::cmma::{
     Backward, Chunk, ChunkShape, Chunks, Lies, Tile, UNITS, column_of, place, row_of,
 };
 use crate::loss::rows::Rows;
-use crate::math::cube::cube_max;
+use crate::math::group::{Group, group_max};
 
 /// Gradients from a forward pass's `rows`.
 pub(in crate::cosine_cross_entropy) fn launch_backward(
@@ -40,6 +40,7 @@ pub(in crate::cosine_cross_entropy) fn launch_backward(
             sizes.rows_padded,
             call.options.scale / unit,
             unit,
+            Group::cube(&call.blueprint),
         );
     }
     let chunks = Chunks::new(client, &call.blueprint, tile, &call.problem);
@@ -84,6 +85,7 @@ fn relative(
     rows_padded: usize,
     scale: f32,
     unit: f32,
+    #[comptime] group: Group,
 ) {
     let head = CUBE_POS;
     if head >= heads {
@@ -96,7 +98,7 @@ fn relative(
         largest = max(largest, state[first + row].abs());
         row += PLANE_UNITS;
     }
-    let largest = cube_max(largest, PLANE_UNITS);
+    let largest = group_max(largest, group);
     let mut inverse = 0.0f32.runtime();
     if largest > 0.0 {
         inverse = unit / largest;

@@ -8,7 +8,7 @@ use crate::cmma::{
     ChunkShape, Chunks, Lies, LogitTile, PLANES_ACROSS, Tile, UNITS, column_of, place, row_of,
 };
 use crate::loss::target::{LabelRule, is_class, label_rule, target_of};
-use crate::math::cube::merge_softmax;
+use crate::math::merge::merge_softmax;
 use crate::math::online_softmax::{FLOOR, RowSoftmax};
 use crate::operand::whole;
 

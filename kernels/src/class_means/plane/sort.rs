@@ -1,0 +1,283 @@
+//! A stable counting sort of rows by class, without atomics.
+//!
+//! Rows are cut into blocks. A cube ranks the rows of its block among those of the same class, and counts them;
+//! the running sums of the counts over blocks, and then over classes, are where each row goes.
+//!
+//! Bytes, for `B` blocks: labels twice, `12·N` for ranks and order, `16·B·K` for the histograms, where `B ≤ 8·N/K`: linear in
+//! `N + K`.
+
+use cubecl::prelude::*;
+use cubecl::server::Handle;
+
+use crate::blueprint::{PLANE_UNITS, cubes_for};
+use crate::class_means::launch::AccumulateCall;
+use crate::loss::target::{IGNORED, INVALID, LabelRule, is_class, label_rule, target_of};
+use crate::math::group::{Group, group_count, group_min};
+use crate::operand::whole;
+
+/// Blocks have at least this many rows.
+const ROWS: usize = 4 * PLANE_UNITS;
+/// Counts that a unit has on the way at once.
+const AHEAD: usize = 16;
+
+/// The rows by class, each class in the order of its rows.
+pub(super) struct Sorted {
+    pub order: Handle, // u32, [rows], of which the last `rows - starts[classes]` are unspecified
+    pub starts: Handle, // u32, [classes + 1]
+}
+
+/// Sorts the rows, adds to the counts of the classes, and to the status what labels are invalid.
+pub(super) fn launch(call: &AccumulateCall) -> Sorted {
+    let client = call.client;
+    let [_, rows, _] = call.embeddings.dims3();
+    let classes = call.sums.counts.shape()[0];
+    let most = (8 * rows / classes).clamp(1, rows.div_ceil(ROWS));
+    let block = rows.div_ceil(most).next_multiple_of(PLANE_UNITS);
+    let blocks = rows.div_ceil(block);
+    let words = |count: usize| client.empty(count * size_of::<u32>());
+    let ranks = words(rows);
+    let histograms = words(blocks * classes);
+    let invalid = words(blocks * 2);
+    let totals = words(classes);
+    let sorted = Sorted {
+        order: words(rows),
+        starts: words(classes + 1),
+    };
+    let rule = || label_rule(call.labels.dtype(), classes, call.options.ignore_index);
+    let cube = CubeDim::new_1d(PLANE_UNITS as u32);
+    let group = Group::cube(call.blueprint);
+    // SAFETY: every buffer has the length named beside it in the kernels; labels have `rows` elements.
+    unsafe {
+        rank::launch_unchecked(
+            client,
+            cubes_for(client, blocks),
+            cube,
+            call.labels.buffer_arg(),
+            BufferArg::from_raw_parts(ranks.clone(), rows),
+            BufferArg::from_raw_parts(histograms.clone(), blocks * classes),
+            BufferArg::from_raw_parts(invalid.clone(), blocks * 2),
+            rows,
+            classes,
+            block,
+            rule(),
+            group,
+            call.labels.dtype(),
+        );
+        offsets::launch_unchecked(
+            client,
+            cubes_for(client, classes.div_ceil(PLANE_UNITS)),
+            cube,
+            BufferArg::from_raw_parts(histograms.clone(), blocks * classes),
+            BufferArg::from_raw_parts(invalid, blocks * 2),
+            BufferArg::from_raw_parts(totals.clone(), classes),
+            whole(&call.sums.counts, 1),
+            whole(&call.sums.status, 1),
+            blocks,
+            classes,
+            group,
+        );
+        starts::launch_unchecked(
+            client,
+            CubeCount::new_single(),
+            cube,
+            BufferArg::from_raw_parts(totals, classes),
+            BufferArg::from_raw_parts(sorted.starts.clone(), classes + 1),
+            classes,
+        );
+        place::launch_unchecked(
+            client,
+            cubes_for(client, rows.div_ceil(PLANE_UNITS)),
+            cube,
+            call.labels.buffer_arg(),
+            BufferArg::from_raw_parts(ranks, rows),
+            BufferArg::from_raw_parts(histograms, blocks * classes),
+            BufferArg::from_raw_parts(sorted.starts.clone(), classes + 1),
+            BufferArg::from_raw_parts(sorted.order.clone(), rows),
+            rows,
+            classes,
+            block,
+            rule(),
+            call.labels.dtype(),
+        );
+    }
+    sorted
+}
+
+/// `ranks[row]`: rows of its class before it in its block. `histograms[block, class]`: rows of the class in the block.
+#[cube(launch_unchecked)]
+fn rank<I: Int>(
+    labels: &[I],           // [rows]
+    ranks: &mut [u32],      // [rows]
+    histograms: &mut [u32], // [blocks, classes]
+    invalid: &mut [u32],    // [blocks, 2]: rows with a bad label, the first of them
+    rows: usize,
+    classes: usize,
+    block: usize, // rows of a block, a multiple of the cube's units
+    rule: LabelRule,
+    #[comptime] group: Group,
+    #[define(I)] _label: ElemType,
+) {
+    let first = CUBE_POS * block;
+    if first >= rows {
+        terminate!();
+    }
+    let unit = UNIT_POS as usize;
+    let histogram = CUBE_POS * classes;
+    let mut class = unit;
+    while class < classes {
+        histograms[histogram + class] = 0;
+        class += PLANE_UNITS;
+    }
+    sync_storage();
+    let mut targets = Shared::<[u32]>::new_slice(PLANE_UNITS);
+    let mut my_invalid = 0u32.runtime();
+    let mut my_first = INVALID.runtime();
+    for tile in 0..block / PLANE_UNITS {
+        let row = first + tile * PLANE_UNITS + unit;
+        let mut target = IGNORED.runtime();
+        if row < rows {
+            target = target_of::<I>(labels[row], &rule);
+        }
+        if target == INVALID {
+            my_invalid += 1;
+            my_first = min(my_first, row as u32);
+        }
+        targets[unit] = target;
+        sync_cube();
+        let mut earlier = 0u32.runtime();
+        let mut all = 0u32.runtime();
+        for other in 0..PLANE_UNITS {
+            let same = select(targets[other] == target, 1u32, 0u32);
+            all += same;
+            earlier += select(other < unit, same, 0u32);
+        }
+        let mut rank = 0u32.runtime();
+        if is_class(target) {
+            rank = histograms[histogram + target as usize] + earlier;
+            ranks[row] = rank;
+        }
+        // The last of a class in the tile writes, once everyone has read.
+        sync_storage();
+        if is_class(target) && earlier + 1 == all {
+            histograms[histogram + target as usize] = rank + 1;
+        }
+        sync_storage();
+    }
+    let all_invalid = group_count(my_invalid, group);
+    let all_first = group_min(my_first, group);
+    if unit == 0 {
+        invalid[CUBE_POS * 2] = all_invalid;
+        invalid[CUBE_POS * 2 + 1] = all_first;
+    }
+}
+
+/// Histograms become the running sums over the blocks before, and `totals[class]` the sum of all. A unit takes a class.
+#[cube(launch_unchecked)]
+fn offsets(
+    histograms: &mut [u32], // [blocks, classes]
+    invalid: &[u32],        // [blocks, 2]
+    totals: &mut [u32],     // [classes]
+    counts: &mut [u32],     // [classes]
+    status: &mut [u32],     // [2]
+    blocks: usize,
+    classes: usize,
+    #[comptime] group: Group,
+) {
+    let class = ABSOLUTE_POS;
+    if class < classes {
+        let mut total = 0u32.runtime();
+        for turn in 0..blocks.div_ceil(AHEAD) {
+            let mut here = Array::<u32>::new(AHEAD);
+            #[unroll]
+            for i in 0..AHEAD {
+                let block = turn * AHEAD + i;
+                here[i] = 0;
+                if block < blocks {
+                    here[i] = histograms[block * classes + class];
+                }
+            }
+            #[unroll]
+            for i in 0..AHEAD {
+                let block = turn * AHEAD + i;
+                if block < blocks {
+                    histograms[block * classes + class] = total;
+                }
+                total += here[i];
+            }
+        }
+        totals[class] = total;
+        counts[class] += total;
+    }
+    let mut my_invalid = 0u32.runtime();
+    let mut my_first = INVALID.runtime();
+    let mut block = UNIT_POS as usize;
+    while block < blocks {
+        my_invalid += invalid[block * 2];
+        my_first = min(my_first, invalid[block * 2 + 1]);
+        block += PLANE_UNITS;
+    }
+    let all_invalid = group_count(my_invalid, group);
+    let first = group_min(my_first, group);
+    if ABSOLUTE_POS == 0 && all_invalid > 0 {
+        if status[0] == 0 {
+            status[1] = first;
+        }
+        status[0] += all_invalid;
+    }
+}
+
+/// `starts[class]`: the running sum of the totals before it. One cube; a unit takes neighbouring classes.
+#[cube(launch_unchecked)]
+fn starts(
+    totals: &[u32],     // [classes]
+    starts: &mut [u32], // [classes + 1]
+    classes: usize,
+) {
+    let unit = UNIT_POS as usize;
+    let mut sums = Shared::<[u32]>::new_slice(PLANE_UNITS);
+    let share = classes.div_ceil(PLANE_UNITS);
+    let first = min(unit * share, classes);
+    let last = min(first + share, classes);
+    let mut sum = 0u32.runtime();
+    for class in first..last {
+        sum += totals[class];
+    }
+    sums[unit] = sum;
+    sync_cube();
+    let mut start = 0u32.runtime();
+    for other in 0..unit {
+        start += sums[other];
+    }
+    for class in first..last {
+        starts[class] = start;
+        start += totals[class];
+    }
+    if unit == comptime!(PLANE_UNITS - 1) {
+        starts[classes] = start;
+    }
+}
+
+/// `order`: the rows, class by class.
+#[cube(launch_unchecked)]
+fn place<I: Int>(
+    labels: &[I],       // [rows]
+    ranks: &[u32],      // [rows]
+    histograms: &[u32], // [blocks, classes], running sums
+    starts: &[u32],     // [classes + 1]
+    order: &mut [u32],  // [rows]
+    rows: usize,
+    classes: usize,
+    block: usize,
+    rule: LabelRule,
+    #[define(I)] _label: ElemType,
+) {
+    let row = ABSOLUTE_POS;
+    if row < rows {
+        let target = target_of::<I>(labels[row], &rule);
+        if is_class(target) {
+            let class = target as usize;
+            let before = histograms[row / block * classes + class];
+            order[(starts[class] + before + ranks[row]) as usize] = row as u32;
+        }
+    }
+}

@@ -24,6 +24,8 @@ pub enum Variant {
     /// A cube multiplies tiles on tensor cores: for ops with a product, where the device has them for the operands. Where it
     /// has none, the same in multiply-adds, for checking it; that is never inferred.
     Cmma,
+    /// Both passes in two launches, on a GPU: for `cosine_cross_entropy` whose operands fit in its caches.
+    Small,
 }
 
 /// How the variant of an op is chosen.
@@ -46,6 +48,7 @@ impl Strategy {
             Self::Forced(Variant::Cmma) => {
                 Blueprint::of_product(client, self, crate::operand::F32, false)?
             }
+            Self::Forced(Variant::Small) => Blueprint::small(client)?,
             _ => Blueprint::new(client, self)?,
         };
         Ok(blueprint.variant)
@@ -107,6 +110,14 @@ impl Blueprint {
         }
     }
 
+    /// For the fused op on a GPU, where the problem is small.
+    pub(crate) fn small(client: &Client) -> Result<Self, Error> {
+        Ok(Self {
+            variant: Variant::Small,
+            ..Self::new(client, Strategy::Forced(Variant::Plane))?
+        })
+    }
+
     /// For any other op.
     pub(crate) fn new(client: &Client, strategy: Strategy) -> Result<Self, Error> {
         let hardware = &client.properties().hardware;
@@ -147,7 +158,14 @@ impl Blueprint {
                 product: None,
                 units: PLANE_UNITS,
             }),
-            Variant::Cmma => Err(Error::NoProduct),
+            Variant::Cmma => Err(Error::NoSuchVariant {
+                variant: "cmma",
+                have: "ops with a matrix product do",
+            }),
+            Variant::Small => Err(Error::NoSuchVariant {
+                variant: "small",
+                have: "cosine_cross_entropy does",
+            }),
             Variant::Plane => Err(Error::Variant {
                 variant: "plane",
                 needed: PLANE_UNITS,
@@ -163,7 +181,7 @@ impl Blueprint {
     pub(crate) fn vector(&self, dtype: ElemType) -> usize {
         match self.variant {
             Variant::Unit => self.lanes,
-            Variant::Plane | Variant::Cmma => (16 / dtype.size()).min(self.lanes),
+            Variant::Plane | Variant::Cmma | Variant::Small => (16 / dtype.size()).min(self.lanes),
         }
     }
 
@@ -171,7 +189,7 @@ impl Blueprint {
     pub(crate) fn tile(&self) -> usize {
         match self.variant {
             Variant::Unit => self.lanes * crate::packing::unit::TILE_VECTORS,
-            Variant::Plane => self.micro * PLANE_SIDE,
+            Variant::Plane | Variant::Small => self.micro * PLANE_SIDE,
             Variant::Cmma => self.product.map_or(1, |tile| tile.side),
         }
     }

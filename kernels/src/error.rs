@@ -101,9 +101,30 @@ pub enum Error {
     /// The unit variant was forced on a device that is no CPU.
     #[error("the unit variant runs on CPU devices only")]
     NoCpu,
-    /// The cmma variant was forced on an op without a product.
-    #[error("only ops with a matrix product have a cmma variant")]
-    NoProduct,
+    /// A variant was forced on an op that has no such.
+    #[error("this op has no {variant} variant: {have}")]
+    NoSuchVariant {
+        /// Which.
+        variant: &'static str,
+        /// Who has it.
+        have: &'static str,
+    },
+    /// The small variant was forced on a problem that is not.
+    #[error(
+        "{heads} heads × {rows} rows × {active} active classes × {dim} columns are too many for the small variant, which takes at most {} rows, {} classes, {} vectors of columns and {} of their product", most[0], most[1], most[2], most[3]
+    )]
+    NotSmall {
+        /// Heads.
+        heads: usize,
+        /// Rows.
+        rows: usize,
+        /// K, the active classes.
+        active: usize,
+        /// Columns.
+        dim: usize,
+        /// The most rows, classes, vectors of columns, and their product with the heads.
+        most: [usize; 4],
+    },
     /// A label is neither a class nor ignored.
     #[error(
         "label {label} of row {row} is not a class below {active} ({rows} row(s) with such a label)"

@@ -63,7 +63,7 @@ pub fn devices() -> &'static [Tested] {
 }
 
 fn tested(name: &'static str, client: Client) -> Tested {
-    let variants = [Variant::Unit, Variant::Plane, Variant::Cmma]
+    let variants = [Variant::Unit, Variant::Plane, Variant::Cmma, Variant::Small]
         .into_iter()
         .filter(|&variant| Strategy::Forced(variant).check(&client).is_ok())
         .collect();
@@ -83,6 +83,22 @@ pub fn runs() -> Vec<Run<'static>> {
 
 /// Every variant of every device, for ops with a product.
 pub fn product_runs() -> Vec<Run<'static>> {
+    let mut runs = fused_runs((0, 0, 0, 0, 0));
+    runs.retain(|run| run.strategy != Strategy::Forced(Variant::Small));
+    runs
+}
+
+/// Every variant of every device for the fused op of (heads, rows, dim, classes, active classes): the small one only if they are.
+pub fn fused_runs(sizes: (usize, usize, usize, usize, usize)) -> Vec<Run<'static>> {
+    let (heads, rows, dim, _, active) = sizes;
+    let small =
+        rows <= 4096 && active <= 256 && dim <= 256 && heads * rows * active * dim <= 1 << 23;
+    let mut runs = all_runs();
+    runs.retain(|run| small || run.strategy != Strategy::Forced(Variant::Small));
+    runs
+}
+
+fn all_runs() -> Vec<Run<'static>> {
     devices()
         .iter()
         .flat_map(|device| {

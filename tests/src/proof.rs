@@ -100,7 +100,8 @@ type Launch = fn(&Client, FloatKind);
 
 /// Every op in every variant that inference picks on these devices, or that is their fallback.
 fn launches() -> Vec<(&'static str, FloatKind, Launch)> {
-    let ops: [(&'static str, Launch); 8] = [
+    let ops: [(&'static str, Launch); 9] = [
+        ("cosine_cross_entropy, small", small),
         ("cosine_cross_entropy", |client, dtype| {
             fused(client, dtype, Strategy::Inferred, false)
         }),
@@ -154,6 +155,25 @@ fn fused(client: &Client, dtype: FloatKind, strategy: Strategy, allow_tf32: bool
         let output = cosine_cross_entropy::forward(client, &inputs, &options).expect(VALID);
         let upstream = Upstream::Total(1.0);
         cosine_cross_entropy::backward(client, &inputs, &options, &output, &upstream, true, true)
+            .expect(VALID);
+    }
+}
+
+fn small(client: &Client, dtype: FloatKind) {
+    let float = ElemType::Float(dtype);
+    let inputs = cosine_cross_entropy::Inputs {
+        embeddings: tensor(client, &[3, 128, 256], float),
+        weights: tensor(client, &[3, 35, 256], float),
+        labels: tensor(client, &[128], LABELS),
+    };
+    for reduction in [Reduction::Mean, Reduction::None] {
+        let mut options = cosine_cross_entropy::Options {
+            active: Some(20),
+            ..Default::default()
+        };
+        options.loss.reduction = reduction;
+        let upstream = Upstream::Total(1.0);
+        cosine_cross_entropy::forward_backward(client, &inputs, &options, &upstream, true, true)
             .expect(VALID);
     }
 }

@@ -131,7 +131,7 @@ impl ClassSums {
         };
         match blueprint.variant {
             Variant::Unit => unit::launch(&call),
-            Variant::Plane | Variant::Cmma => plane::launch(&call),
+            _ => plane::launch(&call),
         }
         self.fresh = false;
         Ok(())
@@ -209,7 +209,7 @@ impl ClassSums {
         let vector = weights.vector_size(&blueprint);
         let sharing = match blueprint.variant {
             Variant::Unit => 1,
-            Variant::Plane | Variant::Cmma => Group::of(&blueprint, dim / vector).size,
+            _ => Group::of(&blueprint, dim / vector).size,
         };
         let (count, cube) = elementwise(client, &blueprint, heads * stored * sharing);
         // SAFETY: `Strided` proved the weights, the sums are [lanes, heads, classes ≤ stored, dim].
@@ -278,7 +278,7 @@ fn lanes(elements: usize) -> usize {
 fn elementwise(client: &Client, blueprint: &Blueprint, work: usize) -> (CubeCount, CubeDim) {
     match blueprint.variant {
         Variant::Unit => blueprint.unit_grid(),
-        Variant::Plane | Variant::Cmma => (
+        _ => (
             cubes_for(client, work.div_ceil(PLANE_UNITS).min(65_535)),
             CubeDim::new_1d(PLANE_UNITS as u32),
         ),

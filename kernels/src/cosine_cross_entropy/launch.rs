@@ -2,10 +2,11 @@
 
 use cubecl::client::Client;
 use cubecl::ir::ElemType;
+use cubecl::server::Handle;
 use cubecl::std::tensor::TensorHandle;
 use serde::{Deserialize, Serialize};
 
-use super::{cmma, plane, unit};
+use super::{cmma, plane, small, unit};
 use crate::Gradients;
 use crate::blueprint::{Blueprint, Strategy, Variant};
 use crate::cosine_logits::CosineProblem;
@@ -82,7 +83,8 @@ pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<Lo
     let call = Call::new(client, inputs, options)?;
     Ok(match call.blueprint.variant {
         Variant::Unit => call.unit_forward(),
-        Variant::Plane | Variant::Cmma => call.gpu_forward(),
+        Variant::Small => call.small(None, false, false).0,
+        _ => call.gpu_forward(),
     })
 }
 
@@ -114,7 +116,8 @@ pub fn backward(
     let arriving = call.arriving(upstream)?;
     Ok(match call.blueprint.variant {
         Variant::Unit => call.unit_backward(output, &arriving, embeddings, weights),
-        Variant::Plane | Variant::Cmma => call.gpu_backward(output, &arriving, embeddings, weights),
+        Variant::Small => call.small(Some(&arriving), embeddings, weights).1,
+        _ => call.gpu_backward(output, &arriving, embeddings, weights),
     })
 }
 
@@ -136,16 +139,7 @@ pub fn forward_backward(
 ) -> Result<(LossOutput, Gradients), Error> {
     let call = Call::new(client, inputs, options)?;
     let arriving = call.arriving(upstream)?;
-    if call.blueprint.variant == Variant::Unit
-        && let Some(both) = call.unit_forward_backward(&arriving, embeddings, weights)
-    {
-        return Ok(both);
-    }
-    let output = forward(client, inputs, options)?;
-    let gradients = backward(
-        client, inputs, options, &output, upstream, embeddings, weights,
-    )?;
-    Ok((output, gradients))
+    Ok(call.forward_backward(&arriving, embeddings, weights))
 }
 
 /// A call whose operands are proved.
@@ -155,6 +149,7 @@ pub(super) struct Call<'a> {
     pub blueprint: Blueprint,
     pub problem: CosineProblem,
     pub labels: Labels,
+    pub head_weights: Handle, // f32, [heads]
 }
 
 /// What a forward pass writes for each row.
@@ -173,7 +168,11 @@ pub(super) struct Results {
 impl<'a> Call<'a> {
     fn new(client: &'a Client, inputs: &Inputs, options: &'a Options) -> Result<Self, Error> {
         let dtype = inputs.embeddings.dtype;
-        let blueprint = Blueprint::of_product(client, options.strategy, dtype, options.allow_tf32)?;
+        let forced_small = options.strategy == Strategy::Forced(Variant::Small);
+        let mut blueprint = match forced_small {
+            true => Blueprint::small(client)?,
+            false => Blueprint::of_product(client, options.strategy, dtype, options.allow_tf32)?,
+        };
         let problem = CosineProblem::new(
             client,
             &blueprint,
@@ -182,14 +181,24 @@ impl<'a> Call<'a> {
             options.scale,
             options.active,
         )?;
-        options.loss.validate(problem.sizes.heads)?;
+        let heads = problem.sizes.heads;
+        options.loss.validate(heads)?;
         let labels = Labels::new(client, &inputs.labels, problem.sizes.rows)?;
+        if forced_small {
+            small::check(&blueprint, &problem)?;
+        } else if options.strategy == Strategy::Inferred && blueprint.variant != Variant::Unit {
+            let small = Blueprint::small(client)?;
+            if small::check(&small, &problem).is_ok() {
+                blueprint = small;
+            }
+        }
         Ok(Self {
             client,
             options,
             blueprint,
             problem,
             labels,
+            head_weights: options.loss.upload_weights(client, heads),
         })
     }
 
@@ -233,15 +242,52 @@ impl<'a> Call<'a> {
         }
     }
 
-    fn unit_results(&self) -> Results {
+    fn results(&self) -> Results {
         Results {
             rows: self.row_results(),
             reduced: Reduced::empty(self.client, self.problem.sizes.heads),
         }
     }
 
+    fn forward_backward(
+        &self,
+        arriving: &Arriving,
+        embeddings: bool,
+        weights: bool,
+    ) -> (LossOutput, Gradients) {
+        match self.blueprint.variant {
+            Variant::Unit => {
+                if let Some(both) = self.unit_forward_backward(arriving, embeddings, weights) {
+                    return both;
+                }
+                let output = self.unit_forward();
+                let gradients = self.unit_backward(&output, arriving, embeddings, weights);
+                (output, gradients)
+            }
+            Variant::Small => self.small(Some(arriving), embeddings, weights),
+            _ => {
+                let output = self.gpu_forward();
+                let gradients = self.gpu_backward(&output, arriving, embeddings, weights);
+                (output, gradients)
+            }
+        }
+    }
+
+    /// Both passes, or the first without gradients: the second alone would have to compute all of the first.
+    fn small(
+        &self,
+        arriving: Option<&Arriving>,
+        embeddings: bool,
+        weights: bool,
+    ) -> (LossOutput, Gradients) {
+        let gradients = self.gradients(embeddings, weights);
+        let results = self.results();
+        small::launch(self, arriving, &results.rows, &results.reduced, &gradients);
+        (self.output(results), gradients)
+    }
+
     fn unit_forward(&self) -> LossOutput {
-        let results = self.unit_results();
+        let results = self.results();
         if let Some(step) = unit::Step::new(self, true, None, &Gradients::default()) {
             step.launch(&results);
         }
@@ -282,7 +328,7 @@ impl<'a> Call<'a> {
     ) -> Option<(LossOutput, Gradients)> {
         let gradients = self.gradients(embeddings, weights);
         let step = unit::Step::new(self, true, Some(arriving), &gradients)?;
-        let results = self.unit_results();
+        let results = self.results();
         step.launch(&results);
         Some((self.output(results), gradients))
     }
@@ -310,6 +356,7 @@ impl<'a> Call<'a> {
             &self.labels,
             self.problem.sizes.active,
             &self.options.loss,
+            &self.head_weights,
         );
         self.output(Results { rows, reduced })
     }

@@ -30,6 +30,7 @@
 mod cmma;
 mod launch;
 mod plane;
+mod small;
 mod unit;
 
 pub use launch::{Inputs, Options, backward, forward, forward_backward};

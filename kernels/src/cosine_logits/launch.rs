@@ -70,7 +70,7 @@ pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<Te
     let packed = call.packed();
     let launch = match call.blueprint.variant {
         Variant::Unit => unit::launch_forward,
-        Variant::Plane | Variant::Cmma => plane::launch_forward,
+        _ => plane::launch_forward,
     };
     launch(client, &call.blueprint, &packed, &logits, options.scale);
     Ok(logits)
@@ -138,7 +138,7 @@ pub fn backward(
             };
             match call.blueprint.variant {
                 Variant::Unit => unit::launch_backward(&call),
-                Variant::Plane | Variant::Cmma => plane::launch_backward(&call),
+                _ => plane::launch_backward(&call),
             }
         }
     }

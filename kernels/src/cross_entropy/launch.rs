@@ -54,7 +54,7 @@ pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<Lo
     };
     match blueprint.variant {
         Variant::Unit => unit::launch_forward(&call),
-        Variant::Plane | Variant::Cmma => plane::launch_forward(&call),
+        _ => plane::launch_forward(&call),
     }
     let reduced = reduce::launch(
         client,
@@ -63,6 +63,7 @@ pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<Lo
         &labels,
         classes,
         &options.loss,
+        &options.loss.upload_weights(client, heads),
     );
     Ok(LossOutput::new(
         row_loss,
@@ -118,7 +119,7 @@ pub fn backward(
     };
     match blueprint.variant {
         Variant::Unit => unit::launch_backward(&call),
-        Variant::Plane | Variant::Cmma => plane::launch_backward(&call),
+        _ => plane::launch_backward(&call),
     }
     Ok(grad)
 }

@@ -1,5 +1,8 @@
 //! The options that every classification loss shares.
 
+use cubecl::client::Client;
+use cubecl::prelude::*;
+use cubecl::server::Handle;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
@@ -82,6 +85,11 @@ impl LossOptions {
                 expected: "finite",
             }),
         }
+    }
+
+    /// The weight of each head on the device: f32, `[heads]`.
+    pub(crate) fn upload_weights(&self, client: &Client, heads: usize) -> Handle {
+        client.create_from_slice(f32::as_bytes(&self.weights(heads)))
     }
 
     /// The weight of each head.

@@ -4,6 +4,7 @@
 
 use cubecl::client::Client;
 use cubecl::prelude::*;
+use cubecl::server::Handle;
 use cubecl::std::tensor::TensorHandle;
 
 use super::options::{LossOptions, Reduction};
@@ -40,13 +41,13 @@ pub(crate) fn launch(
     labels: &Labels,
     active: usize,
     options: &LossOptions,
+    head_weights: &Handle, // f32, [heads]
 ) -> Reduced {
     let [heads, rows] = [row_loss.shape()[0], row_loss.shape()[1]];
     let reduced = Reduced::empty(client, heads);
-    let weights = client.create_from_slice(f32::as_bytes(&options.weights(heads)));
     let units = match blueprint.variant {
         Variant::Unit => 1,
-        Variant::Plane | Variant::Cmma => PLANE_UNITS,
+        _ => PLANE_UNITS,
     };
     // SAFETY: every buffer has the length that its comment says, and the kernel stays inside heads × rows.
     unsafe {
@@ -56,7 +57,7 @@ pub(crate) fn launch(
             CubeDim::new_1d(units as u32),
             whole(row_loss, 1),
             labels.buffer_arg(),
-            BufferArg::from_raw_parts(weights, heads),
+            BufferArg::from_raw_parts(head_weights.clone(), heads),
             whole(&reduced.loss, 1),
             whole(&reduced.total, 1),
             whole(&reduced.status, 1),
@@ -90,7 +91,6 @@ fn reduce<I: Int>(
     let mut counted = Shared::<[u32]>::new_slice(units);
     let mut invalid = Shared::<[u32]>::new_slice(units);
     let mut first = Shared::<[u32]>::new_slice(units);
-    let mut partial = Shared::<[f32]>::new_slice(units);
 
     let mut my_counted = 0u32.runtime();
     let mut my_invalid = 0u32.runtime();
@@ -126,12 +126,46 @@ fn reduce<I: Int>(
         status[2] = all_first;
     }
 
+    reduce_heads(
+        row_loss,
+        0,
+        weights,
+        loss,
+        total,
+        heads,
+        rows,
+        f32::cast_from(all_counted),
+        units,
+        mean,
+        true,
+    );
+}
+
+/// The losses `[heads, rows]` from `first` on, to each head's loss if `by_head`, and to the total. One cube of so many units;
+/// `counted`, the rows that are not ignored, matters in the first of them.
+#[cube]
+#[allow(clippy::too_many_arguments)] // what a reduction reads and writes
+pub(crate) fn reduce_heads(
+    row_loss: &[f32],
+    first: usize,
+    weights: &[f32],   // [heads]
+    loss: &mut [f32],  // [heads]
+    total: &mut [f32], // [1]
+    heads: usize,
+    rows: usize,
+    counted: f32,
+    #[comptime] units: usize,
+    #[comptime] mean: bool,
+    #[comptime] by_head: bool,
+) {
+    let unit = UNIT_POS as usize;
+    let mut partial = Shared::<[f32]>::new_slice(units);
     let mut all = Kahan::new();
     for head in 0..heads {
         let mut sum = Kahan::new();
         let mut row = unit;
         while row < rows {
-            sum.add(row_loss[head * rows + row]);
+            sum.add(row_loss[first + head * rows + row]);
             row += units;
         }
         partial[unit] = sum.total();
@@ -145,9 +179,11 @@ fn reduce<I: Int>(
             }
             let mut reduced = of_head.total();
             if comptime!(mean) {
-                reduced /= max(f32::cast_from(all_counted), 1.0);
+                reduced /= max(counted, 1.0);
             }
-            loss[head] = reduced;
+            if comptime!(by_head) {
+                loss[head] = reduced;
+            }
             all.add(reduced * weights[head]);
         }
         if comptime!(units > 1) {

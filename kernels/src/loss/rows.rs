@@ -115,7 +115,7 @@ pub(crate) fn launch(
     };
     let (count, dim) = match blueprint.variant {
         Variant::Unit => blueprint.unit_grid(),
-        Variant::Plane | Variant::Cmma => (
+        _ => (
             cubes_for(client, rows_padded.div_ceil(PLANE_UNITS)),
             CubeDim::new_1d(PLANE_UNITS as u32),
         ),

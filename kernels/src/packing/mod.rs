@@ -104,7 +104,7 @@ impl Packed {
             rows: client.empty(sizes.elements() * float),
             panels: client.empty(match blueprint.variant {
                 Variant::Unit => sizes.elements() * float,
-                Variant::Plane | Variant::Cmma => float,
+                _ => float,
             }),
             norms: client.empty(sizes.packed_rows() * float),
             sizes,
@@ -114,7 +114,7 @@ impl Packed {
             .min(weights.vector_size(blueprint));
         match blueprint.variant {
             Variant::Unit => unit::launch(client, embeddings, weights, &packed, vector, blueprint),
-            Variant::Plane | Variant::Cmma => {
+            _ => {
                 plane::launch(client, embeddings, weights, &packed, vector, blueprint);
             }
         }

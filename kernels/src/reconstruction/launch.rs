@@ -52,7 +52,7 @@ pub fn forward(client: &Client, inputs: &Inputs, strategy: Strategy) -> Result<O
     };
     let launch = match blueprint.variant {
         Variant::Unit => unit::launch_forward,
-        Variant::Plane | Variant::Cmma => plane::launch_forward,
+        _ => plane::launch_forward,
     };
     launch(&call, &output.cosines, &output.loss);
     Ok(output)
@@ -94,7 +94,7 @@ pub fn backward(
         };
         match blueprint.variant {
             Variant::Unit => unit::launch_backward(&call),
-            Variant::Plane | Variant::Cmma => plane::launch_backward(&call),
+            _ => plane::launch_backward(&call),
         }
     }
     Ok(gradients)

@@ -7,7 +7,7 @@ use protohead::cosine_cross_entropy::{Inputs, Options, backward, forward, forwar
 use protohead::{Reduction, Strategy, Upstream, Variant};
 use protohead_reference as reference;
 use protohead_tests::close::Comparison;
-use protohead_tests::devices::{Run, product_runs};
+use protohead_tests::devices::{Run, fused_runs};
 use protohead_tests::problem::{
     Data, Dtype, LabelDtype, LabelKind, Problem, Values, download, problem, wide,
 };
@@ -214,7 +214,7 @@ fn check(
 }
 
 fn agrees(problem: &Problem) -> Result<(), TestCaseError> {
-    agrees_on(problem, product_runs())
+    agrees_on(problem, fused_runs(problem.sizes))
 }
 
 fn agrees_on(problem: &Problem, runs: Vec<Run>) -> Result<(), TestCaseError> {
@@ -285,7 +285,10 @@ fn shapes_beyond_one_workspace_agree_with_the_reference() {
             ..plain.clone()
         };
         let on_cpu = |run: &Run| run.strategy == Strategy::Forced(Variant::Unit);
-        let runs = product_runs().into_iter().filter(on_cpu).collect();
+        let runs = fused_runs(problem.sizes)
+            .into_iter()
+            .filter(on_cpu)
+            .collect();
         agrees_on(&problem, runs).unwrap_or_else(|error| panic!("{problem:?}: {error}"));
     }
 }

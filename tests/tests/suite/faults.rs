@@ -7,7 +7,7 @@ use cubecl::std::tensor::TensorHandle;
 use protohead::class_means::ClassSums;
 use protohead::cosine_cross_entropy::{Inputs, Options, backward, forward};
 use protohead::{Error, LossOptions, Reduction, Strategy, Upstream, Variant};
-use protohead_tests::devices::{devices, product_runs, runs};
+use protohead_tests::devices::{devices, fused_runs, runs};
 use protohead_tests::problem::{Dtype, download};
 
 fn floats(client: &Client, shape: &[usize]) -> TensorHandle {
@@ -142,7 +142,7 @@ fn what_the_host_can_see_is_a_typed_error() {
 #[test]
 fn a_variant_the_device_cannot_run_is_refused() {
     for device in devices() {
-        for variant in [Variant::Unit, Variant::Plane] {
+        for variant in [Variant::Unit, Variant::Plane, Variant::Cmma, Variant::Small] {
             let options = Options {
                 strategy: Strategy::Forced(variant),
                 ..Options::default()
@@ -159,8 +159,54 @@ fn a_variant_the_device_cannot_run_is_refused() {
 }
 
 #[test]
+fn the_small_variant_is_of_small_problems_of_the_fused_op_only() {
+    for device in devices() {
+        if !device.variants.contains(&Variant::Small) {
+            continue;
+        }
+        let client = &device.client;
+        let strategy = Strategy::Forced(Variant::Small);
+        let inputs = Inputs {
+            embeddings: floats(client, &[1, 2, 4]),
+            weights: floats(client, &[1, 257, 4]),
+            labels: labels(client, &[0, 1]),
+        };
+        let of = |active| {
+            let options = Options {
+                active: Some(active),
+                strategy,
+                ..Options::default()
+            };
+            forward(client, &inputs, &options)
+                .map(|_| ())
+                .map_err(|error| error.to_string())
+        };
+        assert_eq!(of(256), Ok(()));
+        assert_eq!(
+            of(257).expect_err("too many classes"),
+            "1 heads × 2 rows × 257 active classes × 4 columns are too many for the small variant, which takes at most \
+             4096 rows, 256 classes, 256 vectors of columns and 8388608 of their product"
+        );
+        let logits = protohead::cosine_logits::Inputs {
+            embeddings: inputs.embeddings.clone(),
+            weights: inputs.weights.clone(),
+        };
+        let options = protohead::cosine_logits::Options {
+            strategy,
+            ..Default::default()
+        };
+        assert_eq!(
+            protohead::cosine_logits::forward(client, &logits, &options)
+                .expect_err("no such variant")
+                .to_string(),
+            "this op has no small variant: cosine_cross_entropy does"
+        );
+    }
+}
+
+#[test]
 fn a_bad_label_is_reported_and_its_row_counts_as_ignored() {
-    for run in product_runs() {
+    for run in fused_runs((2, 4, 5, 3, 3)) {
         let client = run.client;
         let options = Options {
             loss: LossOptions {
@@ -246,7 +292,7 @@ fn a_bad_label_leaves_class_means_untouched_and_is_reported() {
 
 #[test]
 fn a_nan_stays_in_its_row() {
-    for run in product_runs() {
+    for run in fused_runs((2, 4, 5, 3, 3)) {
         let client = run.client;
         let mut values = vec![0.5f32; 40];
         values

@@ -4,7 +4,7 @@ use cubecl::MemoryScope;
 use proptest::prelude::*;
 use protohead::cosine_cross_entropy::{Inputs, Options, backward, forward, forward_backward};
 use protohead::{LossOptions, Reduction, Strategy, Upstream, Variant};
-use protohead_tests::devices::{Run, devices, product_runs};
+use protohead_tests::devices::{Run, devices, fused_runs, product_runs};
 use protohead_tests::problem::{Dtype, LabelKind, Problem, Values, download, problem};
 
 use crate::support::config;
@@ -83,7 +83,7 @@ proptest! {
     #[test]
     fn the_same_input_gives_the_same_bits(problem in problem()) {
         let data = problem.data();
-        for run in product_runs() {
+        for run in fused_runs(problem.sizes) {
             if problem.supported(run.client) {
                 for together in [false, true] {
                     let [once, again] = [(); 2].map(|()| {
@@ -100,7 +100,7 @@ proptest! {
         let data = problem.data();
         let (_, rows, dim, _, _) = problem.sizes;
         let order = reversed(rows);
-        for run in product_runs() {
+        for run in fused_runs(problem.sizes) {
             if !problem.supported(run.client) {
                 continue;
             }
@@ -132,7 +132,7 @@ proptest! {
         let (_, _, dim, classes, _) = problem.sizes;
         let order = reversed(classes);
         let relabelled: Vec<i64> = data.labels.iter().map(|&l| classes as i64 - 1 - l).collect();
-        for run in product_runs() {
+        for run in fused_runs(problem.sizes) {
             if !problem.supported(run.client) {
                 continue;
             }

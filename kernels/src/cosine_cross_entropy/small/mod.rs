@@ -1,0 +1,152 @@
+//! A small step in two launches, because launches cost more than it computes: one over rows, one over classes.
+//!
+//! 1. A cube owns a few rows of a head, and needs all class weights: cosines and the weights' norms, the softmax in shared
+//!    memory, logit gradients, and the rows' own gradients. It leaves logit gradients, norms and losses in a scratch buffer.
+//! 2. A cube owns a class of a head: the sum of logit gradient × row over the rows. One more cube reduces the losses.
+//!
+//! Nothing is packed: operands are read as they are, from a cache that they fit in. All in f32, whatever the operands are.
+
+mod classes;
+mod rows;
+
+use cubecl::prelude::*;
+use cubecl::server::Handle;
+use cubecl::std::tensor::TensorHandle;
+
+use super::launch::{Call, RowResults};
+use crate::Gradients;
+use crate::blueprint::{Blueprint, PLANE_UNITS};
+use crate::cosine_logits::CosineProblem;
+use crate::error::Error;
+use crate::loss::reduce::Reduced;
+use crate::loss::rows::Arriving;
+use crate::operand::{empty, whole};
+
+/// Active classes at most: their logits for a few rows are in shared memory.
+const CLASSES: usize = 256;
+/// Rows at most: every cube counts the labels.
+const ROWS: usize = 4096;
+/// `heads · rows · active · dim` at most: operands are read again by every cube.
+const WORK: usize = 1 << 23;
+
+/// Whether a problem is small.
+///
+/// # Errors
+/// [`Error::NotSmall`] if not.
+pub(super) fn check(blueprint: &Blueprint, problem: &CosineProblem) -> Result<(), Error> {
+    let sizes = &problem.sizes;
+    let [rows, active, dim] = [sizes.rows, sizes.active, sizes.dim];
+    let work = [rows, active, dim]
+        .iter()
+        .fold(sizes.heads, |work, &size| work.saturating_mul(size));
+    // A unit has a vector of columns.
+    let columns = dim / vector_size(blueprint, problem);
+    if active > CLASSES || rows > ROWS || columns > PLANE_UNITS || work > WORK {
+        return Err(Error::NotSmall {
+            heads: sizes.heads,
+            rows,
+            active,
+            dim,
+            most: [ROWS, CLASSES, PLANE_UNITS, WORK],
+        });
+    }
+    Ok(())
+}
+
+fn vector_size(blueprint: &Blueprint, problem: &CosineProblem) -> usize {
+    problem
+        .embeddings
+        .vector_size(blueprint)
+        .min(problem.weights.vector_size(blueprint))
+}
+
+/// What the launches tell each other, and where it lies in one buffer of f32: logit gradients `[heads, rows, active]` times
+/// scale, then `1 / ‖x‖` and the losses `[heads, rows]`, then the counts of [`Counted`].
+#[derive(CubeType, CubeLaunch, Clone, Copy)]
+struct Sizes {
+    heads: usize,
+    rows: usize,
+    active: usize,
+    stored: usize,
+    dim: usize,
+}
+
+#[cube]
+impl Sizes {
+    fn inverse_norms(&self) -> usize {
+        self.heads * self.rows * self.active
+    }
+
+    fn losses(&self) -> usize {
+        self.inverse_norms() + self.heads * self.rows
+    }
+
+    fn counted(&self) -> usize {
+        self.losses() + self.heads * self.rows
+    }
+}
+
+/// Rows that count, rows with a bad label, and the first of these; below 2²⁴, so that f32 holds them.
+const COUNTS: usize = 3;
+
+/// Both passes. A gradient that is not there is not computed; without `arriving` none may be.
+pub(super) fn launch(
+    call: &Call,
+    arriving: Option<&Arriving>,
+    results: &RowResults,
+    reduced: &Reduced,
+    gradients: &Gradients,
+) {
+    let sizes = &call.problem.sizes;
+    let pairs = sizes.heads * sizes.rows;
+    let elements = pairs * sizes.active + 2 * pairs + COUNTS;
+    let step = Step {
+        call,
+        vector: vector_size(&call.blueprint, &call.problem),
+        scratch: call.client.empty(elements * size_of::<f32>()),
+        elements,
+    };
+    rows::launch(&step, arriving, results, gradients.embeddings.as_ref());
+    classes::launch(&step, results, reduced, gradients.weights.as_ref());
+}
+
+/// What both launches need.
+struct Step<'a> {
+    call: &'a Call<'a>,
+    vector: usize,
+    scratch: Handle,
+    elements: usize,
+}
+
+impl Step<'_> {
+    fn sizes_arg(&self) -> SizesLaunch {
+        let sizes = &self.call.problem.sizes;
+        SizesLaunch::new(
+            sizes.heads,
+            sizes.rows,
+            sizes.active,
+            self.call.problem.classes,
+            sizes.dim,
+        )
+    }
+
+    fn scratch_arg(&self) -> BufferArg {
+        // SAFETY: `launch` allocated exactly this many elements.
+        unsafe { BufferArg::from_raw_parts(self.scratch.clone(), self.elements) }
+    }
+
+    /// A gradient, or a vector that nobody writes.
+    fn grad_arg(&self, grad: Option<&TensorHandle>) -> BufferArg {
+        match grad {
+            Some(grad) => whole(grad, self.vector),
+            None => whole(
+                &empty(
+                    self.call.client,
+                    [self.vector],
+                    self.call.problem.embeddings.dtype(),
+                ),
+                self.vector,
+            ),
+        }
+    }
+}

@@ -1,0 +1,327 @@
+//! The first launch: a cube owns a few rows of a head.
+
+use cubecl::prelude::*;
+use cubecl::std::tensor::TensorHandle;
+
+use super::{CLASSES, Sizes, Step};
+use crate::blueprint::{PLANE_UNITS, cubes_for};
+use crate::cosine_cross_entropy::launch::RowResults;
+use crate::loss::Reduction;
+use crate::loss::rows::Arriving;
+use crate::loss::target::{INVALID, LabelRule, is_class, label_rule, target_of};
+use crate::math::group::{Group, group_count, group_min, group_softmax, group_sum, member};
+use crate::math::lanes::One;
+use crate::math::online_softmax::{RowSoftmax, logit_gradient};
+use crate::operand::whole;
+use crate::packing::unit::{EPSILON, RowStrides};
+
+/// Rows of a cube.
+const OWNED: usize = 4;
+
+/// How a cube's units share the work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Plan {
+    /// Units of a class while cosines are computed.
+    of_class: Group,
+    /// Units of a row while its softmax is.
+    of_row: Group,
+    /// All of them.
+    all: Group,
+    /// Whether logit gradients are wanted, and whether the rows' own are.
+    backward: bool,
+    of_embeddings: bool,
+    /// Whether a gradient arrives for every row, or else for a head; there it is shared if the loss is a mean.
+    per_row: bool,
+    mean: bool,
+}
+
+pub(super) fn launch(
+    step: &Step,
+    arriving: Option<&Arriving>,
+    results: &RowResults,
+    grad: Option<&TensorHandle>,
+) {
+    let call = step.call;
+    let sizes = &call.problem.sizes;
+    let loss = &call.options.loss;
+    let all = Group::cube(&call.blueprint);
+    let plan = Plan {
+        of_class: Group::of(&call.blueprint, sizes.dim / step.vector),
+        of_row: Group {
+            size: PLANE_UNITS / OWNED,
+            exchange: all.exchange,
+        },
+        all,
+        backward: arriving.is_some(),
+        of_embeddings: grad.is_some(),
+        per_row: arriving.is_some_and(|arriving| arriving.per_row),
+        mean: loss.reduction == Reduction::Mean,
+    };
+    // SAFETY: `Strided` proved the operands, labels and row results have `rows` elements a head, and `Step` holds the scratch;
+    // without a gradient that arrives, the kernel reads none.
+    unsafe {
+        rows::launch_unchecked(
+            call.client,
+            cubes_for(call.client, sizes.heads * sizes.rows.div_ceil(OWNED)),
+            CubeDim::new_1d(PLANE_UNITS as u32),
+            step.vector,
+            call.problem.embeddings.buffer_arg(step.vector),
+            call.problem.embeddings.strides_arg(step.vector),
+            call.problem.weights.buffer_arg(step.vector),
+            call.problem.weights.strides_arg(step.vector),
+            call.labels.buffer_arg(),
+            match arriving {
+                Some(arriving) => {
+                    BufferArg::from_raw_parts(arriving.gradient.clone(), arriving.elements)
+                }
+                None => BufferArg::from_raw_parts(call.client.empty(size_of::<f32>()), 1),
+            },
+            whole(&results.lse, 1),
+            whole(&results.predictions, 1),
+            step.scratch_arg(),
+            step.grad_arg(grad),
+            step.sizes_arg(),
+            label_rule(call.labels.dtype(), sizes.active, loss.ignore_index),
+            call.options.scale,
+            loss.label_smoothing,
+            plan,
+            call.problem.embeddings.dtype(),
+            call.labels.dtype(),
+        );
+    }
+}
+
+/// The labels of the batch, counted by the whole cube.
+#[derive(CubeType, Clone, Copy)]
+struct Counted {
+    classes: u32,
+    invalid: u32,
+    first_invalid: u32,
+}
+
+#[cube]
+fn count<I: Int>(labels: &[I], rows: usize, rule: &LabelRule, #[comptime] all: Group) -> Counted {
+    let mut classes = 0u32.runtime();
+    let mut invalid = 0u32.runtime();
+    let mut first_invalid = INVALID.runtime();
+    let mut row = UNIT_POS as usize;
+    while row < rows {
+        let target = target_of::<I>(labels[row], rule);
+        if is_class(target) {
+            classes += 1;
+        } else if target == INVALID {
+            invalid += 1;
+            first_invalid = min(first_invalid, row as u32);
+        }
+        row += PLANE_UNITS;
+    }
+    Counted {
+        classes: group_count(classes, all),
+        invalid: group_count(invalid, all),
+        first_invalid: group_min(first_invalid, all),
+    }
+}
+
+#[cube(launch_unchecked)]
+fn rows<F: Float, I: Int, N: Size>(
+    embeddings: &[Vector<F, N>],
+    embedding_strides: RowStrides,
+    weights: &[Vector<F, N>],
+    weight_strides: RowStrides,
+    labels: &[I],            // [rows]
+    arriving: &[f32],        // [heads], or [heads, rows] if per_row
+    lse: &mut [f32],         // [heads, rows]
+    predictions: &mut [u32], // [heads, rows]
+    scratch: &mut [f32],
+    grad: &mut [Vector<F, N>], // [heads, rows, dim]
+    sizes: Sizes,
+    rule: LabelRule,
+    scale: f32,
+    smoothing: f32,
+    #[comptime] plan: Plan,
+    #[define(F)] _dtype: ElemType,
+    #[define(I)] _label: ElemType,
+) {
+    let blocks = sizes.rows.div_ceil(OWNED);
+    if CUBE_POS >= sizes.heads * blocks {
+        terminate!();
+    }
+    let unit = UNIT_POS as usize;
+    let head = CUBE_POS / blocks;
+    let first = CUBE_POS % blocks * OWNED;
+    let columns = sizes.dim / N::value();
+    let active = sizes.active;
+    let of_weights = head * weight_strides.head;
+    let of_embeddings = head * embedding_strides.head;
+
+    // Cosines at first, then logit gradients: [OWNED, CLASSES].
+    let mut logits = Shared::<[f32]>::new_slice(comptime!(OWNED * CLASSES));
+    let mut weight_inverses = Shared::<[f32]>::new_slice(CLASSES);
+    let mut norms = Shared::<[f32]>::new_slice(OWNED);
+    let mut projections = Shared::<[f32]>::new_slice(OWNED);
+
+    // The rows' norms.
+    let here = member(plan.of_row);
+    let own = unit / plan.of_row.size;
+    // A row that is not there stands for the last one, and writes nothing.
+    let own_row = min(first + own, sizes.rows - 1);
+    let is_there = first + own < sizes.rows;
+    let mut squares = 0.0f32.runtime();
+    let mut d = here.lane;
+    while d < columns {
+        let x = Vector::<f32, N>::cast_from(
+            embeddings[of_embeddings + own_row * embedding_strides.row + d],
+        );
+        squares += (x * x).vector_sum();
+        d += plan.of_row.size;
+    }
+    let norm = group_sum(squares, plan.of_row).sqrt();
+    if here.lane == 0 {
+        norms[own] = norm;
+    }
+    let counted = count::<I>(labels, sizes.rows, &rule, plan.all);
+    sync_cube();
+
+    // Cosines: a group takes a class, for all rows of the cube.
+    let lane = unit % plan.of_class.size;
+    let together = comptime!(plan.of_class.per_cube());
+    for turn in 0..active.div_ceil(together) {
+        let class = turn * together + unit / plan.of_class.size;
+        let mut squares = 0.0f32.runtime();
+        let mut dots = Array::<f32>::new(OWNED);
+        #[unroll]
+        for r in 0..OWNED {
+            dots[r] = 0.0;
+        }
+        if class < active {
+            let mut d = lane;
+            while d < columns {
+                let w = Vector::<f32, N>::cast_from(
+                    weights[of_weights + class * weight_strides.row + d],
+                );
+                squares += (w * w).vector_sum();
+                #[unroll]
+                for r in 0..OWNED {
+                    let row = min(first + r, sizes.rows - 1);
+                    let x = Vector::<f32, N>::cast_from(
+                        embeddings[of_embeddings + row * embedding_strides.row + d],
+                    );
+                    dots[r] += (w * x).vector_sum();
+                }
+                d += plan.of_class.size;
+            }
+        }
+        let norm = group_sum(squares, plan.of_class).sqrt();
+        let inverse = 1.0 / max(norm, EPSILON);
+        if class < active && lane == 0 {
+            weight_inverses[class] = inverse;
+        }
+        #[unroll]
+        for r in 0..OWNED {
+            let dot = group_sum(dots[r], plan.of_class);
+            if class < active && lane == 0 {
+                // One after the other: the product of two small norms would underflow.
+                logits[r * CLASSES + class] = dot * inverse / max(norms[r], EPSILON);
+            }
+        }
+    }
+    sync_cube();
+
+    // The softmax of each row, and its logit gradients.
+    let row_norm = norms[own];
+    let row_inverse = 1.0 / max(row_norm, EPSILON);
+    let target = target_of::<I>(labels[own_row], &rule);
+    let mut state = RowSoftmax::new();
+    let mut class = here.lane;
+    while class < active {
+        let z = Vector::<f32, One>::new(logits[own * CLASSES + class] * scale);
+        state.fold::<One>(z, class as u32, target);
+        class += plan.of_row.size;
+    }
+    let softmax = group_softmax(state, plan.of_row);
+    let out = head * sizes.rows + own_row;
+    if is_there && here.lane == 0 {
+        lse[out] = softmax.lse();
+        predictions[out] = softmax.best;
+        let mut loss = 0.0f32.runtime();
+        if is_class(target) {
+            loss = softmax.loss(active as u32, smoothing);
+        }
+        scratch[sizes.losses() + out] = loss;
+        scratch[sizes.inverse_norms() + out] = row_inverse;
+    }
+    if CUBE_POS == 0 && unit == 0 {
+        scratch[sizes.counted()] = f32::cast_from(counted.classes);
+        scratch[sizes.counted() + 1] = f32::cast_from(counted.invalid);
+        scratch[sizes.counted() + 2] = f32::cast_from(counted.first_invalid);
+    }
+    if comptime!(plan.backward) {
+        let mut upstream = 0.0f32.runtime();
+        if is_class(target) {
+            if comptime!(plan.per_row) {
+                upstream = arriving[out];
+            } else if comptime!(plan.mean) {
+                upstream = arriving[head] * (1.0 / max(f32::cast_from(counted.classes), 1.0));
+            } else {
+                upstream = arriving[head];
+            }
+        }
+        let row_lse = Vector::<f32, One>::new(softmax.lse());
+        let mut along = 0.0f32.runtime();
+        let mut class = here.lane;
+        while class < active {
+            let at = own * CLASSES + class;
+            let cosine = logits[at];
+            let gradient = logit_gradient::<One>(
+                Vector::<f32, One>::new(cosine * scale),
+                row_lse,
+                Vector::<f32, One>::new(upstream),
+                Vector::<u32, One>::new(class as u32).equal(&Vector::<u32, One>::new(target)),
+                active as u32,
+                smoothing,
+            );
+            let value = gradient.extract(0usize) * scale;
+            along += value * cosine;
+            if is_there {
+                scratch[out * active + class] = value;
+            }
+            logits[at] = value * weight_inverses[class];
+            class += plan.of_row.size;
+        }
+        let mut projection = group_sum(along, plan.of_row);
+        if row_norm < EPSILON {
+            projection = 0.0;
+        }
+        if here.lane == 0 {
+            projections[own] = projection;
+        }
+        sync_cube();
+    }
+
+    // The rows' gradients: a unit takes a vector of columns of a row.
+    if comptime!(plan.of_embeddings) {
+        let mut item = unit;
+        while item < OWNED * columns {
+            let r = item / columns;
+            let d = item % columns;
+            let row = first + r;
+            if row < sizes.rows {
+                let mut sum = Vector::<f32, N>::new(0.0);
+                for class in 0..active {
+                    let w = Vector::<f32, N>::cast_from(
+                        weights[of_weights + class * weight_strides.row + d],
+                    );
+                    sum = fma(Vector::<f32, N>::new(logits[r * CLASSES + class]), w, sum);
+                }
+                let inverse = 1.0 / max(norms[r], EPSILON);
+                let x = Vector::<f32, N>::cast_from(
+                    embeddings[of_embeddings + row * embedding_strides.row + d],
+                );
+                let along = Vector::<f32, N>::new(-projections[r] * inverse);
+                let value = fma(along, x, sum) * Vector::<f32, N>::new(inverse);
+                grad[(head * sizes.rows + row) * columns + d] = Vector::<F, N>::cast_from(value);
+            }
+            item += PLANE_UNITS;
+        }
+    }
+}

@@ -169,10 +169,11 @@ impl RowSoftmax {
         self.peak + self.sum.ln()
     }
 
-    /// `lse − (1 − ε) z[target] − ε · mean(z)`
+    /// `lse − (1 − ε) z[target] − ε · mean(z)`, in differences, so that what is equal cancels: one class has no loss.
     pub(crate) fn loss(&self, active: u32, smoothing: f32) -> f32 {
         let mean = self.total / f32::cast_from(active);
-        self.lse() - (1.0 - smoothing) * self.target - smoothing * mean
+        let lse = self.lse();
+        (1.0 - smoothing) * (lse - self.target) + smoothing * (lse - mean)
     }
 }
 

@@ -47,13 +47,7 @@ fn expected<T: reference::Real>(problem: &Problem, data: &Data) -> Expected<T> {
     }
 }
 
-fn check(
-    run: &Run,
-    problem: &Problem,
-    data: &Data,
-    truth: &Expected<f64>,
-    working: &Expected<f32>,
-) -> Result<(), String> {
+fn arguments(run: &Run, problem: &Problem, data: &Data) -> (Inputs, Options) {
     let client = run.client;
     let (heads, rows, dim, classes, active) = problem.sizes;
     let inputs = Inputs {
@@ -68,6 +62,19 @@ fn check(
         loss: problem.options(data),
         strategy: run.strategy,
     };
+    (inputs, options)
+}
+
+fn check(
+    run: &Run,
+    problem: &Problem,
+    data: &Data,
+    truth: &Expected<f64>,
+    working: &Expected<f32>,
+) -> Result<(), String> {
+    let client = run.client;
+    let (heads, rows, dim, _, active) = problem.sizes;
+    let (inputs, options) = arguments(run, problem, data);
     let said = |error: protohead::Error| error.to_string();
     let output = forward(client, &inputs, &options).map_err(said)?;
     output.read_total(client).map_err(said)?;
@@ -247,6 +254,31 @@ proptest! {
     #[test]
     fn the_fused_op_agrees_with_the_reference(problem in problem()) {
         agrees(&problem)?;
+    }
+}
+
+#[test]
+fn one_class_has_no_loss() {
+    let problem = Problem {
+        sizes: (2, 19, 40, 3, 1),
+        dtype: Dtype::F32,
+        label_dtype: LabelDtype::I64,
+        gap: 0,
+        values: Values::Uniform,
+        labels: LabelKind::Classes,
+        scale: 30.0,
+        reduction: Reduction::None,
+        smoothing: 0.3,
+        ignore_index: -100,
+        weighted: false,
+        seed: 3,
+    };
+    let data = problem.data();
+    for run in fused_runs(problem.sizes) {
+        let (inputs, options) = arguments(&run, &problem, &data);
+        let output = forward(run.client, &inputs, &options).expect("the operands are valid");
+        let loss = output.read_loss(run.client).expect("the labels are valid");
+        assert_eq!(loss, vec![0.0; 38], "on {run}");
     }
 }
 

@@ -34,7 +34,7 @@ fn compiled() -> Vec<Row> {
 }
 
 #[test]
-fn every_kernel_fits_an_nvidia_gpu_and_none_spills() {
+fn every_kernel_fits_an_nvidia_gpu_and_no_product_spills() {
     for row in rows() {
         let of = format!(
             "{} of {} in {} for sm_{}",
@@ -45,12 +45,15 @@ fn every_kernel_fits_an_nvidia_gpu_and_none_spills() {
             assert!(std::env::var_os("CI").is_none(), "no ptxas for {of}");
             continue;
         };
-        // The assembler gives up to two registers of what streams, outside its loops, for one more cube on a
-        // multiprocessor. `write_means` runs once a session; it may give up six.
-        let spilled = match row.kernel.starts_with("write_means") {
-            true => 48,
-            false if row.mma == 0 && row.wide_loads > 0 => 8,
-            false => 0,
+        // Where the assembler can have one more cube on a multiprocessor for it, it spills a register of what streams rows, and
+        // a few of `write_means`, which runs once a session, and of the small step, which is one turn through its code. What
+        // multiplies tiles spills nothing.
+        let once = row.kernel.starts_with("write_means")
+            || row.op.ends_with("small") && row.kernel.starts_with("rows");
+        let spilled = match row.mma > 0 || row.wide_loads == 0 {
+            true => 0,
+            false if once => 64,
+            false => 8,
         };
         assert!(
             assembled.spilled <= spilled && assembled.stack <= spilled / 2 + 4,

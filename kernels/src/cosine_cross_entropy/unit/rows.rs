@@ -219,7 +219,7 @@ pub(super) fn conclude<N: Size>(
         let row_lse = vectors[state.base / lanes + v] + vectors[state.sum / lanes + v].ln();
         let mean = vectors[state.total / lanes + v] / classes;
         let target = vectors[state.target / lanes + v];
-        let loss = row_lse - (one - smoothing) * target - smoothing * mean;
+        let loss = (one - smoothing) * (row_lse - target) + smoothing * (row_lse - mean);
         let counts = targets[first / lanes + v].less_than(&Vector::<u32, N>::new(INVALID));
         vectors[state.lse / lanes + v] = row_lse;
         vectors[state.loss / lanes + v] = select_many(counts, loss, Vector::<f32, N>::new(0.0));

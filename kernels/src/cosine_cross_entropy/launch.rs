@@ -166,7 +166,11 @@ pub(super) struct Results {
 }
 
 impl<'a> Call<'a> {
-    fn new(client: &'a Client, inputs: &Inputs, options: &'a Options) -> Result<Self, Error> {
+    pub(super) fn new(
+        client: &'a Client,
+        inputs: &Inputs,
+        options: &'a Options,
+    ) -> Result<Self, Error> {
         let dtype = inputs.embeddings.dtype;
         let forced_small = options.strategy == Strategy::Forced(Variant::Small);
         let mut blueprint = match forced_small {
@@ -202,7 +206,7 @@ impl<'a> Call<'a> {
         })
     }
 
-    fn arriving(&self, upstream: &Upstream) -> Result<Arriving, Error> {
+    pub(super) fn arriving(&self, upstream: &Upstream) -> Result<Arriving, Error> {
         let sizes = &self.problem.sizes;
         Arriving::new(
             self.client,
@@ -249,7 +253,7 @@ impl<'a> Call<'a> {
         }
     }
 
-    fn forward_backward(
+    pub(super) fn forward_backward(
         &self,
         arriving: &Arriving,
         embeddings: bool,

@@ -27,10 +27,12 @@
 //! On tensor cores unit rows and logit gradients are rounded to the operands' dtype (or to TF32) between the products, as
 //! they are in PyTorch's own ops of that dtype; sums are f32. The other variants keep f32 throughout.
 
+mod captured;
 mod cmma;
 mod launch;
 mod plane;
 mod small;
 mod unit;
 
+pub use captured::Captured;
 pub use launch::{Inputs, Options, backward, forward, forward_backward};

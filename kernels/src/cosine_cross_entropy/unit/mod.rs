@@ -93,7 +93,7 @@ impl<'a> Step<'a> {
             .vector_size(blueprint)
             .min(weights.vector_size(blueprint));
         let workspace = client.empty(self.host.floats * size_of::<f32>());
-        let head_weights = client.create_from_slice(f32::as_bytes(&loss.weights(sizes.heads)));
+        let head_weights = &call.head_weights;
         let rows_padded = self.host.plan.panels * blueprint.tile();
         let bests = self.host.plan.chunk_items * blueprint.tile();
         let targets = client.empty(rows_padded * size_of::<u32>());

@@ -1,0 +1,160 @@
+//! A step that is recorded once and replayed.
+
+use std::fmt;
+use std::marker::PhantomData;
+
+use cubecl::client::{Client, Graph};
+use cubecl::future::block_on;
+use cubecl::server::{Handle, ServerError};
+
+use super::launch::{Call, Inputs, Options, forward_backward};
+use crate::Gradients;
+use crate::error::Error;
+use crate::loss::{LossOutput, Upstream};
+
+/// A [`forward_backward`] over the same buffers again and again, without the host's part of its launches: on CUDA and HIP one
+/// graph launch, on wgpu prepared dispatches. Where a device records no graphs, as a CPU does, it is the call itself.
+///
+/// New embeddings, weights or labels are written into the handles of [`inputs`](Self::inputs) before a replay, and read from
+/// [`output`](Self::output) and [`gradients`](Self::gradients) after it. The gradients have the same bits as those of
+/// [`forward_backward`].
+///
+/// It stays on the thread that recorded it, since that is what orders writes, replays and reads: a client's stream is its
+/// thread's. A client that was moved to another stream by hand must not be used with it.
+///
+/// # Examples
+/// ```no_run
+/// use cubecl::bytes::Bytes;
+/// use cubecl::client::Client;
+/// use protohead::Upstream;
+/// use protohead::cosine_cross_entropy::{Captured, Inputs, Options};
+///
+/// # fn train(client: &Client, inputs: &Inputs, batches: Vec<Vec<f32>>) -> Result<(), protohead::Error> {
+/// let upstream = Upstream::Total(1.0);
+/// let mut step = Captured::new(client, inputs, &Options::default(), &upstream, true, true)?;
+/// for embeddings in batches {
+///     client.write(&step.inputs().embeddings.handle, Bytes::from_elems(embeddings));
+///     step.replay()?;
+///     println!("loss {}", step.output().read_total(client)?);
+/// }
+/// # Ok(()) }
+/// ```
+pub struct Captured {
+    client: Client,
+    inputs: Inputs,
+    options: Options,
+    upstream: Upstream,
+    embeddings: bool,
+    weights: bool,
+    output: LossOutput,
+    gradients: Gradients,
+    recording: Option<Recording>,
+    of_this_thread: PhantomData<*const ()>,
+}
+
+/// A graph, and the buffers that it reads and nobody else holds. What it writes between its launches, it guards itself.
+struct Recording {
+    graph: Graph,
+    _read: [Handle; 2],
+}
+
+impl fmt::Debug for Captured {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Captured")
+            .field("is_graph", &self.is_graph())
+            .field("options", &self.options)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Captured {
+    /// Runs the step once, and records it. The outputs are unspecified until the first [`replay`](Self::replay).
+    ///
+    /// # Errors
+    /// As [`forward_backward`]; [`Error::Device`] if the device records graphs, but not this one.
+    pub fn new(
+        client: &Client,
+        inputs: &Inputs,
+        options: &Options,
+        upstream: &Upstream,
+        embeddings: bool,
+        weights: bool,
+    ) -> Result<Self, Error> {
+        let call = Call::new(client, inputs, options)?;
+        // Nothing is uploaded while a graph is recorded, so this is done before.
+        let arriving = call.arriving(upstream)?;
+        client.graph_prepare().map_err(failed)?;
+        let step = || call.forward_backward(&arriving, embeddings, weights);
+        // Nothing is allocated either: what the first run leaves in the pools, the recorded one takes.
+        let (mut output, mut gradients) = step();
+        block_on(client.sync()).map_err(failed)?;
+        let mut recording = None;
+        if client.start_capture().is_ok() {
+            drop((output, gradients));
+            (output, gradients) = step();
+            recording = Some(Recording {
+                graph: client.stop_capture().map_err(failed)?,
+                _read: [arriving.gradient.clone(), call.head_weights.clone()],
+            });
+        }
+        Ok(Self {
+            client: client.clone(),
+            inputs: inputs.clone(),
+            options: options.clone(),
+            upstream: upstream.clone(),
+            embeddings,
+            weights,
+            output,
+            gradients,
+            recording,
+            of_this_thread: PhantomData,
+        })
+    }
+
+    /// Whether the device recorded a graph.
+    pub fn is_graph(&self) -> bool {
+        self.recording.is_some()
+    }
+
+    /// The operands that a replay reads.
+    pub fn inputs(&self) -> &Inputs {
+        &self.inputs
+    }
+
+    /// What the last replay found.
+    pub fn output(&self) -> &LossOutput {
+        &self.output
+    }
+
+    /// The gradients of the last replay.
+    pub fn gradients(&self) -> &Gradients {
+        &self.gradients
+    }
+
+    /// The step, on what the inputs hold now.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if the device refuses it.
+    pub fn replay(&mut self) -> Result<(), Error> {
+        match &self.recording {
+            // SAFETY: every buffer of the recorded launches is held here or guarded by the graph, and this value stays on the
+            // thread whose stream recorded it.
+            Some(recording) => unsafe { recording.graph.replay() }.map_err(failed),
+            None => {
+                (self.output, self.gradients) = forward_backward(
+                    &self.client,
+                    &self.inputs,
+                    &self.options,
+                    &self.upstream,
+                    self.embeddings,
+                    self.weights,
+                )?;
+                Ok(())
+            }
+        }
+    }
+}
+
+fn failed(error: ServerError) -> Error {
+    Error::Device(format!("{error:?}"))
+}

@@ -114,7 +114,8 @@ fn fold<T: Numeric>(value: T, #[comptime] group: Group, #[comptime] with: Fold) 
         let unit = UNIT_POS as usize;
         let mut shared = Shared::<[T]>::new_slice(comptime!(PLANE_UNITS / exchanging));
         let slot = unit / exchanging;
-        let leads = unit % exchanging == 0;
+        let lane = unit % exchanging;
+        let leads = lane == 0;
         if leads {
             shared[slot] = all;
         }

@@ -169,11 +169,12 @@ impl RowSoftmax {
         self.peak + self.sum.ln()
     }
 
-    /// `lse − (1 − ε) z[target] − ε · mean(z)`, in differences, so that what is equal cancels: one class has no loss.
+    /// `lse − (1 − ε) z[target] − ε · mean(z)`, from the peak, which a sure row's target is: a loss near 0 keeps its digits.
     pub(crate) fn loss(&self, active: u32, smoothing: f32) -> f32 {
         let mean = self.total / f32::cast_from(active);
-        let lse = self.lse();
-        (1.0 - smoothing) * (lse - self.target) + smoothing * (lse - mean)
+        let log_sum = self.sum.ln();
+        let of_target = (self.peak - self.target) + log_sum;
+        (1.0 - smoothing) * of_target + smoothing * ((self.peak - mean) + log_sum)
     }
 }
 

@@ -209,7 +209,9 @@ fn gather<N: Size>(
                 if comptime!(phases.loss) {
                     let base = plan.base(local, class / plan.class_block, width) / lanes + v;
                     let arrived = vectors[state.arriving / lanes + v];
-                    let factor = arrived * (vectors[base] - vectors[state.lse / lanes + v]).exp();
+                    // Not e^(base − lse): rounding an lse costs a sure row the digits of its gradient.
+                    let rise = vectors[base] - vectors[state.base / lanes + v];
+                    let factor = arrived * rise.exp() / vectors[state.sum / lanes + v];
                     let target_class = targets[row + v];
                     #[unroll]
                     for r in 0..tile_rows {

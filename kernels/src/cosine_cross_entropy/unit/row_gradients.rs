@@ -150,7 +150,7 @@ pub(super) fn add_totals<N: Size>(
 }
 
 /// Sums of exponentials times class weights become gradients of the unit-norm rows:
-/// `arriving · (e^(base − lse) Σ_c e_c ŵ_c − (1 − ε) ŵ_y − ε/K Σ_c ŵ_c)`.
+/// `arriving · (Σ_c e_c ŵ_c / Σ_c e_c − (1 − ε) ŵ_y − ε/K Σ_c ŵ_c)`.
 #[cube]
 pub(super) fn subtract_targets<F: Float, N: Size, M: Size>(
     weights: &[Vector<F, M>],
@@ -174,7 +174,7 @@ pub(super) fn subtract_targets<F: Float, N: Size, M: Size>(
     for r in 0..width {
         if first + r < plan.rows {
             let arrived = workspace[state.arriving + r];
-            let sums = arrived * (workspace[state.base + r] - workspace[state.lse + r]).exp();
+            let sums = arrived / workspace[state.sum + r];
             let target = targets[first + r];
             let mut from = 0usize.runtime();
             let mut of_target = 0.0f32.runtime();

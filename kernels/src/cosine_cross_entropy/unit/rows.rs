@@ -216,12 +216,15 @@ pub(super) fn conclude<N: Size>(
     let real = min(width, plan.rows - first);
     let vectors = workspace.as_vectorized_mut().with_vector_size_mut::<N>();
     for v in 0..TILE_VECTORS {
-        let row_lse = vectors[state.base / lanes + v] + vectors[state.sum / lanes + v].ln();
+        let base = vectors[state.base / lanes + v];
+        let log_sum = vectors[state.sum / lanes + v].ln();
         let mean = vectors[state.total / lanes + v] / classes;
         let target = vectors[state.target / lanes + v];
-        let loss = (one - smoothing) * (row_lse - target) + smoothing * (row_lse - mean);
+        // From the base, which a sure row's target is near: a loss near 0 keeps its digits.
+        let of_target = (base - target) + log_sum;
+        let loss = (one - smoothing) * of_target + smoothing * ((base - mean) + log_sum);
         let counts = targets[first / lanes + v].less_than(&Vector::<u32, N>::new(INVALID));
-        vectors[state.lse / lanes + v] = row_lse;
+        vectors[state.lse / lanes + v] = base + log_sum;
         vectors[state.loss / lanes + v] = select_many(counts, loss, Vector::<f32, N>::new(0.0));
         #[unroll]
         for lane in 0..lanes {

@@ -82,6 +82,8 @@ pub enum Who {
     Bf16,
     /// This library, with f16 operands.
     F16,
+    /// This library, a step recorded before and replayed on fresh operands.
+    Captured,
     /// This library's logits, then its cross-entropy.
     Unfused,
     /// Burn's tensor ops on the same device, fusion and autotune on, head by head in contiguous matrices.
@@ -93,10 +95,11 @@ pub enum Who {
 }
 
 impl Who {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 8] = [
         Self::Protohead,
         Self::Bf16,
         Self::F16,
+        Self::Captured,
         Self::Unfused,
         Self::Burn,
         Self::Flex,
@@ -109,6 +112,7 @@ impl Who {
             Self::Protohead => "protohead",
             Self::Bf16 => "protohead_bf16",
             Self::F16 => "protohead_f16",
+            Self::Captured => "protohead_captured",
             Self::Unfused => "unfused",
             Self::Burn => "burn",
             Self::Flex => "flex",
@@ -161,11 +165,13 @@ impl Case {
     }
 
     /// `unfused` is an alternative to the fused op only; `naive` where it ends in seconds. On CubeCL's CPU runtime Burn's
-    /// matmul tunes itself for minutes at any shape but the smallest, and then takes seconds: it is shown at `seed`.
+    /// matmul tunes itself for minutes at any shape but the smallest, and then takes seconds: it is shown at `seed`. A CPU captures
+    /// nothing.
     fn is_measured(&self) -> bool {
         let fused = matches!(self.group, Group::FusedForward | Group::Fused);
         match self.who {
             Who::Unfused => fused,
+            Who::Captured => self.group == Group::Fused && !ours::on_cpu(),
             Who::Bf16 | Who::F16 => self.group == Group::Fused,
             Who::Burn => self.shape.name == "seed" || !ours::on_cpu(),
             Who::Naive => self.shape.name == "seed" || self.shape.name == "proto",
@@ -191,6 +197,7 @@ impl Case {
             Who::Protohead => ours::run(self.group, &self.shape, &data, Dtype::F32, keep),
             Who::Bf16 => ours::run(self.group, &self.shape, &data, Dtype::Bf16, keep),
             Who::F16 => ours::run(self.group, &self.shape, &data, Dtype::F16, keep),
+            Who::Captured => ours::run_captured(&self.shape, &data, keep),
             Who::Unfused => ours::run_unfused(self.group, &self.shape, &data, keep),
             Who::Burn => tensors::run(&tensors::cube(), self.group, &self.shape, &data, keep),
             Who::Flex => tensors::run(&tensors::flex(), self.group, &self.shape, &data, keep),

@@ -216,6 +216,24 @@ pub(crate) fn run(group: Group, shape: &Shape, data: &Data, dtype: Dtype, keep: 
     }
 }
 
+pub(crate) fn run_captured(shape: &Shape, data: &Data, keep: bool) -> Ran {
+    let client = client();
+    let inputs = inputs(shape, data, Dtype::F32);
+    let options = fused::Options {
+        active: Some(shape.active),
+        ..fused::Options::default()
+    };
+    let one = Upstream::default();
+    let mut step = fused::Captured::new(client, &inputs, &options, &one, true, true)
+        .expect("the operands are valid");
+    let start = ready(&[&inputs.embeddings, &inputs.weights, &inputs.labels]);
+    step.replay().expect("the device replays it");
+    let gradients = step.gradients();
+    let dx = gradients.embeddings.as_ref().expect("asked for");
+    let dw = gradients.weights.as_ref().expect("asked for");
+    finish(start, &[&step.output().total, dx, dw], keep)
+}
+
 pub(crate) fn run_unfused(group: Group, shape: &Shape, data: &Data, keep: bool) -> Ran {
     let client = client();
     let valid = "the operands are valid";

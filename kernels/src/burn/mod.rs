@@ -10,6 +10,8 @@ mod autodiff;
 mod cube;
 mod heads;
 mod ops;
+#[cfg(feature = "fusion")]
+mod specs;
 
 pub use heads::{CosineHeads, CosineHeadsConfig, HeadsLoss};
 

@@ -1,15 +1,18 @@
-//! The ops as Burn's backends see them: what is routed, and what fusion may know before anything runs.
+//! The ops as Burn's backends see them.
 
-use burn::backend::fusion::custom::TensorSpec;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, ExtensionType, backend_extension};
-use burn::tensor::{DType, Shape};
 
-use crate::{Reduction, cosine_cross_entropy as fused, cosine_logits as logits, cross_entropy};
+#[cfg(feature = "fusion")]
+use super::specs::{
+    class_means_spec, cross_entropy_grad_spec, cross_entropy_spec, fused_grad_spec, fused_spec,
+    logits_grad_spec, logits_spec, reconstruction_grad_spec, reconstruction_spec,
+};
+use crate::{cosine_cross_entropy as fused, cosine_logits as logits, cross_entropy};
 
 /// A gradient that was asked for, or not.
 #[derive(ExtensionType)]
-#[extension_type(fusion)]
+#[cfg_attr(feature = "fusion", extension_type(fusion))]
 pub(super) enum MaybeGrad<B: Backend> {
     Skipped,
     Computed(FloatTensor<B>),
@@ -18,7 +21,7 @@ pub(super) enum MaybeGrad<B: Backend> {
 /// The ops, differentiable where the autodiff backend wraps them.
 #[backend_extension(
     Cube: cfg(any(feature = "cpu", feature = "cuda", feature = "wgpu")),
-    Fusion,
+    Fusion: cfg(feature = "fusion"),
     Autodiff
 )]
 pub(super) trait ProtoheadOps: Backend {
@@ -80,7 +83,7 @@ pub(super) trait ProtoheadOps: Backend {
 }
 
 /// The backward passes, called on the inner backend only.
-#[backend_extension(Fusion)]
+#[backend_extension(Fusion: cfg(feature = "fusion"))]
 pub(super) trait ProtoheadGradOps: Backend {
     #[fusion(meta = fused_grad_spec)]
     #[allow(unused_variables, clippy::too_many_arguments)] // one per thing that was saved
@@ -126,124 +129,4 @@ pub(super) trait ProtoheadGradOps: Backend {
         second: FloatTensor<Self>,
         need: [bool; 2],
     ) -> (MaybeGrad<Self>, MaybeGrad<Self>);
-}
-
-fn fused_spec(
-    embeddings: &TensorSpec,
-    _weights: &TensorSpec,
-    _labels: &TensorSpec,
-    options: &fused::Options,
-) -> (TensorSpec, TensorSpec, TensorSpec, TensorSpec) {
-    loss_spec(embeddings, options.loss.reduction)
-}
-
-fn cross_entropy_spec(
-    logits: &TensorSpec,
-    _labels: &TensorSpec,
-    options: &cross_entropy::Options,
-) -> (TensorSpec, TensorSpec, TensorSpec, TensorSpec) {
-    loss_spec(logits, options.loss.reduction)
-}
-
-fn cross_entropy_grad_spec(
-    _grad: &TensorSpec,
-    logits: &TensorSpec,
-    _labels: &TensorSpec,
-    _lse: &TensorSpec,
-    _status: &TensorSpec,
-    _options: &cross_entropy::Options,
-) -> TensorSpec {
-    logits.clone()
-}
-
-/// Of an operand `[heads, rows, ..]`.
-fn loss_spec(
-    operand: &TensorSpec,
-    reduction: Reduction,
-) -> (TensorSpec, TensorSpec, TensorSpec, TensorSpec) {
-    let (heads, rows) = (operand.shape[0], operand.shape[1]);
-    let by_row = Shape::new([heads, rows]);
-    let loss = match reduction {
-        Reduction::None => by_row.clone(),
-        Reduction::Sum | Reduction::Mean => Shape::new([heads]),
-    };
-    (
-        TensorSpec::new(loss, DType::F32),
-        TensorSpec::new(by_row.clone(), DType::F32),
-        TensorSpec::new(by_row, DType::U32),
-        TensorSpec::new(Shape::new([3]), DType::U32),
-    )
-}
-
-fn logits_spec(
-    embeddings: &TensorSpec,
-    weights: &TensorSpec,
-    options: &logits::Options,
-) -> TensorSpec {
-    let active = options.active.unwrap_or(weights.shape[1]);
-    let shape = Shape::new([embeddings.shape[0], embeddings.shape[1], active]);
-    TensorSpec::new(shape, embeddings.dtype)
-}
-
-fn reconstruction_spec(
-    _whole: &TensorSpec,
-    _first: &TensorSpec,
-    _second: &TensorSpec,
-) -> TensorSpec {
-    TensorSpec::new(Shape::new([1]), DType::F32)
-}
-
-fn class_means_spec(
-    _embeddings: &TensorSpec,
-    _labels: &TensorSpec,
-    weights: &TensorSpec,
-    active: &usize,
-    _normalize: &bool,
-) -> (TensorSpec, TensorSpec) {
-    (
-        weights.clone(),
-        TensorSpec::new(Shape::new([*active]), DType::U32),
-    )
-}
-
-fn maybe(need: bool, like: &TensorSpec) -> MaybeGradMetadata {
-    if need {
-        MaybeGradMetadata::Computed(like.clone())
-    } else {
-        MaybeGradMetadata::Skipped
-    }
-}
-
-#[allow(clippy::too_many_arguments)] // one per argument of the op
-fn fused_grad_spec(
-    _grad: &TensorSpec,
-    embeddings: &TensorSpec,
-    weights: &TensorSpec,
-    _labels: &TensorSpec,
-    _lse: &TensorSpec,
-    _status: &TensorSpec,
-    _options: &fused::Options,
-    need: &[bool; 2],
-) -> (MaybeGradMetadata, MaybeGradMetadata) {
-    (maybe(need[0], embeddings), maybe(need[1], weights))
-}
-
-fn logits_grad_spec(
-    _grad: &TensorSpec,
-    embeddings: &TensorSpec,
-    weights: &TensorSpec,
-    _options: &logits::Options,
-    need: &[bool; 2],
-) -> (MaybeGradMetadata, MaybeGradMetadata) {
-    (maybe(need[0], embeddings), maybe(need[1], weights))
-}
-
-fn reconstruction_grad_spec(
-    _grad: &TensorSpec,
-    whole: &TensorSpec,
-    first: &TensorSpec,
-    _second: &TensorSpec,
-    need: &[bool; 2],
-) -> (MaybeGradMetadata, MaybeGradMetadata) {
-    (maybe(need[0], whole), maybe(need[1], first))
 }

@@ -1,0 +1,127 @@
+//! What fusion may know of the ops' results before anything runs.
+
+use burn::backend::fusion::custom::TensorSpec;
+use burn::tensor::{DType, Shape};
+
+use super::ops::MaybeGradMetadata;
+use crate::{Reduction, cosine_cross_entropy as fused, cosine_logits as logits, cross_entropy};
+
+pub(super) fn fused_spec(
+    embeddings: &TensorSpec,
+    _weights: &TensorSpec,
+    _labels: &TensorSpec,
+    options: &fused::Options,
+) -> (TensorSpec, TensorSpec, TensorSpec, TensorSpec) {
+    loss_spec(embeddings, options.loss.reduction)
+}
+
+pub(super) fn cross_entropy_spec(
+    logits: &TensorSpec,
+    _labels: &TensorSpec,
+    options: &cross_entropy::Options,
+) -> (TensorSpec, TensorSpec, TensorSpec, TensorSpec) {
+    loss_spec(logits, options.loss.reduction)
+}
+
+pub(super) fn cross_entropy_grad_spec(
+    _grad: &TensorSpec,
+    logits: &TensorSpec,
+    _labels: &TensorSpec,
+    _lse: &TensorSpec,
+    _status: &TensorSpec,
+    _options: &cross_entropy::Options,
+) -> TensorSpec {
+    logits.clone()
+}
+
+/// Of an operand `[heads, rows, ..]`.
+pub(super) fn loss_spec(
+    operand: &TensorSpec,
+    reduction: Reduction,
+) -> (TensorSpec, TensorSpec, TensorSpec, TensorSpec) {
+    let (heads, rows) = (operand.shape[0], operand.shape[1]);
+    let by_row = Shape::new([heads, rows]);
+    let loss = match reduction {
+        Reduction::None => by_row.clone(),
+        Reduction::Sum | Reduction::Mean => Shape::new([heads]),
+    };
+    (
+        TensorSpec::new(loss, DType::F32),
+        TensorSpec::new(by_row.clone(), DType::F32),
+        TensorSpec::new(by_row, DType::U32),
+        TensorSpec::new(Shape::new([3]), DType::U32),
+    )
+}
+
+pub(super) fn logits_spec(
+    embeddings: &TensorSpec,
+    weights: &TensorSpec,
+    options: &logits::Options,
+) -> TensorSpec {
+    let active = options.active.unwrap_or(weights.shape[1]);
+    let shape = Shape::new([embeddings.shape[0], embeddings.shape[1], active]);
+    TensorSpec::new(shape, embeddings.dtype)
+}
+
+pub(super) fn reconstruction_spec(
+    _whole: &TensorSpec,
+    _first: &TensorSpec,
+    _second: &TensorSpec,
+) -> TensorSpec {
+    TensorSpec::new(Shape::new([1]), DType::F32)
+}
+
+pub(super) fn class_means_spec(
+    _embeddings: &TensorSpec,
+    _labels: &TensorSpec,
+    weights: &TensorSpec,
+    active: &usize,
+    _normalize: &bool,
+) -> (TensorSpec, TensorSpec) {
+    (
+        weights.clone(),
+        TensorSpec::new(Shape::new([*active]), DType::U32),
+    )
+}
+
+pub(super) fn maybe(need: bool, like: &TensorSpec) -> MaybeGradMetadata {
+    if need {
+        MaybeGradMetadata::Computed(like.clone())
+    } else {
+        MaybeGradMetadata::Skipped
+    }
+}
+
+#[allow(clippy::too_many_arguments)] // one per argument of the op
+pub(super) fn fused_grad_spec(
+    _grad: &TensorSpec,
+    embeddings: &TensorSpec,
+    weights: &TensorSpec,
+    _labels: &TensorSpec,
+    _lse: &TensorSpec,
+    _status: &TensorSpec,
+    _options: &fused::Options,
+    need: &[bool; 2],
+) -> (MaybeGradMetadata, MaybeGradMetadata) {
+    (maybe(need[0], embeddings), maybe(need[1], weights))
+}
+
+pub(super) fn logits_grad_spec(
+    _grad: &TensorSpec,
+    embeddings: &TensorSpec,
+    weights: &TensorSpec,
+    _options: &logits::Options,
+    need: &[bool; 2],
+) -> (MaybeGradMetadata, MaybeGradMetadata) {
+    (maybe(need[0], embeddings), maybe(need[1], weights))
+}
+
+pub(super) fn reconstruction_grad_spec(
+    _grad: &TensorSpec,
+    whole: &TensorSpec,
+    first: &TensorSpec,
+    _second: &TensorSpec,
+    need: &[bool; 2],
+) -> (MaybeGradMetadata, MaybeGradMetadata) {
+    (maybe(need[0], whole), maybe(need[1], first))
+}

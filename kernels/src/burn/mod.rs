@@ -1,8 +1,8 @@
 //! The ops as functions on [Burn](https://burn.dev) tensors, differentiable on an autodiff device, and a module to put
 //! in a model.
 //!
-//! They run on every CubeCL device (with the crate's features `cpu`, `cuda` and `wgpu`), with Burn's fusion on or
-//! off. Shapes and options are checked at the call and returned as an [`Error`]; labels are data on the
+//! They run on every CubeCL device (with the crate's features `cpu`, `cuda` and `wgpu`), under Burn's fusion with
+//! the feature `fusion`, which has to be on where Burn's is. Shapes and options are checked at the call and returned as an [`Error`]; labels are data on the
 //! device, so a bad one is counted and reported by [`CrossEntropy::check`]. The device picks the variant: an option's
 //! strategy takes no part.
 

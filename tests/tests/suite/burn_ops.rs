@@ -19,6 +19,20 @@ const SIZES: reference::Sizes = reference::Sizes {
 };
 const LABELS: [i64; 7] = [0, 3, 1, -100, 2, 2, 0];
 
+/// Those that this build and machine have, as Burn's.
+fn devices() -> Vec<Device> {
+    protohead_tests::devices::devices()
+        .iter()
+        .map(|device| match device.name {
+            #[cfg(feature = "wgpu")]
+            "wgpu" => Device::wgpu(burn::tensor::DeviceKind::DefaultDevice),
+            #[cfg(feature = "cuda")]
+            "cuda" => Device::cuda(0),
+            _ => Device::cpu(),
+        })
+        .collect()
+}
+
 fn numbers(count: usize, seed: u64) -> Vec<f32> {
     let mut state = seed;
     (0..count)
@@ -71,168 +85,176 @@ fn heads(device: &Device, weights: &[f32]) -> CosineHeads {
 
 #[test]
 fn the_module_gives_the_references_loss_gradients_and_prototypes() {
-    let device = Device::cpu().autodiff();
-    let (x, w) = (numbers(3 * 7 * 6, 1), numbers(3 * 5 * 6, 2));
-    let wide = |values: &[f32]| values.iter().map(|&v| f64::from(v)).collect::<Vec<f64>>();
-    let alphas = vec![1.0, 0.5, -2.0];
-    let options = reference::LossOptions {
-        reduction: reference::Reduction::Mean,
-        label_smoothing: 0.0,
-        ignore_index: -100,
-        head_weights: alphas.clone(),
-    };
-    let truth =
-        reference::cosine_cross_entropy(&wide(&x), &wide(&w), &LABELS, SIZES, 16.0, &options);
-    let (dx, dw) = reference::cosine_cross_entropy_backward(
-        &wide(&x),
-        &wide(&w),
-        &LABELS,
-        SIZES,
-        16.0,
-        &options,
-        &reference::Upstream::Total(1.0),
-    );
+    for device in devices() {
+        let device = device.autodiff();
+        let (x, w) = (numbers(3 * 7 * 6, 1), numbers(3 * 5 * 6, 2));
+        let wide = |values: &[f32]| values.iter().map(|&v| f64::from(v)).collect::<Vec<f64>>();
+        let alphas = vec![1.0, 0.5, -2.0];
+        let options = reference::LossOptions {
+            reduction: reference::Reduction::Mean,
+            label_smoothing: 0.0,
+            ignore_index: -100,
+            head_weights: alphas.clone(),
+        };
+        let truth =
+            reference::cosine_cross_entropy(&wide(&x), &wide(&w), &LABELS, SIZES, 16.0, &options);
+        let (dx, dw) = reference::cosine_cross_entropy_backward(
+            &wide(&x),
+            &wide(&w),
+            &LABELS,
+            SIZES,
+            16.0,
+            &options,
+            &reference::Upstream::Total(1.0),
+        );
 
-    let module = heads(&device, &w);
-    let embeddings = tensor(&x, [3, 7, 6], &device).require_grad();
-    let loss_options = LossOptions {
-        head_weights: Some(alphas.iter().map(|&a| a as f32).collect()),
-        ..LossOptions::default()
-    };
-    let loss = module
-        .loss(embeddings.clone(), labels(&device), &loss_options)
-        .expect("valid");
-    loss.heads.check().expect("labels are valid");
-    near("loss", &read(loss.heads.loss.clone()), &truth.loss);
-    near("total", &read(loss.total.clone()), &[truth.total]);
-    let gradients = loss.total.backward();
-    near(
-        "dX",
-        &read(embeddings.grad(&gradients).expect("tracked")),
-        &dx,
-    );
-    near(
-        "dW",
-        &read(module.weight.val().grad(&gradients).expect("tracked")),
-        &dw,
-    );
+        let module = heads(&device, &w);
+        let embeddings = tensor(&x, [3, 7, 6], &device).require_grad();
+        let loss_options = LossOptions {
+            head_weights: Some(alphas.iter().map(|&a| a as f32).collect()),
+            ..LossOptions::default()
+        };
+        let loss = module
+            .loss(embeddings.clone(), labels(&device), &loss_options)
+            .expect("valid");
+        loss.heads.check().expect("labels are valid");
+        near("loss", &read(loss.heads.loss.clone()), &truth.loss);
+        near("total", &read(loss.total.clone()), &[truth.total]);
+        let gradients = loss.total.backward();
+        near(
+            "dX",
+            &read(embeddings.grad(&gradients).expect("tracked")),
+            &dx,
+        );
+        near(
+            "dW",
+            &read(module.weight.val().grad(&gradients).expect("tracked")),
+            &dw,
+        );
 
-    let logits = module.forward(embeddings.clone()).expect("valid");
-    near(
-        "logits",
-        &read(logits),
-        &reference::cosine_logits(&wide(&x), &wide(&w), SIZES, 16.0),
-    );
+        let logits = module.forward(embeddings.clone()).expect("valid");
+        near(
+            "logits",
+            &read(logits),
+            &reference::cosine_logits(&wide(&x), &wide(&w), SIZES, 16.0),
+        );
 
-    let mut sums = reference::ClassSums::zeros(SIZES);
-    sums.add(&wide(&x), &LABELS, SIZES, false);
-    let means = reference::class_means(&sums, &wide(&w), SIZES);
-    let (replaced, counts) = module
-        .replace_prototypes(embeddings, labels(&device), 4)
-        .expect("valid");
-    near("prototypes", &read(replaced.weight.val()), &means);
-    assert_eq!(
-        counts.try_into_vec_as::<u32>().expect("the device works"),
-        sums.counts
-    );
+        let mut sums = reference::ClassSums::zeros(SIZES);
+        sums.add(&wide(&x), &LABELS, SIZES, false);
+        let means = reference::class_means(&sums, &wide(&w), SIZES);
+        let (replaced, counts) = module
+            .replace_prototypes(embeddings, labels(&device), 4)
+            .expect("valid");
+        near("prototypes", &read(replaced.weight.val()), &means);
+        assert_eq!(
+            counts.try_into_vec_as::<u32>().expect("the device works"),
+            sums.counts
+        );
+    }
 }
 
 #[test]
 fn an_upstream_gradient_by_row_and_frozen_embeddings_are_honoured() {
-    let device = Device::cpu().autodiff();
-    let (x, w, upstream) = (numbers(126, 3), numbers(90, 4), numbers(21, 5));
-    let wide = |values: &[f32]| values.iter().map(|&v| f64::from(v)).collect::<Vec<f64>>();
-    let options = reference::LossOptions {
-        reduction: reference::Reduction::None,
-        label_smoothing: 0.0,
-        ignore_index: -100,
-        head_weights: vec![1.0; 3],
-    };
-    let (_, dw) = reference::cosine_cross_entropy_backward(
-        &wide(&x),
-        &wide(&w),
-        &LABELS,
-        SIZES,
-        16.0,
-        &options,
-        &reference::Upstream::Loss(wide(&upstream)),
-    );
-    let embeddings = tensor(&x, [3, 7, 6], &device);
-    let weights = tensor(&w, [3, 5, 6], &device).require_grad();
-    let fused_options = fused::Options {
-        active: Some(4),
-        ..fused::Options::default()
-    };
-    let loss = cosine_cross_entropy_by_row(
-        embeddings.clone(),
-        weights.clone(),
-        labels(&device),
-        &fused_options,
-    )
-    .expect("valid");
-    let gradients = (loss.loss * tensor(&upstream, [3, 7], &device))
-        .sum()
-        .backward();
-    near("dW", &read(weights.grad(&gradients).expect("tracked")), &dw);
-    assert!(embeddings.grad(&gradients).is_none());
+    for device in devices() {
+        let device = device.autodiff();
+        let (x, w, upstream) = (numbers(126, 3), numbers(90, 4), numbers(21, 5));
+        let wide = |values: &[f32]| values.iter().map(|&v| f64::from(v)).collect::<Vec<f64>>();
+        let options = reference::LossOptions {
+            reduction: reference::Reduction::None,
+            label_smoothing: 0.0,
+            ignore_index: -100,
+            head_weights: vec![1.0; 3],
+        };
+        let (_, dw) = reference::cosine_cross_entropy_backward(
+            &wide(&x),
+            &wide(&w),
+            &LABELS,
+            SIZES,
+            16.0,
+            &options,
+            &reference::Upstream::Loss(wide(&upstream)),
+        );
+        let embeddings = tensor(&x, [3, 7, 6], &device);
+        let weights = tensor(&w, [3, 5, 6], &device).require_grad();
+        let fused_options = fused::Options {
+            active: Some(4),
+            ..fused::Options::default()
+        };
+        let loss = cosine_cross_entropy_by_row(
+            embeddings.clone(),
+            weights.clone(),
+            labels(&device),
+            &fused_options,
+        )
+        .expect("valid");
+        let gradients = (loss.loss * tensor(&upstream, [3, 7], &device))
+            .sum()
+            .backward();
+        near("dW", &read(weights.grad(&gradients).expect("tracked")), &dw);
+        assert!(embeddings.grad(&gradients).is_none());
+    }
 }
 
 #[test]
 fn cross_entropy_of_given_logits_reaches_them() {
-    let device = Device::cpu().autodiff();
-    let (z, upstream) = (numbers(3 * 7 * 4, 9), numbers(21, 5));
-    let wide = |values: &[f32]| values.iter().map(|&v| f64::from(v)).collect::<Vec<f64>>();
-    let options = reference::LossOptions {
-        reduction: reference::Reduction::None,
-        label_smoothing: 0.0,
-        ignore_index: -100,
-        head_weights: vec![1.0; 3],
-    };
-    let truth = reference::cross_entropy(&wide(&z), &LABELS, SIZES, &options);
-    let dz = reference::cross_entropy_backward(
-        &wide(&z),
-        &LABELS,
-        SIZES,
-        &options,
-        &reference::Upstream::Loss(wide(&upstream)),
-    );
-    let logits = tensor(&z, [3, 7, 4], &device).require_grad();
-    let loss =
-        cross_entropy_by_row(logits.clone(), labels(&device), &Default::default()).expect("valid");
-    near("loss", &read(loss.loss.clone()), &truth.loss);
-    let gradients = (loss.loss * tensor(&upstream, [3, 7], &device))
-        .sum()
-        .backward();
-    near("dz", &read(logits.grad(&gradients).expect("tracked")), &dz);
+    for device in devices() {
+        let device = device.autodiff();
+        let (z, upstream) = (numbers(3 * 7 * 4, 9), numbers(21, 5));
+        let wide = |values: &[f32]| values.iter().map(|&v| f64::from(v)).collect::<Vec<f64>>();
+        let options = reference::LossOptions {
+            reduction: reference::Reduction::None,
+            label_smoothing: 0.0,
+            ignore_index: -100,
+            head_weights: vec![1.0; 3],
+        };
+        let truth = reference::cross_entropy(&wide(&z), &LABELS, SIZES, &options);
+        let dz = reference::cross_entropy_backward(
+            &wide(&z),
+            &LABELS,
+            SIZES,
+            &options,
+            &reference::Upstream::Loss(wide(&upstream)),
+        );
+        let logits = tensor(&z, [3, 7, 4], &device).require_grad();
+        let loss = cross_entropy_by_row(logits.clone(), labels(&device), &Default::default())
+            .expect("valid");
+        near("loss", &read(loss.loss.clone()), &truth.loss);
+        let gradients = (loss.loss * tensor(&upstream, [3, 7], &device))
+            .sum()
+            .backward();
+        near("dz", &read(logits.grad(&gradients).expect("tracked")), &dz);
+    }
 }
 
 #[test]
 fn reconstruction_reaches_all_three_parts() {
-    let device = Device::cpu().autodiff();
-    let values = [6, 7, 8].map(|seed| numbers(20, seed));
-    let [whole, first, second] = values
-        .each_ref()
-        .map(|v| tensor(v, [4, 5], &device).require_grad());
-    let loss = reconstruction(whole.clone(), first.clone(), second.clone()).expect("valid");
-    let gradients = loss.mul_scalar(3.0).backward();
-    let wide = values.map(|v| v.iter().map(|&v| f64::from(v)).collect::<Vec<f64>>());
-    let (of_whole, of_part) =
-        reference::reconstruction_backward(&wide[0], &wide[1], &wide[2], 5, 3.0);
-    near(
-        "d whole",
-        &read(whole.grad(&gradients).expect("tracked")),
-        &of_whole,
-    );
-    near(
-        "d first",
-        &read(first.grad(&gradients).expect("tracked")),
-        &of_part,
-    );
-    near(
-        "d second",
-        &read(second.grad(&gradients).expect("tracked")),
-        &of_part,
-    );
+    for device in devices() {
+        let device = device.autodiff();
+        let values = [6, 7, 8].map(|seed| numbers(20, seed));
+        let [whole, first, second] = values
+            .each_ref()
+            .map(|v| tensor(v, [4, 5], &device).require_grad());
+        let loss = reconstruction(whole.clone(), first.clone(), second.clone()).expect("valid");
+        let gradients = loss.mul_scalar(3.0).backward();
+        let wide = values.map(|v| v.iter().map(|&v| f64::from(v)).collect::<Vec<f64>>());
+        let (of_whole, of_part) =
+            reference::reconstruction_backward(&wide[0], &wide[1], &wide[2], 5, 3.0);
+        near(
+            "d whole",
+            &read(whole.grad(&gradients).expect("tracked")),
+            &of_whole,
+        );
+        near(
+            "d first",
+            &read(first.grad(&gradients).expect("tracked")),
+            &of_part,
+        );
+        near(
+            "d second",
+            &read(second.grad(&gradients).expect("tracked")),
+            &of_part,
+        );
+    }
 }
 
 #[test]

@@ -112,9 +112,22 @@ impl Blueprint {
 
     /// For the fused op on a GPU, where the problem is small.
     pub(crate) fn small(client: &Client) -> Result<Self, Error> {
+        let plane = Self::new(client, Strategy::Forced(Variant::Plane))?;
+        let hardware = &client.properties().hardware;
+        // Its many sums go through shared memory where units cannot exchange registers.
+        let shared = if plane.plane > 1 { 16 << 10 } else { 24 << 10 };
+        if hardware.max_shared_memory_size < shared {
+            return Err(Error::Variant {
+                variant: "small",
+                needed: PLANE_UNITS,
+                shared,
+                units: hardware.max_units_per_cube as usize,
+                memory: hardware.max_shared_memory_size,
+            });
+        }
         Ok(Self {
             variant: Variant::Small,
-            ..Self::new(client, Strategy::Forced(Variant::Plane))?
+            ..plane
         })
     }
 

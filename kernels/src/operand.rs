@@ -33,6 +33,9 @@ impl Strided {
         rank: usize,
     ) -> Result<Self, Error> {
         let strided = Self::of_any_size(client, operand, tensor, rank)?;
+        // A stride of 0 makes a tensor larger than its buffer.
+        let elements = tensor.shape().iter().map(|&n| n as u128).product();
+        addressable(operand, elements)?;
         addressable(operand, strided.elements as u128)?;
         Ok(strided)
     }

@@ -35,8 +35,8 @@ impl Default for Options {
     }
 }
 
-/// Sums and counts of rows by class, on the device.
-#[derive(Clone, Debug)]
+/// Sums and counts of rows by class, on the device. Not [`Clone`], since a copy would share the buffers.
+#[derive(Debug)]
 pub struct ClassSums {
     /// f32, `[lanes, heads, classes, dim]`: row `i` of a class, in the order in which they came, is summed in lane `i % lanes`.
     /// A CPU has one lane; a GPU has more where there are few classes.

@@ -20,7 +20,8 @@ use crate::loss::{LossOutput, Upstream};
 /// [`forward_backward`].
 ///
 /// It stays on the thread that recorded it, since that is what orders writes, replays and reads: a client's stream is its
-/// thread's. A client that was moved to another stream by hand must not be used with it.
+/// thread's. Clones of its handles must not be written or read from another thread, nor by a client that was moved to another
+/// stream by hand, while it replays: the values would be of before or after, or of both.
 ///
 /// # Examples
 /// ```no_run
@@ -87,10 +88,16 @@ impl Captured {
         let step = || call.forward_backward(&arriving, embeddings, weights);
         // Nothing is allocated either: what the first run leaves in the pools, the recorded one takes.
         let (mut output, mut gradients) = step();
-        block_on(client.sync()).map_err(failed)?;
+        if let Err(error) = block_on(client.sync()) {
+            // Gives up what was prepared; there is no graph to have.
+            let _ = client.stop_capture();
+            return Err(failed(error));
+        }
         let mut recording = None;
-        if client.start_capture().is_ok() {
+        // What was prepared stands only where graphs are supported.
+        if client.is_capturing() {
             drop((output, gradients));
+            client.start_capture().map_err(failed)?;
             (output, gradients) = step();
             recording = Some(Recording {
                 graph: client.stop_capture().map_err(failed)?,
@@ -137,8 +144,9 @@ impl Captured {
     /// [`Error::Device`] if the device refuses it.
     pub fn replay(&mut self) -> Result<(), Error> {
         match &self.recording {
-            // SAFETY: every buffer of the recorded launches is held here or guarded by the graph, and this value stays on the
-            // thread whose stream recorded it.
+            // SAFETY: every buffer of the recorded launches is held here or guarded by the graph, so it is there. This value stays on
+            // the thread whose stream recorded it, so what this thread writes and reads is ordered; other threads are
+            // told to keep away, and would find other values, but no memory that is not theirs.
             Some(recording) => unsafe { recording.graph.replay() }.map_err(failed),
             None => {
                 (self.output, self.gradients) = forward_backward(

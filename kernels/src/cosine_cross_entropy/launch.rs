@@ -191,8 +191,10 @@ impl<'a> Call<'a> {
         if forced_small {
             small::check(&blueprint, &problem)?;
         } else if options.strategy == Strategy::Inferred && blueprint.variant != Variant::Unit {
-            let small = Blueprint::small(client)?;
-            if small::check(&small, &problem).is_ok() {
+            let small = Blueprint::small(client);
+            if let Ok(small) = small
+                && small::check(&small, &problem).is_ok()
+            {
                 blueprint = small;
             }
         }

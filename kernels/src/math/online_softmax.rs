@@ -174,7 +174,12 @@ impl RowSoftmax {
         let mean = self.total / f32::cast_from(active);
         let log_sum = self.sum.ln();
         let of_target = (self.peak - self.target) + log_sum;
-        (1.0 - smoothing) * of_target + smoothing * ((self.peak - mean) + log_sum)
+        let mut loss = (1.0 - smoothing) * of_target;
+        // A class that is masked with −∞ has no say where nothing is smoothed.
+        if smoothing > 0.0 {
+            loss += smoothing * ((self.peak - mean) + log_sum);
+        }
+        loss
     }
 }
 

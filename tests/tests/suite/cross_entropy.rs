@@ -1,5 +1,6 @@
 //! Cross-entropy of given logits against the reference.
 
+use cubecl::ir::{ElemType, IntKind};
 use cubecl::prelude::CubeElement;
 use cubecl::std::tensor::TensorHandle;
 use proptest::prelude::*;
@@ -117,6 +118,42 @@ proptest! {
             if problem.supported(run.client) {
                 check(&run, &problem, &data, &logits, &truth, &working).map_err(fails(&run))?;
             }
+        }
+    }
+}
+
+/// A class that is masked with −∞ takes no part: the loss and the gradient of the others alone.
+#[test]
+fn a_masked_class_takes_no_part() {
+    for run in runs() {
+        let client = run.client;
+        let logits = [0.0f32, 1.0, f32::NEG_INFINITY];
+        let inputs = Inputs {
+            logits: TensorHandle::new_contiguous(
+                [1, 1, 3],
+                client.create_from_slice(f32::as_bytes(&logits)),
+                Dtype::F32.elem(),
+            ),
+            labels: TensorHandle::new_contiguous(
+                [1],
+                client.create_from_slice(i32::as_bytes(&[1])),
+                ElemType::Int(IntKind::I32),
+            ),
+        };
+        let options = Options {
+            strategy: run.strategy,
+            ..Options::default()
+        };
+        let output = forward(client, &inputs, &options).expect("the operands are valid");
+        let total = output.read_total(client).expect("the label is valid");
+        let expected = (1.0 + (-1.0f32).exp()).ln();
+        assert!((total - expected).abs() < 1e-6, "on {run}: {total}");
+        let grad = backward(client, &inputs, &options, &output, &Upstream::Total(1.0))
+            .expect("the operands are valid");
+        let grad = download(client, &grad);
+        let other = 1.0 / (1.0 + 1f64.exp());
+        for (ours, truth) in grad.iter().zip([other, -other, 0.0]) {
+            assert!((ours - truth).abs() < 1e-6, "on {run}: {grad:?}");
         }
     }
 }

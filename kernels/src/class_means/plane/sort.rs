@@ -3,8 +3,8 @@
 //! Rows are cut into blocks. A cube ranks the rows of its block among those of the same class, and counts them;
 //! the running sums of the counts over blocks, and then over classes, are where each row goes.
 //!
-//! Bytes, for `B` blocks: labels twice, `12·N` for ranks and order, `16·B·K` for the histograms, where `B ≤ 8·N/K`: linear in
-//! `N + K`.
+//! Bytes, for `B` blocks: labels twice, `12·N` for ranks and order, `16·B·K` for the histograms, where `B ≤ max(1, 8·N/K)`: linear
+//! in `N + K`.
 
 use cubecl::prelude::*;
 use cubecl::server::Handle;
@@ -31,7 +31,8 @@ pub(super) fn launch(call: &AccumulateCall) -> Sorted {
     let client = call.client;
     let [_, rows, _] = call.embeddings.dims3();
     let classes = call.sums.counts.shape()[0];
-    let most = (8 * rows / classes).clamp(1, rows.div_ceil(ROWS));
+    let indexed = (u32::MAX as usize / classes).max(1);
+    let most = (rows / classes.div_ceil(8)).clamp(1, rows.div_ceil(ROWS).min(indexed));
     let block = rows.div_ceil(most).next_multiple_of(PLANE_UNITS);
     let blocks = rows.div_ceil(block);
     let words = |count: usize| client.empty(count * size_of::<u32>());

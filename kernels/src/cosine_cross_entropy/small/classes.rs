@@ -8,6 +8,7 @@ use crate::blueprint::{PLANE_UNITS, cubes_for};
 use crate::cosine_cross_entropy::launch::RowResults;
 use crate::loss::Reduction;
 use crate::loss::reduce::{Reduced, reduce_heads};
+use crate::loss::target::INVALID;
 use crate::math::group::{Group, group_sum};
 use crate::operand::whole;
 use crate::packing::unit::{EPSILON, RowStrides};
@@ -97,8 +98,12 @@ fn classes<F: Float, N: Size>(
         let counted = scratch[sizes.counted()];
         if unit == 0 {
             status[0] = u32::cast_from(counted);
-            status[1] = u32::cast_from(scratch[sizes.counted() + 1]);
-            status[2] = u32::cast_from(scratch[sizes.counted() + 2]);
+            let invalid = u32::cast_from(scratch[sizes.counted() + 1]);
+            status[1] = invalid;
+            status[2] = INVALID;
+            if invalid > 0 {
+                status[2] = u32::cast_from(scratch[sizes.counted() + 2]);
+            }
         }
         let losses = sizes.losses();
         if comptime!(plan.per_row) {

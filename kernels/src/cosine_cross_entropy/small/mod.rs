@@ -20,7 +20,7 @@ use crate::cosine_logits::CosineProblem;
 use crate::error::Error;
 use crate::loss::reduce::Reduced;
 use crate::loss::rows::Arriving;
-use crate::operand::{empty, whole};
+use crate::operand::{addressable, empty, whole};
 
 /// Active classes at most: their logits for a few rows are in shared memory.
 const CLASSES: usize = 256;
@@ -32,7 +32,7 @@ const WORK: usize = 1 << 23;
 /// Whether a problem is small.
 ///
 /// # Errors
-/// [`Error::NotSmall`] if not.
+/// [`Error::NotSmall`] if not, [`Error::TooLarge`] if what is stored beside the active classes is not.
 pub(super) fn check(blueprint: &Blueprint, problem: &CosineProblem) -> Result<(), Error> {
     let sizes = &problem.sizes;
     let [rows, active, dim] = [sizes.rows, sizes.active, sizes.dim];
@@ -50,7 +50,11 @@ pub(super) fn check(blueprint: &Blueprint, problem: &CosineProblem) -> Result<()
             most: [ROWS, CLASSES, PLANE_UNITS, WORK],
         });
     }
-    Ok(())
+    // Its indices have 32 bits, whatever is stored beside the active classes.
+    let stored = sizes.heads as u128 * problem.classes as u128 * dim as u128;
+    addressable("class weights", stored)?;
+    addressable("class weights", problem.weights.elements() as u128)?;
+    addressable("embeddings", problem.embeddings.elements() as u128)
 }
 
 fn vector_size(blueprint: &Blueprint, problem: &CosineProblem) -> usize {
@@ -86,7 +90,7 @@ impl Sizes {
     }
 }
 
-/// Rows that count, rows with a bad label, and the first of these; below 2²⁴, so that f32 holds them.
+/// Rows that count, rows with a bad label, and the first of these or the number of rows; so few that f32 holds them.
 const COUNTS: usize = 3;
 
 /// Both passes. A gradient that is not there is not computed; without `arriving` none may be.

@@ -253,7 +253,8 @@ fn rows<F: Float, I: Int, N: Size>(
     if CUBE_POS == 0 && unit == 0 {
         scratch[sizes.counted()] = f32::cast_from(counted.classes);
         scratch[sizes.counted() + 1] = f32::cast_from(counted.invalid);
-        scratch[sizes.counted() + 2] = f32::cast_from(counted.first_invalid);
+        scratch[sizes.counted() + 2] =
+            f32::cast_from(min(counted.first_invalid, sizes.rows as u32));
     }
     if comptime!(plan.backward) {
         let mut upstream = 0.0f32.runtime();

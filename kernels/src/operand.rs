@@ -224,6 +224,19 @@ pub(crate) fn whole(tensor: &TensorHandle, vector: usize) -> BufferArg {
     unsafe { BufferArg::from_raw_parts(tensor.handle.clone(), elements / vector) }
 }
 
+/// [`whole`] of a gradient that was asked for; of one that was not, a vector that nobody writes.
+pub(crate) fn whole_if_asked(
+    client: &Client,
+    grad: Option<&TensorHandle>,
+    dtype: ElemType,
+    vector: usize,
+) -> BufferArg {
+    match grad {
+        Some(grad) => whole(grad, vector),
+        None => whole(&empty(client, [vector], dtype), vector),
+    }
+}
+
 /// A contiguous tensor of unspecified content.
 pub(crate) fn empty(
     client: &Client,

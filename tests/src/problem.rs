@@ -121,6 +121,26 @@ pub struct Problem {
     pub seed: u64,
 }
 
+impl Problem {
+    /// Of these sizes, and of the plainest kind.
+    pub fn plain(sizes: (usize, usize, usize, usize, usize)) -> Self {
+        Self {
+            sizes,
+            dtype: Dtype::F32,
+            label_dtype: LabelDtype::I32,
+            gap: 0,
+            values: Values::Uniform,
+            labels: LabelKind::Classes,
+            scale: 16.0,
+            reduction: protohead::Reduction::Mean,
+            smoothing: 0.0,
+            ignore_index: -100,
+            weighted: false,
+            seed: 1,
+        }
+    }
+}
+
 /// Sizes up to a little more than two tiles of any variant, mostly off every multiple.
 pub fn sizes() -> impl proptest::strategy::Strategy<Value = (usize, usize, usize, usize, usize)> {
     let length = |limit: usize| {

@@ -9,6 +9,7 @@ use super::{plane, unit};
 use crate::blueprint::{Blueprint, PLANE_UNITS, Strategy, Variant, cubes_for};
 use crate::error::Error;
 use crate::math::group::Group;
+use crate::math::sum::KahanLanes;
 use crate::operand::{F32, Labels, Strided, U32, addressable, empty, whole, widest};
 use crate::packing::unit::RowStrides;
 
@@ -304,10 +305,13 @@ fn merge<N: Size>(
             sums[i] = other_sums[i];
             carries[i] = other_carries[i];
         } else {
-            let corrected = (other_sums[i] - other_carries[i]) - carries[i];
-            let next = sums[i] + corrected;
-            carries[i] = (next - sums[i]) - corrected;
-            sums[i] = next;
+            let mut sum = KahanLanes::<N> {
+                sum: sums[i],
+                carry: carries[i],
+            };
+            sum.add(other_sums[i] - other_carries[i]);
+            sums[i] = sum.sum;
+            carries[i] = sum.carry;
         }
         i += step;
     }
@@ -362,17 +366,16 @@ fn write_means<F: Float, N: Size>(
             let inverse = Vector::<f32, N>::new(1.0 / f32::cast_from(count));
             while d < columns {
                 let mut at = first + d;
-                let mut total = sums[at];
-                let mut carry = carries[at];
+                let mut all = KahanLanes::<N> {
+                    sum: sums[at],
+                    carry: carries[at],
+                };
                 for _lane in 1..lanes {
                     at += heads * classes * columns;
-                    let corrected = (sums[at] - carries[at]) - carry;
-                    let next = total + corrected;
-                    carry = (next - total) - corrected;
-                    total = next;
+                    all.add(sums[at] - carries[at]);
                 }
                 // A division, without a subroutine for every element: the quotient, corrected by what it leaves.
-                let sum = total - carry;
+                let sum = all.sum - all.carry;
                 let quotient = sum * inverse;
                 let mean = fma(fma(-quotient, divisor, sum), inverse, quotient);
                 out[row * columns + d] = Vector::<F, N>::cast_from(mean);

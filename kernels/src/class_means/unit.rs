@@ -8,6 +8,7 @@ use cubecl::prelude::*;
 use super::launch::AccumulateCall;
 use crate::loss::target::{INVALID, LabelRule, is_class, label_rule, target_of};
 use crate::math::span::share;
+use crate::math::sum::KahanLanes;
 use crate::operand::whole;
 use crate::packing::unit::{EPSILON, RowStrides};
 
@@ -249,10 +250,13 @@ fn add_rows<F: Float, N: Size>(
             if comptime!(normalize) {
                 value *= Vector::<f32, N>::new(inverse[head * rows + row]);
             }
-            let corrected = value - carry[d];
-            let next = total[d] + corrected;
-            carry[d] = (next - total[d]) - corrected;
-            total[d] = next;
+            let mut sum = KahanLanes::<N> {
+                sum: total[d],
+                carry: carry[d],
+            };
+            sum.add(value);
+            total[d] = sum.sum;
+            carry[d] = sum.carry;
         }
     }
     #[unroll]

@@ -144,10 +144,11 @@ impl Captured {
     /// [`Error::Device`] if the device refuses it.
     pub fn replay(&mut self) -> Result<(), Error> {
         match &self.recording {
-            // SAFETY: every buffer of the recorded launches is held here or guarded by the graph, so it is there. This value stays on
-            // the thread whose stream recorded it, so what this thread writes and reads is ordered; other threads are
-            // told to keep away, and would find other values, but no memory that is not theirs.
-            Some(recording) => unsafe { recording.graph.replay() }.map_err(failed),
+            Some(recording) => {
+                // Other threads are told to keep away: they would find other values, but no memory that is not theirs.
+                // SAFETY: all buffers are held here or guarded by the graph; this thread's stream orders what it does to them.
+                unsafe { recording.graph.replay() }.map_err(failed)
+            }
             None => {
                 (self.output, self.gradients) = forward_backward(
                     &self.client,

@@ -20,10 +20,10 @@
 //!
 //! Memory beside the outputs: in the plane variant unit-norm f32 copies of the operands, `4·H·(N + K)·D` bytes; in the cmma
 //! variant a copy of the embeddings in their dtype and their gradient in f32, and 160 MiB for what has a class axis, a chunk of
-//! classes at a time; in the unit variant a workspace of at most 60 MiB, through which the operands go in chunks (f16 and bf16 gradients of a head with
-//! more rows than fit are carried in f32 beside it). Nothing grows with `N·K`, but for the logit gradients of a small problem on a GPU, at
-//! most 32 MiB. Every output element has one owner that
-//! adds in a fixed order, so the same input gives the same bits on the same device.
+//! classes at a time; in the unit variant a workspace of at most 60 MiB, through which the operands go in chunks (f16 and bf16
+//! gradients of a head with more rows than fit are carried in f32 beside it). Nothing grows with `N·K`, but for the logit
+//! gradients of a small problem on a GPU, at most 32 MiB. Every output element has one owner that adds in a fixed order, so the
+//! same input gives the same bits on the same device.
 //!
 //! On tensor cores unit rows and logit gradients are rounded to the operands' dtype (or to TF32) between the products, as
 //! they are in PyTorch's own ops of that dtype; sums are f32. The other variants keep f32 throughout.

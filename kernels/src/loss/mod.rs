@@ -1,10 +1,12 @@
 //! What the two cross-entropies share: options, targets, reductions and the rows of a backward pass.
 
+mod count;
 mod options;
 pub(crate) mod reduce;
 pub(crate) mod rows;
 pub(crate) mod target;
 
+pub(crate) use count::count_labels;
 pub use options::{LossOptions, Reduction};
 
 use cubecl::client::Client;

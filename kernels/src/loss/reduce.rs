@@ -7,9 +7,11 @@ use cubecl::prelude::*;
 use cubecl::server::Handle;
 use cubecl::std::tensor::TensorHandle;
 
+use super::count_labels;
 use super::options::{LossOptions, Reduction};
-use super::target::{INVALID, LabelRule, is_class, label_rule, target_of};
-use crate::blueprint::{Blueprint, PLANE_UNITS, Variant};
+use super::target::{LabelRule, label_rule};
+use crate::blueprint::{Blueprint, Variant};
+use crate::math::group::Group;
 use crate::math::sum::Kahan;
 use crate::operand::{F32, Labels, U32, empty, whole};
 
@@ -45,16 +47,19 @@ pub(crate) fn launch(
 ) -> Reduced {
     let [heads, rows] = [row_loss.shape()[0], row_loss.shape()[1]];
     let reduced = Reduced::empty(client, heads);
-    let units = match blueprint.variant {
-        Variant::Unit => 1,
-        _ => PLANE_UNITS,
+    let all = match blueprint.variant {
+        Variant::Unit => Group {
+            size: 1,
+            exchange: 1,
+        },
+        _ => Group::cube(blueprint),
     };
     // SAFETY: every buffer has the length that its comment says, and the kernel stays inside heads × rows.
     unsafe {
         reduce::launch_unchecked(
             client,
             CubeCount::new_single(),
-            CubeDim::new_1d(units as u32),
+            CubeDim::new_1d(all.size as u32),
             whole(row_loss, 1),
             labels.buffer_arg(),
             BufferArg::from_raw_parts(head_weights.clone(), heads),
@@ -64,7 +69,7 @@ pub(crate) fn launch(
             heads,
             rows,
             label_rule(labels.dtype(), active, options.ignore_index),
-            units,
+            all,
             options.reduction == Reduction::Mean,
             labels.dtype(),
         );
@@ -83,49 +88,16 @@ fn reduce<I: Int>(
     heads: usize,
     rows: usize,
     rule: LabelRule,
-    #[comptime] units: usize,
+    #[comptime] all: Group,
     #[comptime] mean: bool,
     #[define(I)] _label: ElemType,
 ) {
-    let unit = UNIT_POS as usize;
-    let mut counted = Shared::<[u32]>::new_slice(units);
-    let mut invalid = Shared::<[u32]>::new_slice(units);
-    let mut first = Shared::<[u32]>::new_slice(units);
-
-    let mut my_counted = 0u32.runtime();
-    let mut my_invalid = 0u32.runtime();
-    let mut my_first = INVALID.runtime();
-    let mut row = unit;
-    while row < rows {
-        let target = target_of::<I>(labels[row], &rule);
-        if is_class(target) {
-            my_counted += 1;
-        } else if target == INVALID {
-            my_invalid += 1;
-            my_first = min(my_first, row as u32);
-        }
-        row += units;
+    let counted = count_labels::<I>(labels, rows, &rule, all);
+    if UNIT_POS == 0 {
+        status[0] = counted.classes;
+        status[1] = counted.invalid;
+        status[2] = counted.first_invalid;
     }
-    counted[unit] = my_counted;
-    invalid[unit] = my_invalid;
-    first[unit] = my_first;
-    if comptime!(units > 1) {
-        sync_cube();
-    }
-    let mut all_counted = 0u32.runtime();
-    if unit == 0 {
-        let mut all_invalid = 0u32.runtime();
-        let mut all_first = INVALID.runtime();
-        for i in 0..units {
-            all_counted += counted[i];
-            all_invalid += invalid[i];
-            all_first = min(all_first, first[i]);
-        }
-        status[0] = all_counted;
-        status[1] = all_invalid;
-        status[2] = all_first;
-    }
-
     reduce_heads(
         row_loss,
         0,
@@ -134,15 +106,15 @@ fn reduce<I: Int>(
         total,
         heads,
         rows,
-        f32::cast_from(all_counted),
-        units,
+        f32::cast_from(counted.classes),
+        all.size,
         mean,
         true,
     );
 }
 
 /// The losses `[heads, rows]` from `first` on, to each head's loss if `by_head`, and to the total. One cube of so many units;
-/// `counted`, the rows that are not ignored, matters in the first of them.
+/// `counted` is the rows that are not ignored.
 #[cube]
 #[allow(clippy::too_many_arguments)] // what a reduction reads and writes
 pub(crate) fn reduce_heads(

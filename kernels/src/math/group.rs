@@ -37,6 +37,14 @@ impl Group {
         }
     }
 
+    /// All units of this one's cube.
+    pub(crate) fn of_its_cube(self) -> Self {
+        Self {
+            size: PLANE_UNITS,
+            ..self
+        }
+    }
+
     /// Groups of a cube.
     pub(crate) fn per_cube(self) -> usize {
         PLANE_UNITS / self.size

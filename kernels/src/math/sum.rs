@@ -2,6 +2,23 @@
 
 use cubecl::prelude::*;
 
+/// Lane by lane, from any state on.
+#[derive(CubeType, Clone, Copy)]
+pub(crate) struct KahanLanes<N: Size> {
+    pub sum: Vector<f32, N>,
+    pub carry: Vector<f32, N>,
+}
+
+#[cube]
+impl<N: Size> KahanLanes<N> {
+    pub(crate) fn add(&mut self, value: Vector<f32, N>) {
+        let corrected = value - self.carry;
+        let next = self.sum + corrected;
+        self.carry = (next - self.sum) - corrected;
+        self.sum = next;
+    }
+}
+
 #[derive(CubeType)]
 pub(crate) struct Kahan {
     sum: f32,

@@ -8,7 +8,7 @@ use super::row::PerOperandLaunch;
 use super::{plane, unit};
 use crate::blueprint::{Blueprint, Strategy, Variant};
 use crate::error::Error;
-use crate::operand::{F32, Strided, empty, whole};
+use crate::operand::{F32, Strided, empty, whole_if_asked};
 
 /// The operands, never modified: `[rows, dim]`, f32, f16 or bf16, the last axis packed.
 #[derive(Clone, Debug)]
@@ -179,15 +179,7 @@ impl BackwardCall<'_> {
         self.grad_arg(self.grad_part)
     }
 
-    /// A vector that nobody writes stands in for a gradient that was not asked for.
     fn grad_arg(&self, grad: Option<&TensorHandle>) -> BufferArg {
-        let vector = self.of.vector;
-        match grad {
-            Some(grad) => whole(grad, vector),
-            None => whole(
-                &empty(self.of.client, [vector], self.of.whole.dtype()),
-                vector,
-            ),
-        }
+        whole_if_asked(self.of.client, grad, self.of.whole.dtype(), self.of.vector)
     }
 }

@@ -147,13 +147,7 @@ fn forward<F: Float, N: Size>(
             sum.add(cosine);
         }
     }
-    let all = group_sum(
-        sum.total(),
-        comptime!(Group {
-            size: PLANE_UNITS,
-            exchange: group.exchange
-        }),
-    );
+    let all = group_sum(sum.total(), comptime!(group.of_its_cube()));
     if UNIT_POS == 0 {
         partial[CUBE_POS] = all;
     }

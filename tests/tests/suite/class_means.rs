@@ -1,12 +1,11 @@
 //! Prototype averaging against the reference.
 
 use proptest::prelude::*;
-use protohead::Reduction;
 use protohead::class_means::{ClassSums, Options};
 use protohead_reference as reference;
 use protohead_tests::close::Comparison;
 use protohead_tests::devices::{Run, runs};
-use protohead_tests::problem::{Dtype, LabelDtype, LabelKind, Problem, Values, download, problem};
+use protohead_tests::problem::{LabelDtype, LabelKind, Problem, download, problem};
 
 use crate::support::{config, fails};
 
@@ -118,18 +117,11 @@ fn check(run: &Run, problem: &Problem, unit: bool, split: usize) -> Result<(), S
 #[test]
 fn many_blocks_of_rows_and_of_classes_agree_with_the_reference() {
     let plain = Problem {
-        sizes: (1, 1, 1, 1, 1),
-        dtype: Dtype::F32,
         label_dtype: LabelDtype::I64,
         gap: 3,
-        values: Values::Uniform,
         labels: LabelKind::SomeIgnored,
-        scale: 16.0,
-        reduction: Reduction::Mean,
-        smoothing: 0.0,
-        ignore_index: -100,
-        weighted: false,
         seed: 9,
+        ..Problem::plain((1, 1, 1, 1, 1))
     };
     for (sizes, unit) in [
         ((2, 20_001, 7, 5, 4), false),

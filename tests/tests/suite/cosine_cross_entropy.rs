@@ -12,7 +12,7 @@ use protohead_reference as reference;
 use protohead_tests::close::Comparison;
 use protohead_tests::devices::{Run, fused_runs};
 use protohead_tests::problem::{
-    Data, Dtype, LabelDtype, LabelKind, Problem, Values, download, problem, wide,
+    Data, Dtype, LabelDtype, LabelKind, Problem, download, problem, wide,
 };
 
 use crate::support::{config, fails};
@@ -264,18 +264,11 @@ proptest! {
 #[test]
 fn a_captured_step_replays_on_what_its_inputs_hold() {
     let recorded = Problem {
-        sizes: (3, 70, 24, 20, 17),
-        dtype: Dtype::F32,
-        label_dtype: LabelDtype::I32,
-        gap: 0,
-        values: Values::Uniform,
         labels: LabelKind::SomeIgnored,
-        scale: 16.0,
-        reduction: Reduction::Mean,
         smoothing: 0.1,
-        ignore_index: -100,
         weighted: true,
         seed: 11,
+        ..Problem::plain((3, 70, 24, 20, 17))
     };
     let fresh = Problem {
         seed: 12,
@@ -333,18 +326,12 @@ fn a_captured_step_replays_on_what_its_inputs_hold() {
 #[test]
 fn one_class_has_no_loss() {
     let problem = Problem {
-        sizes: (2, 19, 40, 3, 1),
-        dtype: Dtype::F32,
         label_dtype: LabelDtype::I64,
-        gap: 0,
-        values: Values::Uniform,
-        labels: LabelKind::Classes,
         scale: 30.0,
         reduction: Reduction::None,
         smoothing: 0.3,
-        ignore_index: -100,
-        weighted: false,
         seed: 3,
+        ..Problem::plain((2, 19, 40, 3, 1))
     };
     let data = problem.data();
     for run in fused_runs(problem.sizes) {
@@ -358,18 +345,12 @@ fn one_class_has_no_loss() {
 #[test]
 fn shapes_beyond_one_workspace_agree_with_the_reference() {
     let plain = Problem {
-        sizes: (1, 1, 1, 1, 1),
-        dtype: Dtype::F32,
         label_dtype: LabelDtype::I64,
-        gap: 0,
-        values: Values::Uniform,
         labels: LabelKind::SomeIgnored,
-        scale: 16.0,
-        reduction: Reduction::Mean,
         smoothing: 0.1,
-        ignore_index: -100,
         weighted: true,
         seed: 5,
+        ..Problem::plain((1, 1, 1, 1, 1))
     };
     for (sizes, dtype) in [
         // Rows in chunks that split a head; gradients of the weights carried in themselves.

@@ -170,20 +170,7 @@ fn the_fused_op_needs_no_memory_that_grows_with_rows_times_classes() {
             logits > 20 * (operands + workspace),
             "the shape does not tell"
         );
-        let problem = Problem {
-            sizes: (1, size, dim, size, size),
-            dtype: Dtype::F32,
-            label_dtype: protohead_tests::problem::LabelDtype::I32,
-            gap: 0,
-            values: Values::Uniform,
-            labels: LabelKind::Classes,
-            scale: 16.0,
-            reduction: Reduction::Mean,
-            smoothing: 0.0,
-            ignore_index: -100,
-            weighted: false,
-            seed: 1,
-        };
+        let problem = Problem::plain((1, size, dim, size, size));
         let data = problem.data();
         let reserved = || {
             run.client

@@ -15,6 +15,7 @@ use cubecl::prelude::*;
 use super::launch::AccumulateCall;
 use crate::blueprint::{PLANE_UNITS, cubes_for};
 use crate::math::group::{Group, group_sum, member};
+use crate::math::sum::KahanLanes;
 use crate::operand::whole;
 use crate::packing::unit::{EPSILON, RowStrides};
 
@@ -109,23 +110,6 @@ fn inverse_norms<F: Float, N: Size>(
     }
 }
 
-/// A running sum of vectors with Kahan's compensation.
-#[derive(CubeType, Clone, Copy)]
-struct Running<N: Size> {
-    total: Vector<f32, N>,
-    carry: Vector<f32, N>,
-}
-
-#[cube]
-impl<N: Size> Running<N> {
-    fn add(&mut self, value: Vector<f32, N>) {
-        let corrected = value - self.carry;
-        let next = self.total + corrected;
-        self.carry = (next - self.total) - corrected;
-        self.total = next;
-    }
-}
-
 #[cube(launch_unchecked)]
 fn sum<F: Float, N: Size>(
     embeddings: &[Vector<F, N>],
@@ -157,12 +141,12 @@ fn sum<F: Float, N: Size>(
     let start = starts[class] as usize;
     let end = starts[class + 1] as usize;
     let from = head * strides.head + column;
-    let mut sum = Running::<N> {
-        total: Vector::<f32, N>::new(0.0),
+    let mut sum = KahanLanes::<N> {
+        sum: Vector::<f32, N>::new(0.0),
         carry: Vector::<f32, N>::new(0.0),
     };
     if comptime!(!fresh) {
-        sum.total = sums[at];
+        sum.sum = sums[at];
         sum.carry = carries[at];
     }
     // Rows of the class before this batch decide which of its rows are the lane's.
@@ -193,6 +177,6 @@ fn sum<F: Float, N: Size>(
         sum.add(value);
         place += lanes;
     }
-    sums[at] = sum.total;
+    sums[at] = sum.sum;
     carries[at] = sum.carry;
 }

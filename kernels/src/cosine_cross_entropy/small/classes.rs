@@ -34,7 +34,10 @@ pub(super) fn launch(
     let sizes = &call.problem.sizes;
     let reduction = call.options.loss.reduction;
     let plan = Plan {
-        across: (sizes.dim / step.vector).next_power_of_two(),
+        across: match grad {
+            Some(_) => (sizes.dim / step.vector).next_power_of_two(),
+            None => 1,
+        },
         all: Group::cube(&call.blueprint),
         of_weights: grad.is_some(),
         per_row: reduction == Reduction::None,

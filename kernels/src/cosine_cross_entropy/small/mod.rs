@@ -20,7 +20,7 @@ use crate::cosine_logits::CosineProblem;
 use crate::error::Error;
 use crate::loss::reduce::Reduced;
 use crate::loss::rows::Arriving;
-use crate::operand::{addressable, empty, whole};
+use crate::operand::{addressable, whole_if_asked};
 
 /// Active classes at most: their logits for a few rows are in shared memory.
 const CLASSES: usize = 256;
@@ -139,18 +139,8 @@ impl Step<'_> {
         unsafe { BufferArg::from_raw_parts(self.scratch.clone(), self.elements) }
     }
 
-    /// A gradient, or a vector that nobody writes.
     fn grad_arg(&self, grad: Option<&TensorHandle>) -> BufferArg {
-        match grad {
-            Some(grad) => whole(grad, self.vector),
-            None => whole(
-                &empty(
-                    self.call.client,
-                    [self.vector],
-                    self.call.problem.embeddings.dtype(),
-                ),
-                self.vector,
-            ),
-        }
+        let dtype = self.call.problem.embeddings.dtype();
+        whole_if_asked(self.call.client, grad, dtype, self.vector)
     }
 }

@@ -6,10 +6,10 @@ use cubecl::std::tensor::TensorHandle;
 use super::{CLASSES, Sizes, Step};
 use crate::blueprint::{PLANE_UNITS, cubes_for};
 use crate::cosine_cross_entropy::launch::RowResults;
-use crate::loss::Reduction;
 use crate::loss::rows::Arriving;
-use crate::loss::target::{INVALID, LabelRule, is_class, label_rule, target_of};
-use crate::math::group::{Group, group_count, group_min, group_softmax, group_sum, member};
+use crate::loss::target::{LabelRule, is_class, label_rule, target_of};
+use crate::loss::{Reduction, count_labels};
+use crate::math::group::{Group, group_softmax, group_sum, member};
 use crate::math::lanes::One;
 use crate::math::online_softmax::{RowSoftmax, logit_gradient};
 use crate::operand::whole;
@@ -91,37 +91,6 @@ pub(super) fn launch(
     }
 }
 
-/// The labels of the batch, counted by the whole cube.
-#[derive(CubeType, Clone, Copy)]
-struct Counted {
-    classes: u32,
-    invalid: u32,
-    first_invalid: u32,
-}
-
-#[cube]
-fn count<I: Int>(labels: &[I], rows: usize, rule: &LabelRule, #[comptime] all: Group) -> Counted {
-    let mut classes = 0u32.runtime();
-    let mut invalid = 0u32.runtime();
-    let mut first_invalid = INVALID.runtime();
-    let mut row = UNIT_POS as usize;
-    while row < rows {
-        let target = target_of::<I>(labels[row], rule);
-        if is_class(target) {
-            classes += 1;
-        } else if target == INVALID {
-            invalid += 1;
-            first_invalid = min(first_invalid, row as u32);
-        }
-        row += PLANE_UNITS;
-    }
-    Counted {
-        classes: group_count(classes, all),
-        invalid: group_count(invalid, all),
-        first_invalid: group_min(first_invalid, all),
-    }
-}
-
 #[cube(launch_unchecked)]
 fn rows<F: Float, I: Int, N: Size>(
     embeddings: &[Vector<F, N>],
@@ -179,7 +148,7 @@ fn rows<F: Float, I: Int, N: Size>(
     if here.lane == 0 {
         norms[own] = norm;
     }
-    let counted = count::<I>(labels, sizes.rows, &rule, plan.all);
+    let counted = count_labels::<I>(labels, sizes.rows, &rule, plan.all);
     sync_cube();
 
     // Cosines: a group takes a class, for all rows of the cube.

@@ -1,0 +1,45 @@
+//! The labels of a batch, counted by a cube.
+
+use cubecl::prelude::*;
+
+use super::target::{INVALID, LabelRule, is_class, target_of};
+use crate::math::group::{Group, group_count, group_min};
+
+#[derive(CubeType, Clone, Copy)]
+pub(crate) struct Counted {
+    /// Rows that count.
+    pub classes: u32,
+    /// Rows whose label is neither a class nor ignored.
+    pub invalid: u32,
+    /// The first of these, or INVALID.
+    pub first_invalid: u32,
+}
+
+/// The counts, in every unit of the cube, which is `all`.
+#[cube]
+pub(crate) fn count_labels<I: Int>(
+    labels: &[I], // [rows]
+    rows: usize,
+    rule: &LabelRule,
+    #[comptime] all: Group,
+) -> Counted {
+    let mut classes = 0u32.runtime();
+    let mut invalid = 0u32.runtime();
+    let mut first_invalid = INVALID.runtime();
+    let mut row = UNIT_POS as usize;
+    while row < rows {
+        let target = target_of::<I>(labels[row], rule);
+        if is_class(target) {
+            classes += 1;
+        } else if target == INVALID {
+            invalid += 1;
+            first_invalid = min(first_invalid, row as u32);
+        }
+        row += all.size;
+    }
+    Counted {
+        classes: group_count(classes, all),
+        invalid: group_count(invalid, all),
+        first_invalid: group_min(first_invalid, all),
+    }
+}

@@ -3,5 +3,6 @@
 pub(crate) mod data;
 mod encoder;
 pub(crate) mod network;
+mod record;
 pub(crate) mod run;
 pub(crate) mod sessions;

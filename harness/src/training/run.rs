@@ -1,5 +1,5 @@
-//! A training run in a folder: `config.json`, `metrics.jsonl`, `curves.svg`, `checkpoint/`, `model.bpk`,
-//! `weights.blake3`, `accuracy.json`.
+//! A training run in a folder: `config.json`, `metrics.jsonl`, `curves.svg`, `checkpoint/`, `model.bpk`, `accuracy.json`. The
+//! same configuration on the same device gives the same bytes in each.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use super::data::{Dataset, Protocol};
 use super::network::{Devices, Lambdas, Network, batch};
-use super::sessions;
+use super::{record, sessions};
 use crate::error::Error;
 use crate::tensors::write_atomically;
 
@@ -230,17 +230,9 @@ impl Run {
         bar.finish_and_clear();
         let network = sessions::replace_prototypes(network, dataset, self.protocol, devices)?;
         let path = self.folder.join("model.bpk");
-        let bytes = network
-            .clone()
-            .into_record()
-            .into_bytes()
-            .map_err(|e| damaged(&path, e))?;
+        let (bytes, _) =
+            record::model(network.clone().into_record()).map_err(|e| damaged(&path, e))?;
         write_atomically(&path, &bytes)?;
-        // Records name their parameters at random; the digest is of the values alone.
-        let mut digest = Digest(blake3::Hasher::new());
-        network.visit(&mut digest);
-        let digest = format!("{}\n", digest.0.finalize().to_hex());
-        write_atomically(&self.folder.join("weights.blake3"), digest.as_bytes())?;
         let table = sessions::evaluate(&network, dataset, self.protocol, config.seed, devices)?;
         write_atomically(&self.folder.join("accuracy.json"), &to_json(&table))?;
         Ok(table)
@@ -283,12 +275,9 @@ impl Run {
         let _ = fs::remove_dir_all(&beside);
         fs::create_dir(&beside).map_err(io(&beside))?;
         // `valid` folds the pending running statistics in: without it the record is one step behind.
-        let model = network
-            .valid()
-            .into_record()
-            .into_bytes()
-            .map_err(|e| damaged(&place, e))?;
-        let state = optimizer.into_bytes().map_err(|e| damaged(&place, e))?;
+        let (model, places) =
+            record::model(network.valid().into_record()).map_err(|e| damaged(&place, e))?;
+        let state = record::optimizer(optimizer, &places).map_err(|e| damaged(&place, e))?;
         write_atomically(&beside.join("model.bpk"), &model)?;
         write_atomically(&beside.join("optimizer.bpk"), &state)?;
         let lines: String = metrics
@@ -400,18 +389,6 @@ fn progress(steps: u64) -> ProgressBar {
     }
     bar.enable_steady_tick(Duration::from_millis(500));
     bar
-}
-
-/// Hashes every value of a network: two runs with the same digest have the same weights to the bit.
-struct Digest(blake3::Hasher);
-
-impl burn::module::ModuleVisitor for Digest {
-    fn visit_float<const D: usize>(
-        &mut self,
-        param: &burn::module::Param<burn::tensor::Tensor<D>>,
-    ) {
-        self.0.update(param.val().into_data().as_bytes());
-    }
 }
 
 /// Draws every parameter now, in the order of the fields: parameters are lazy.

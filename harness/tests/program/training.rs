@@ -117,10 +117,18 @@ fn a_run_that_was_killed_resumes_to_the_same_weights_to_the_bit() {
             .status
             .success()
     );
-    for name in ["metrics.jsonl", "weights.blake3", "accuracy.json"] {
-        let [a, b] =
-            [&straight, &broken].map(|run| fs::read_to_string(run.join(name)).expect("written"));
-        assert_eq!(a, b, "{name}");
+    for name in [
+        "accuracy.json",
+        "checkpoint/metrics.jsonl",
+        "checkpoint/model.bpk",
+        "checkpoint/optimizer.bpk",
+        "config.json",
+        "curves.svg",
+        "metrics.jsonl",
+        "model.bpk",
+    ] {
+        let [a, b] = [&straight, &broken].map(|run| fs::read(run.join(name)).expect("written"));
+        assert!(a == b, "{name} differs");
     }
     // Evaluating again prints the same table.
     let evaluate = |run: &Path| {

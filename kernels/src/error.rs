@@ -2,6 +2,8 @@
 
 use cubecl::ir::ElemType;
 
+use crate::loss::Reduction;
+
 /// Why an op refused its operands, or what the device reported afterwards.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
@@ -24,9 +26,9 @@ pub enum Error {
         /// Its shape.
         got: Vec<usize>,
     },
-    /// The last axis is not packed, or the strides leave the buffer.
+    /// The strides are not what the op takes, or leave the buffer.
     #[error(
-        "{operand} has strides {strides:?} for shape {shape:?} in a buffer of {elements} elements: the last axis must be packed (stride 1) and every element inside the buffer"
+        "{operand} has strides {strides:?} for shape {shape:?} in a buffer of {elements} elements, expected {expected} and every element inside the buffer"
     )]
     Strides {
         /// The operand's name.
@@ -35,8 +37,10 @@ pub enum Error {
         shape: Vec<usize>,
         /// Its strides, in elements.
         strides: Vec<usize>,
-        /// What its buffer holds.
+        /// What its buffer holds; 0 if it begins in the middle of an element.
         elements: usize,
+        /// What the strides must be.
+        expected: &'static str,
     },
     /// An operand has a dtype that the op or the device does not take.
     #[error("{operand} has dtype {got}, expected {expected}")]
@@ -64,6 +68,14 @@ pub enum Error {
         /// Its value.
         got: f64,
         /// The range.
+        expected: &'static str,
+    },
+    /// A reduction that this function does not do.
+    #[error("the reduction is {got:?}, expected {expected}")]
+    Reduction {
+        /// What was asked for.
+        got: Reduction,
+        /// What is done.
         expected: &'static str,
     },
     /// There is not one head weight per head.
@@ -151,7 +163,24 @@ pub enum Error {
         /// How many such rows there are.
         rows: usize,
     },
+    /// An operand is on a device where the op cannot read it.
+    #[error("{operand} is on {on}, expected {expected}")]
+    Place {
+        /// The operand's name.
+        operand: &'static str,
+        /// Its device.
+        on: String,
+        /// Where it must be.
+        expected: String,
+    },
     /// The device failed.
     #[error("the device reported: {0}")]
     Device(String),
+}
+
+impl Error {
+    /// What a device says of itself.
+    pub(crate) fn device(reported: impl std::fmt::Debug) -> Self {
+        Self::Device(format!("{reported:?}"))
+    }
 }

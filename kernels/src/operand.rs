@@ -1,13 +1,13 @@
 //! The tensors of a call: checked once, then known to be readable.
 
 use cubecl::client::Client;
+use cubecl::ir::features::TypeUsage;
 use cubecl::ir::{ElemType, FloatKind, IntKind, UIntKind};
 use cubecl::prelude::*;
 use cubecl::std::tensor::TensorHandle;
 
 use crate::blueprint::Blueprint;
 use crate::error::Error;
-use crate::packing::unit::RowStridesLaunch;
 
 /// f32, the dtype of everything that is accumulated or saved.
 pub(crate) const F32: ElemType = ElemType::Float(FloatKind::F32);
@@ -34,8 +34,7 @@ impl Strided {
     ) -> Result<Self, Error> {
         let strided = Self::of_any_size(client, operand, tensor, rank)?;
         // A stride of 0 makes a tensor larger than its buffer.
-        let elements = tensor.shape().iter().map(|&n| n as u128).product();
-        addressable(operand, elements)?;
+        addressable(operand, count(tensor.shape()))?;
         addressable(operand, strided.elements as u128)?;
         Ok(strided)
     }
@@ -50,8 +49,8 @@ impl Strided {
         let supported = matches!(
             tensor.dtype,
             ElemType::Float(FloatKind::F32 | FloatKind::F16 | FloatKind::BF16)
-        ) && client.properties().supports_type(tensor.dtype);
-        if !supported {
+        );
+        if !supported || !in_buffers(client, tensor.dtype) {
             return Err(Error::Dtype {
                 operand,
                 got: tensor.dtype,
@@ -82,12 +81,10 @@ impl Strided {
                 got: shape,
             });
         }
-        let elements = tensor.handle.size_in_used() as usize / tensor.dtype.size();
-        let last: u128 = shape
-            .iter()
-            .zip(&strides)
-            .map(|(&n, &s)| (n as u128 - 1) * s as u128)
-            .sum();
+        let elements = elements_of(tensor);
+        let last = shape.iter().zip(&strides).fold(0u128, |last, (&n, &s)| {
+            last.saturating_add((n as u128 - 1) * s as u128)
+        });
         let packed = shape[rank - 1] == 1 || strides[rank - 1] == 1;
         if !packed || last >= elements as u128 {
             return Err(Error::Strides {
@@ -95,6 +92,7 @@ impl Strided {
                 shape,
                 strides,
                 elements,
+                expected: "the last axis packed (stride 1)",
             });
         }
         if address_type(&[elements]) == AddressType::U64
@@ -154,11 +152,17 @@ impl Strided {
     }
 }
 
+/// The strides of an operand's heads and rows, in vectors.
+#[derive(CubeType, CubeLaunch, Clone, Copy)]
+pub(crate) struct RowStrides {
+    pub head: usize,
+    pub row: usize,
+}
+
 /// Labels `[rows]`, i32, i64 or u32.
 #[derive(Clone)]
 pub(crate) struct Labels {
     pub tensor: TensorHandle,
-    elements: usize,
 }
 
 impl Labels {
@@ -167,35 +171,17 @@ impl Labels {
         let supported = matches!(
             tensor.dtype,
             ElemType::Int(IntKind::I32 | IntKind::I64) | ElemType::UInt(UIntKind::U32)
-        ) && client.properties().supports_type(tensor.dtype);
-        if !supported {
+        );
+        if !supported || !in_buffers(client, tensor.dtype) {
             return Err(Error::Dtype {
                 operand,
                 got: tensor.dtype,
                 expected: "i32, i64 or u32, as far as the device has them".into(),
             });
         }
-        let shape = tensor.shape().to_vec();
-        if shape != [rows] {
-            return Err(Error::Shape {
-                operand,
-                got: shape,
-                expected: format!("[{rows}]"),
-            });
-        }
-        let elements = tensor.handle.size_in_used() as usize / tensor.dtype.size();
-        let strides = tensor.strides().to_vec();
-        if (rows > 1 && strides != [1]) || elements < rows {
-            return Err(Error::Strides {
-                operand,
-                shape,
-                strides,
-                elements,
-            });
-        }
+        contiguous(operand, tensor, &[rows], tensor.dtype)?;
         Ok(Self {
             tensor: tensor.clone(),
-            elements,
         })
     }
 
@@ -204,9 +190,79 @@ impl Labels {
     }
 
     pub(crate) fn buffer_arg(&self) -> BufferArg {
-        // SAFETY: `new` proved that this many elements are in the buffer.
-        unsafe { BufferArg::from_raw_parts(self.tensor.handle.clone(), self.elements) }
+        whole(&self.tensor, 1)
     }
+}
+
+/// Proves that `tensor` has this dtype and shape, is contiguous, and inside its buffer: what [`whole`] leans on for tensors that
+/// come from a caller.
+pub(crate) fn contiguous(
+    operand: &'static str,
+    tensor: &TensorHandle,
+    expected: &[usize],
+    dtype: ElemType,
+) -> Result<(), Error> {
+    let (shape, strides) = (tensor.shape().to_vec(), tensor.strides().to_vec());
+    if tensor.dtype != dtype {
+        return Err(Error::Dtype {
+            operand,
+            got: tensor.dtype,
+            expected: dtype.to_string(),
+        });
+    }
+    if shape != expected {
+        return Err(Error::Shape {
+            operand,
+            got: shape,
+            expected: format!("{expected:?}"),
+        });
+    }
+    let elements = elements_of(tensor);
+    let mut packed = 1;
+    let mut is_contiguous = true;
+    for (&length, &stride) in shape.iter().zip(&strides).rev() {
+        is_contiguous &= length == 1 || stride == packed;
+        packed *= length;
+    }
+    if !is_contiguous || count(&shape) > elements as u128 {
+        return Err(Error::Strides {
+            operand,
+            shape,
+            strides,
+            elements,
+            expected: "contiguous ones",
+        });
+    }
+    Ok(())
+}
+
+/// Whether buffers may hold this dtype, and kernels compute on what they read of it.
+fn in_buffers(client: &Client, dtype: ElemType) -> bool {
+    let usage = client.properties().type_usage(dtype);
+    usage.is_superset(TypeUsage::Buffer | TypeUsage::Conversion)
+}
+
+/// What a tensor's buffer holds, from its first element on. A handle may begin, and end, inside its allocation; where it begins
+/// behind its end or off an element, nothing.
+fn elements_of(tensor: &TensorHandle) -> usize {
+    let handle = &tensor.handle;
+    let [start, end] = [handle.offset_start, handle.offset_end].map(|offset| offset.unwrap_or(0));
+    let size = tensor.dtype.size() as u64;
+    let used = handle
+        .size()
+        .checked_sub(start)
+        .and_then(|n| n.checked_sub(end));
+    match used {
+        Some(used) if start.is_multiple_of(size) => (used / size) as usize,
+        _ => 0,
+    }
+}
+
+/// How many elements a shape has; the most a u128 can hold if it cannot hold them.
+pub(crate) fn count(shape: &[usize]) -> u128 {
+    shape
+        .iter()
+        .fold(1u128, |all, &n| all.saturating_mul(n as u128))
 }
 
 /// The largest half of half of .. `vector` that divides all lengths.
@@ -220,7 +276,7 @@ pub(crate) fn widest<const L: usize>(mut vector: usize, lengths: [usize; L]) -> 
 /// A whole contiguous tensor as a kernel argument, in vectors of `vector` elements.
 pub(crate) fn whole(tensor: &TensorHandle, vector: usize) -> BufferArg {
     let elements: usize = tensor.shape().iter().product();
-    // SAFETY: the tensors passed here were allocated contiguous by this crate.
+    // SAFETY: the tensors passed here were allocated contiguous by this crate, or `contiguous` proved them.
     unsafe { BufferArg::from_raw_parts(tensor.handle.clone(), elements / vector) }
 }
 

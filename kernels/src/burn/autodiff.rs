@@ -44,11 +44,9 @@ impl<B: Backend + ProtoheadGradOps> Backward<B, 2> for FusedBackward {
             options,
             need,
         );
-        for (parent, gradient) in ops.parents.into_iter().zip([of_embeddings, of_weights]) {
-            if let (Some(node), MaybeGrad::Computed(gradient)) = (parent, gradient) {
-                grads.register::<B>(node.id, gradient);
-            }
-        }
+        let [embeddings, weights] = ops.parents.map(|node| node.map(|node| node.id));
+        register::<B>(grads, embeddings, of_embeddings);
+        register::<B>(grads, weights, of_weights);
     }
 }
 
@@ -104,11 +102,9 @@ impl<B: Backend + ProtoheadGradOps> Backward<B, 2> for LogitsBackward {
             options,
             need,
         );
-        for (parent, gradient) in ops.parents.into_iter().zip([of_embeddings, of_weights]) {
-            if let (Some(node), MaybeGrad::Computed(gradient)) = (parent, gradient) {
-                grads.register::<B>(node.id, gradient);
-            }
-        }
+        let [embeddings, weights] = ops.parents.map(|node| node.map(|node| node.id));
+        register::<B>(grads, embeddings, of_embeddings);
+        register::<B>(grads, weights, of_weights);
     }
 }
 
@@ -135,14 +131,19 @@ impl<B: Backend + ProtoheadGradOps> Backward<B, 3> for ReconstructionBackward {
         ];
         let (whole_grad, part_grad) =
             B::protohead_reconstruction_backward(grad, whole, first, second, need);
-        if let (Some(node), MaybeGrad::Computed(gradient)) = (of_whole, whole_grad) {
-            grads.register::<B>(node.id, gradient);
-        }
+        register::<B>(grads, of_whole.map(|node| node.id), whole_grad);
         if let MaybeGrad::Computed(gradient) = part_grad {
             for node in [of_first, of_second].into_iter().flatten() {
                 grads.register::<B>(node.id, gradient.clone());
             }
         }
+    }
+}
+
+/// Hands a gradient that was computed to the parent that waits for it.
+fn register<B: Backend>(grads: &mut Gradients, parent: Option<NodeId>, gradient: MaybeGrad<B>) {
+    if let (Some(parent), MaybeGrad::Computed(gradient)) = (parent, gradient) {
+        grads.register::<B>(parent, gradient);
     }
 }
 
@@ -164,7 +165,7 @@ impl<B: Backend + ProtoheadOps + ProtoheadGradOps, C: CheckpointStrategy> Protoh
             FusedBackward,
             [embeddings.node(), weights.node()],
         );
-        match prepared.compute_bound().stateful() {
+        let (loss, lse, predictions, status) = match prepared.compute_bound().stateful() {
             OpsKind::Tracked(mut prepared) => {
                 let saved = (
                     prepared.checkpoint(&embeddings),
@@ -176,20 +177,9 @@ impl<B: Backend + ProtoheadOps + ProtoheadGradOps, C: CheckpointStrategy> Protoh
                     labels.clone(),
                     options.clone(),
                 );
-                let state = (
-                    saved.0,
-                    saved.1,
-                    labels,
-                    lse.clone(),
-                    status.clone(),
-                    options,
-                );
-                (
-                    prepared.finish(state, loss),
-                    <Self as AutodiffBackend>::from_inner(lse),
-                    predictions,
-                    status,
-                )
+                let (of_loss, of_status) = (lse.clone(), status.clone());
+                let state = (saved.0, saved.1, labels, of_loss, of_status, options);
+                (prepared.finish(state, loss), lse, predictions, status)
             }
             OpsKind::UnTracked(prepared) => {
                 let (loss, lse, predictions, status) = B::protohead_fused(
@@ -198,14 +188,11 @@ impl<B: Backend + ProtoheadOps + ProtoheadGradOps, C: CheckpointStrategy> Protoh
                     labels,
                     options,
                 );
-                (
-                    prepared.finish(loss),
-                    <Self as AutodiffBackend>::from_inner(lse),
-                    predictions,
-                    status,
-                )
+                (prepared.finish(loss), lse, predictions, status)
             }
-        }
+        };
+        let lse = <Self as AutodiffBackend>::from_inner(lse);
+        (loss, lse, predictions, status)
     }
 
     fn protohead_cross_entropy(

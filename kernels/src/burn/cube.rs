@@ -44,8 +44,14 @@ fn handle(tensor: CubeTensor) -> TensorHandle {
     )
 }
 
+/// Labels in a dtype that the kernels read, so that none becomes another by a cast.
 fn labels(tensor: CubeTensor) -> TensorHandle {
-    handle(into_contiguous(cast(tensor, DType::I32)))
+    let tensor = match tensor.dtype {
+        DType::I32 | DType::I64 | DType::U32 => tensor,
+        DType::U64 => cast(tensor, DType::I64),
+        _ => cast(tensor, DType::I32),
+    };
+    handle(into_contiguous(tensor))
 }
 
 /// A result of the kernels as Burn's tensor, on the device of `like`.
@@ -56,6 +62,19 @@ fn tensor(like: &CubeTensor, handle: TensorHandle, dtype: DType) -> CubeTensor {
         handle.shape().clone(),
         handle.handle,
         dtype,
+    )
+}
+
+/// Loss, lse, predictions, status.
+fn results(
+    like: &CubeTensor,
+    output: LossOutput,
+) -> (CubeTensor, CubeTensor, CubeTensor, CubeTensor) {
+    (
+        tensor(like, output.loss, DType::F32),
+        tensor(like, output.lse, DType::F32),
+        tensor(like, output.predictions, DType::U32),
+        tensor(like, output.status, DType::U32),
     )
 }
 
@@ -84,12 +103,7 @@ impl ProtoheadOps for CubeBackend {
             labels: labels(rows),
         };
         let output = checked(fused::forward(&embeddings.client, &inputs, &options));
-        (
-            tensor(&embeddings, output.loss, DType::F32),
-            tensor(&embeddings, output.lse, DType::F32),
-            tensor(&embeddings, output.predictions, DType::U32),
-            tensor(&embeddings, output.status, DType::U32),
-        )
+        results(&embeddings, output)
     }
 
     fn protohead_cross_entropy(
@@ -107,12 +121,7 @@ impl ProtoheadOps for CubeBackend {
             labels: labels(rows),
         };
         let output = checked(cross_entropy::forward(&z.client, &inputs, &options));
-        (
-            tensor(&z, output.loss, DType::F32),
-            tensor(&z, output.lse, DType::F32),
-            tensor(&z, output.predictions, DType::U32),
-            tensor(&z, output.status, DType::U32),
-        )
+        results(&z, output)
     }
 
     fn protohead_logits(
@@ -165,7 +174,7 @@ impl ProtoheadOps for CubeBackend {
         let means = checked(sums.write_means(client, &operand(weights), Strategy::Inferred));
         (
             tensor(&embeddings, means, embeddings.dtype),
-            tensor(&embeddings, sums.counts, DType::U32),
+            tensor(&embeddings, sums.counts().clone(), DType::U32),
         )
     }
 }

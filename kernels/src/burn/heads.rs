@@ -2,7 +2,7 @@
 
 use burn::config::Config;
 use burn::module::{Initializer, Module, Param};
-use burn::tensor::{Device, Int, Tensor};
+use burn::tensor::{DType, Device, Int, Tensor};
 
 use super::{class_means, cosine_cross_entropy, cosine_logits};
 use crate::{Error, LossOptions, cosine_cross_entropy as fused, cosine_logits as logits};
@@ -78,6 +78,11 @@ impl CosineHeads {
         self.active
     }
 
+    /// What cosines are multiplied with.
+    pub fn scale(&self) -> f64 {
+        self.scale
+    }
+
     /// Lets another number of classes take part.
     ///
     /// # Errors
@@ -127,7 +132,7 @@ impl CosineHeads {
         let total = match options.loss.head_weights {
             None => heads.loss.clone().sum(),
             Some(_) => {
-                let alphas = Tensor::<1>::from_data(alphas.as_slice(), &device);
+                let alphas = Tensor::<1>::from_data(alphas.as_slice(), (&device, DType::F32));
                 (heads.loss.clone() * alphas).sum()
             }
         };
@@ -147,11 +152,8 @@ impl CosineHeads {
     ) -> Result<(Self, Tensor<1, Int>), Error> {
         let weight = self.weight.val().detach();
         let (means, counts) = class_means(embeddings, labels, weight, classes, false)?;
-        let means = if means.device().is_autodiff() {
-            means.detach().require_grad()
-        } else {
-            means
-        };
+        let trained = self.weight.val().is_require_grad();
+        let means = means.detach().set_require_grad(trained);
         let replaced = Self {
             weight: self.weight.clone().map(|_| means),
             ..self

@@ -16,9 +16,13 @@ mod specs;
 pub use heads::{CosineHeads, CosineHeadsConfig, HeadsLoss};
 
 use burn::backend::Dispatch;
+use burn::backend::cubecl::dtype_to_elem_type;
+use burn::backend::tensor::FloatTensor;
 use burn::tensor::{DType, Device, Int, Tensor};
+use cubecl::ir::ElemType;
 
-use crate::operand::addressable;
+use crate::cosine_logits::{active_classes, same_dtype};
+use crate::operand::{addressable, count};
 use crate::{
     Error, Reduction, Strategy, cosine_cross_entropy as fused, cosine_logits as logits_op,
     cross_entropy as cross_entropy_op,
@@ -38,7 +42,26 @@ pub struct CrossEntropy<const D: usize> {
     active: usize,
 }
 
+/// A tensor of whichever backend.
+type Any = FloatTensor<Dispatch>;
+
 impl<const D: usize> CrossEntropy<D> {
+    /// Of loss, lse, predictions and status; predictions in the device's own integers.
+    fn new(
+        (loss, lse, predictions, status): (Any, Any, Any, Any),
+        active: usize,
+        device: &Device,
+    ) -> Self {
+        let int = device.settings().int_dtype;
+        Self {
+            loss: Tensor::from_dispatch(loss),
+            lse: Tensor::from_dispatch(lse),
+            predictions: Tensor::<2, Int>::from_dispatch(predictions).cast(int),
+            status: Tensor::from_dispatch(status),
+            active,
+        }
+    }
+
     /// Waits, and says whether every label was a class or ignored.
     ///
     /// # Errors
@@ -48,7 +71,7 @@ impl<const D: usize> CrossEntropy<D> {
             .status
             .clone()
             .try_into_vec_as::<i64>()
-            .map_err(|error| Error::Device(format!("{error:?}")))?;
+            .map_err(Error::device)?;
         if status[1] == 0 {
             return Ok(());
         }
@@ -72,11 +95,9 @@ pub fn cosine_cross_entropy(
     options: &fused::Options,
 ) -> Result<CrossEntropy<1>, Error> {
     if options.loss.reduction == Reduction::None {
-        return Err(Error::Shape {
-            operand: "loss",
-            got: embeddings.dims()[..2].to_vec(),
-            expected: "one number a head: without a reduction use cosine_cross_entropy_by_row"
-                .into(),
+        return Err(Error::Reduction {
+            got: Reduction::None,
+            expected: "one number a head: use cosine_cross_entropy_by_row without a reduction",
         });
     }
     fused_loss(embeddings, weights, labels, options)
@@ -106,9 +127,9 @@ fn fused_loss<const D: usize>(
     let [heads, rows, _] = embeddings.dims();
     let active = head_operands(&embeddings, &weights, options.scale, options.active)?;
     options.loss.validate(heads)?;
-    row_labels(&labels, rows)?;
-    let int = embeddings.device().settings().int_dtype;
-    let (loss, lse, predictions, status) = <Dispatch as ProtoheadOps>::protohead_fused(
+    row_labels(&labels, rows, &embeddings.device())?;
+    let device = embeddings.device();
+    let results = <Dispatch as ProtoheadOps>::protohead_fused(
         embeddings.into_dispatch(),
         weights.into_dispatch(),
         labels.into_dispatch(),
@@ -117,13 +138,7 @@ fn fused_loss<const D: usize>(
             ..options.clone()
         },
     );
-    Ok(CrossEntropy {
-        loss: Tensor::from_dispatch(loss),
-        lse: Tensor::from_dispatch(lse),
-        predictions: Tensor::<2, Int>::from_dispatch(predictions).cast(int),
-        status: Tensor::from_dispatch(status),
-        active,
-    })
+    Ok(CrossEntropy::new(results, active, &device))
 }
 
 /// The loss of each row of each head, `[heads, rows]`, of given `logits [heads, rows, classes]`: see
@@ -139,25 +154,21 @@ pub fn cross_entropy_by_row(
     cube_device(&logits.device())?;
     let [heads, rows, active] = logits.dims();
     sized("logits", &logits.dims())?;
-    float_dtype("logits", logits.dtype())?;
+    // What a backward pass knows of each row.
+    sized("row states", &[heads, 2, rows])?;
+    float_dtype("logits", &logits)?;
     let mut options = options.clone();
     options.loss.reduction = Reduction::None;
     options.strategy = Strategy::Inferred;
     options.loss.validate(heads)?;
-    row_labels(&labels, rows)?;
-    let int = logits.device().settings().int_dtype;
-    let (loss, lse, predictions, status) = <Dispatch as ProtoheadOps>::protohead_cross_entropy(
+    row_labels(&labels, rows, &logits.device())?;
+    let device = logits.device();
+    let results = <Dispatch as ProtoheadOps>::protohead_cross_entropy(
         logits.into_dispatch(),
         labels.into_dispatch(),
         options,
     );
-    Ok(CrossEntropy {
-        loss: Tensor::from_dispatch(loss),
-        lse: Tensor::from_dispatch(lse),
-        predictions: Tensor::<2, Int>::from_dispatch(predictions).cast(int),
-        status: Tensor::from_dispatch(status),
-        active,
-    })
+    Ok(CrossEntropy::new(results, active, &device))
 }
 
 /// Logits `[heads, rows, K]`: see [`cosine_logits`](crate::cosine_logits).
@@ -195,25 +206,23 @@ pub fn reconstruction(
 ) -> Result<Tensor<1>, Error> {
     cube_device(&whole.device())?;
     for (operand, part) in [("first part", &first), ("second part", &second)] {
-        if part.dims() != whole.dims() || part.dtype() != whole.dtype() {
+        if part.dims() != whole.dims() {
             return Err(Error::Shape {
                 operand,
                 got: part.dims().to_vec(),
-                expected: format!("{:?} and {:?}, like the whole", whole.dims(), whole.dtype()),
+                expected: format!("{:?}, like the whole", whole.dims()),
+            });
+        }
+        together(operand, &part.device(), &whole.device())?;
+        if float_dtype(operand, part)? != float_dtype("whole", &whole)? {
+            return Err(Error::Dtype {
+                operand,
+                got: float_dtype(operand, part)?,
+                expected: format!("{}, like the whole", float_dtype("whole", &whole)?),
             });
         }
     }
-    for part in [&first, &second] {
-        if part.device() != whole.device() {
-            return Err(Error::Device(format!(
-                "a part is on {:?}, the whole on {:?}",
-                part.device(),
-                whole.device()
-            )));
-        }
-    }
     sized("whole", &whole.dims())?;
-    float_dtype("whole", whole.dtype())?;
     Ok(Tensor::from_dispatch(
         <Dispatch as ProtoheadOps>::protohead_reconstruction(
             whole.into_dispatch(),
@@ -225,7 +234,7 @@ pub fn reconstruction(
 
 /// The means of `embeddings [heads, rows, dim]` by class, over the first `active` rows of `weights [heads, classes, dim]`,
 /// and how many rows each class had, `[active]`: see [`class_means`](crate::class_means). Not differentiable; a row whose
-/// label is no class is left out.
+/// label is no class is left out, and nothing says so.
 ///
 /// # Errors
 /// A typed [`Error`] if shapes, dtypes or devices do not fit.
@@ -237,7 +246,7 @@ pub fn class_means(
     normalize: bool,
 ) -> Result<(Tensor<3>, Tensor<1, Int>), Error> {
     head_operands(&embeddings, &weights, 1.0, Some(active))?;
-    row_labels(&labels, embeddings.dims()[1])?;
+    row_labels(&labels, embeddings.dims()[1], &embeddings.device())?;
     let int = embeddings.device().settings().int_dtype;
     let (means, counts) = <Dispatch as ProtoheadOps>::protohead_class_means(
         embeddings.into_dispatch(),
@@ -259,13 +268,29 @@ fn cube_device(device: &Device) -> Result<(), Error> {
         #[cfg(any(feature = "cpu", feature = "cuda", feature = "wgpu"))]
         burn::backend::DispatchDevice::Cube(_) => Ok(()),
         #[allow(unreachable_patterns)] // where only CubeCL devices are in the build
-        other => Err(Error::Device(format!("{other:?} is not a CubeCL device"))),
+        other => Err(Error::Place {
+            operand: "an operand",
+            on: format!("{other:?}"),
+            expected: "a CubeCL device".into(),
+        }),
     }
+}
+
+/// Refuses operands of two devices.
+fn together(operand: &'static str, on: &Device, expected: &Device) -> Result<(), Error> {
+    if on != expected {
+        return Err(Error::Place {
+            operand,
+            on: format!("{on:?}"),
+            expected: format!("{expected:?}"),
+        });
+    }
+    Ok(())
 }
 
 /// Refuses tensors without elements, and with more than 32-bit indices reach: the launchers could only panic at them.
 fn sized(operand: &'static str, dims: &[usize]) -> Result<(), Error> {
-    addressable(operand, dims.iter().map(|&n| n as u128).product())?;
+    addressable(operand, count(dims))?;
     if dims.contains(&0) {
         return Err(Error::Empty {
             operand,
@@ -284,38 +309,14 @@ fn head_operands(
 ) -> Result<usize, Error> {
     cube_device(&embeddings.device())?;
     let [heads, rows, dim] = embeddings.dims();
-    let [_, classes, _] = weights.dims();
     sized("embeddings", &embeddings.dims())?;
     sized("class weights", &weights.dims())?;
-    if weights.dims() != [heads, classes, dim] || weights.dtype() != embeddings.dtype() {
-        return Err(Error::Shape {
-            operand: "class weights",
-            got: weights.dims().to_vec(),
-            expected: format!(
-                "[{heads}, classes, {dim}] and {:?}, to go with embeddings [{heads}, {rows}, {dim}]",
-                embeddings.dtype()
-            ),
-        });
-    }
-    if weights.device() != embeddings.device() {
-        return Err(Error::Device(format!(
-            "class weights are on {:?}, embeddings on {:?}",
-            weights.device(),
-            embeddings.device()
-        )));
-    }
-    float_dtype("embeddings", embeddings.dtype())?;
-    if !scale.is_finite() {
-        return Err(Error::Option {
-            option: "scale",
-            got: f64::from(scale),
-            expected: "finite",
-        });
-    }
-    let active = active.unwrap_or(classes);
-    if active == 0 || active > classes {
-        return Err(Error::ActiveClasses { active, classes });
-    }
+    let active = active_classes(embeddings.dims(), weights.dims(), scale, active)?;
+    together("class weights", &weights.device(), &embeddings.device())?;
+    same_dtype(
+        float_dtype("class weights", weights)?,
+        float_dtype("embeddings", embeddings)?,
+    )?;
     // No tile is longer than this on any side.
     let padded = |count: usize| count.next_multiple_of(128) as u128;
     let packed = heads as u128 * (padded(rows) + padded(active)) * padded(dim);
@@ -323,16 +324,27 @@ fn head_operands(
     Ok(active)
 }
 
-fn float_dtype(operand: &str, dtype: DType) -> Result<(), Error> {
-    match dtype {
-        DType::F32 | DType::F16 | DType::BF16 => Ok(()),
-        other => Err(Error::Device(format!(
-            "{operand} are {other:?}, expected f32, f16 or bf16"
-        ))),
+/// The dtype of an operand, if the kernels take it and the device has it.
+fn float_dtype<const D: usize>(
+    operand: &'static str,
+    tensor: &Tensor<D>,
+) -> Result<ElemType, Error> {
+    let dtype = tensor.dtype();
+    let elem = dtype_to_elem_type(dtype);
+    if matches!(dtype, DType::F32 | DType::F16 | DType::BF16)
+        && tensor.device().supports_dtype(dtype)
+    {
+        return Ok(elem);
     }
+    Err(Error::Dtype {
+        operand,
+        got: elem,
+        expected: "f32, f16 or bf16, as far as the device has them".into(),
+    })
 }
 
-fn row_labels(labels: &Tensor<1, Int>, rows: usize) -> Result<(), Error> {
+fn row_labels(labels: &Tensor<1, Int>, rows: usize, device: &Device) -> Result<(), Error> {
+    together("labels", &labels.device(), device)?;
     if labels.dims() != [rows] {
         return Err(Error::Shape {
             operand: "labels",

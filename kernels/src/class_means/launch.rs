@@ -10,8 +10,7 @@ use crate::blueprint::{Blueprint, PLANE_UNITS, Strategy, Variant, cubes_for};
 use crate::error::Error;
 use crate::math::group::Group;
 use crate::math::sum::KahanLanes;
-use crate::operand::{F32, Labels, Strided, U32, addressable, empty, whole, widest};
-use crate::packing::unit::RowStrides;
+use crate::operand::{F32, Labels, RowStrides, Strided, U32, addressable, empty, whole, widest};
 
 /// What is averaged.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -39,15 +38,10 @@ impl Default for Options {
 /// Sums and counts of rows by class, on the device. Not [`Clone`], since a copy would share the buffers.
 #[derive(Debug)]
 pub struct ClassSums {
-    /// f32, `[lanes, heads, classes, dim]`: row `i` of a class, in the order in which they came, is summed in lane `i % lanes`.
-    /// A CPU has one lane; a GPU has more where there are few classes.
-    pub sums: TensorHandle,
-    /// f32, of the same shape: what rounding has taken from the sums so far, to be subtracted.
-    pub carries: TensorHandle,
-    /// u32, `[classes]`
-    pub counts: TensorHandle,
-    /// u32, `[2]`: rows whose label was neither a class nor ignored, and the first of them in its batch.
-    pub status: TensorHandle,
+    pub(super) sums: TensorHandle,    // f32, [lanes, heads, classes, dim]
+    pub(super) carries: TensorHandle, // f32, of the same shape: what rounding has taken, to be subtracted
+    pub(super) counts: TensorHandle,  // u32, [classes]
+    pub(super) status: TensorHandle, // u32, [2]: rows with a bad label, the first of them in its batch
     /// Nothing was added yet: sums and carries are unspecified, and stand for zeros.
     fresh: bool,
 }
@@ -80,6 +74,22 @@ impl ClassSums {
             status: TensorHandle::new_contiguous([2], zeros(2), U32),
             fresh: true,
         })
+    }
+
+    /// f32, `[lanes, heads, classes, dim]`, unspecified before the first batch: row `i` of a class, in the order in which they came,
+    /// is summed in lane `i % lanes`. A CPU has one lane; a GPU has more where there are few classes.
+    pub fn sums(&self) -> &TensorHandle {
+        &self.sums
+    }
+
+    /// f32, of the shape of the sums: what rounding has taken from them so far, to be subtracted.
+    pub fn carries(&self) -> &TensorHandle {
+        &self.carries
+    }
+
+    /// u32, `[classes]`: rows of each class so far.
+    pub fn counts(&self) -> &TensorHandle {
+        &self.counts
     }
 
     /// `[lanes, heads, classes, dim]`
@@ -148,11 +158,11 @@ impl ClassSums {
         other: &Self,
         strategy: Strategy,
     ) -> Result<(), Error> {
-        if self.dims() != other.dims() {
+        if self.shape() != other.shape() {
             return Err(Error::Shape {
                 operand: "class sums",
-                got: other.dims().to_vec(),
-                expected: format!("{:?}", self.dims()),
+                got: other.shape().to_vec(),
+                expected: format!("{:?}", self.shape()),
             });
         }
         if other.fresh {
@@ -162,7 +172,7 @@ impl ClassSums {
         let [lanes, heads, classes, dim] = self.shape();
         let vector = widest(blueprint.vector(F32), [dim]);
         let (count, cube) = elementwise(client, &blueprint, lanes * heads * classes * dim / vector);
-        // SAFETY: both states have these shapes, proved above.
+        // SAFETY: `new` allocated both states, and their shapes are equal.
         unsafe {
             merge::launch_unchecked(
                 client,
@@ -245,7 +255,7 @@ impl ClassSums {
     pub fn read_counts(&self, client: &Client) -> Result<Vec<u32>, Error> {
         let read = client
             .read(vec![self.counts.handle.clone(), self.status.handle.clone()])
-            .map_err(|error| Error::Device(format!("{error:?}")))?;
+            .map_err(Error::device)?;
         let [counts, status] = [&read[0], &read[1]].map(|bytes| u32::from_bytes(bytes).to_vec());
         if status[0] > 0 {
             return Err(Error::BadLabel {

@@ -1,16 +1,16 @@
 //! Rows are first sorted by class, stably, then each unit sums the rows of its classes in registers: every embedding is read
 //! once, every sum touched once, whatever the number of classes is.
 //!
-//! Bytes: `4·H·(N + 2K)·D` for f32 (embeddings, sums and carries), and 4·(N + K) for the order.
+//! Bytes: `4·H·(N + 2K)·D` for f32 (embeddings, sums and carries), and 4·(2N + K) for targets and order.
 
 use cubecl::prelude::*;
 
 use super::launch::AccumulateCall;
 use crate::loss::target::{INVALID, LabelRule, is_class, label_rule, target_of};
+use crate::math::norm::inverse_norm;
 use crate::math::span::share;
 use crate::math::sum::KahanLanes;
-use crate::operand::whole;
-use crate::packing::unit::{EPSILON, RowStrides};
+use crate::operand::{RowStrides, whole};
 
 /// Vectors of columns that are summed together: with their carries they fill half of the vector registers.
 const COLUMNS: usize = 8;
@@ -29,6 +29,7 @@ pub(super) fn launch(call: &AccumulateCall) {
         1
     };
     let inverse = client.empty(norms * size_of::<f32>());
+    let targets = client.empty(rows * size_of::<u32>());
     let order = client.empty(rows * size_of::<u32>());
     let ends = client.empty(classes * size_of::<u32>());
     // SAFETY: `Strided` proved the embeddings, labels have `rows` elements, the sums are [heads, classes, dim].
@@ -57,6 +58,7 @@ pub(super) fn launch(call: &AccumulateCall) {
             call.embeddings.strides_arg(vector),
             call.labels.buffer_arg(),
             BufferArg::from_raw_parts(inverse, norms),
+            BufferArg::from_raw_parts(targets, rows),
             BufferArg::from_raw_parts(order, rows),
             BufferArg::from_raw_parts(ends, classes),
             whole(&call.sums.sums, vector),
@@ -94,7 +96,7 @@ fn inverse_norms<F: Float, N: Size>(
             let value = Vector::<f32, N>::cast_from(embeddings[from + d]);
             squares = fma(value, value, squares);
         }
-        inverse[at] = 1.0 / max(squares.vector_sum().sqrt(), EPSILON);
+        inverse[at] = inverse_norm(squares.vector_sum().sqrt());
     }
 }
 
@@ -104,6 +106,7 @@ fn accumulate<F: Float, I: Int, N: Size>(
     strides: RowStrides,
     labels: &[I],
     inverse: &[f32],                // [heads, rows], or one element
+    targets: &mut [u32],            // [rows]
     order: &mut [u32],              // [rows]
     ends: &mut [u32],               // [classes]
     sums: &mut [Vector<f32, N>],    // [heads, classes, dim]
@@ -122,7 +125,9 @@ fn accumulate<F: Float, I: Int, N: Size>(
 ) {
     let mut sorted = Shared::<[u32]>::new_slice(1usize);
     if UNIT_POS == 0 {
-        sorted[0] = sort::<I>(labels, order, ends, counts, status, rows, classes, &rule);
+        sorted[0] = sort::<I>(
+            labels, targets, order, ends, counts, status, rows, classes, &rule,
+        );
     }
     sync_cube();
     let columns = dim / N::value();
@@ -162,10 +167,11 @@ fn accumulate<F: Float, I: Int, N: Size>(
 }
 
 /// `order`: the rows that have a class, class by class; `ends`: where each class ends in it. Gives their number, adds to
-/// the counts, and counts the bad labels.
+/// the counts, and counts the bad labels. Each label is read once: a second reading could find another, if someone writes them.
 #[cube]
 fn sort<I: Int>(
     labels: &[I],
+    targets: &mut [u32],
     order: &mut [u32],
     ends: &mut [u32],
     counts: &mut [u32],
@@ -179,6 +185,7 @@ fn sort<I: Int>(
     }
     for row in 0..rows {
         let target = target_of::<I>(labels[row], rule);
+        targets[row] = target;
         if is_class(target) {
             ends[target as usize] += 1;
         } else if target == INVALID {
@@ -197,7 +204,7 @@ fn sort<I: Int>(
     }
     // Each class's place moves on to its end.
     for row in 0..rows {
-        let target = target_of::<I>(labels[row], rule);
+        let target = targets[row];
         if is_class(target) {
             let at = ends[target as usize];
             order[at as usize] = row as u32;

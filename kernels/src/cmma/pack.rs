@@ -9,8 +9,8 @@ use cubecl::std::tensor::TensorHandle;
 use super::UNITS;
 use crate::blueprint::Blueprint;
 use crate::math::group::{Group, group_sum, member};
-use crate::operand::{Strided, address_type, whole};
-use crate::packing::unit::{EPSILON, RowStrides};
+use crate::math::norm::{inverse_norm, projection};
+use crate::operand::{RowStrides, Strided, address_type, whole};
 
 /// Which rows of an operand a launch takes, and how long they are, in vectors.
 #[derive(CubeType, CubeLaunch, Clone, Copy)]
@@ -114,7 +114,7 @@ fn pack<F: Float, M: Size>(
         }
     }
     let norm = group_sum(squares, group).sqrt();
-    let inverse = Vector::<f32, M>::new(1.0 / max(norm, EPSILON));
+    let inverse = Vector::<f32, M>::new(inverse_norm(norm));
     if at.is_there {
         let mut d = at.lane;
         while d < rows.columns_padded {
@@ -130,7 +130,7 @@ fn pack<F: Float, M: Size>(
 }
 
 /// The gradients of rows `first .. first + count` of every head, of which `real` take part and the others get zeros:
-/// `factor[head] · (dx̂ − x̂ (x̂·dx̂)) / ‖x‖`, or `factor · dx̂ / EPSILON` where the norm was clamped.
+/// `factor[head]` times the gradient, through the normalization.
 #[allow(clippy::too_many_arguments)] // a range, its gradient, where it goes
 pub(super) fn finish_chunk(
     client: &Client,
@@ -199,11 +199,8 @@ fn finish<F: Float, M: Size>(
     }
     let norm = group_sum(squares, group).sqrt();
     let along = group_sum(along, group);
-    let inverse = 1.0 / max(norm, EPSILON);
-    let mut projection = along * inverse * inverse;
-    if norm < EPSILON {
-        projection = 0.0;
-    }
+    let inverse = inverse_norm(norm);
+    let projection = projection(along, norm) * inverse * inverse;
     if at.is_there {
         let mut factor = 0.0f32.runtime();
         if at.real {

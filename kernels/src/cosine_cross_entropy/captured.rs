@@ -5,7 +5,7 @@ use std::marker::PhantomData;
 
 use cubecl::client::{Client, Graph};
 use cubecl::future::block_on;
-use cubecl::server::{Handle, ServerError};
+use cubecl::server::Handle;
 
 use super::launch::{Call, Inputs, Options, forward_backward};
 use crate::Gradients;
@@ -15,9 +15,9 @@ use crate::loss::{LossOutput, Upstream};
 /// A [`forward_backward`] over the same buffers again and again, without the host's part of its launches: on CUDA and HIP one
 /// graph launch, on wgpu prepared dispatches. Where a device records no graphs, as a CPU does, it is the call itself.
 ///
-/// New embeddings, weights or labels are written into the handles of [`inputs`](Self::inputs) before a replay, and read from
-/// [`output`](Self::output) and [`gradients`](Self::gradients) after it. The gradients have the same bits as those of
-/// [`forward_backward`].
+/// New embeddings, weights or labels are written into the handles of [`inputs`](Self::inputs) before a replay. After it, take
+/// [`output`](Self::output) and [`gradients`](Self::gradients) anew: where the step was recorded they are the same buffers each
+/// time, otherwise new ones. The gradients have the same bits as those of [`forward_backward`].
 ///
 /// It stays on the thread that recorded it, since that is what orders writes, replays and reads: a client's stream is its
 /// thread's. Clones of its handles must not be written or read from another thread, nor by a client that was moved to another
@@ -84,23 +84,23 @@ impl Captured {
         let call = Call::new(client, inputs, options)?;
         // Nothing is uploaded while a graph is recorded, so this is done before.
         let arriving = call.arriving(upstream)?;
-        client.graph_prepare().map_err(failed)?;
+        client.graph_prepare().map_err(Error::device)?;
         let step = || call.forward_backward(&arriving, embeddings, weights);
         // Nothing is allocated either: what the first run leaves in the pools, the recorded one takes.
         let (mut output, mut gradients) = step();
         if let Err(error) = block_on(client.sync()) {
             // Gives up what was prepared; there is no graph to have.
             let _ = client.stop_capture();
-            return Err(failed(error));
+            return Err(Error::device(error));
         }
         let mut recording = None;
         // What was prepared stands only where graphs are supported.
         if client.is_capturing() {
             drop((output, gradients));
-            client.start_capture().map_err(failed)?;
+            client.start_capture().map_err(Error::device)?;
             (output, gradients) = step();
             recording = Some(Recording {
-                graph: client.stop_capture().map_err(failed)?,
+                graph: client.stop_capture().map_err(Error::device)?,
                 _read: [arriving.gradient.clone(), call.head_weights.clone()],
             });
         }
@@ -147,7 +147,7 @@ impl Captured {
             Some(recording) => {
                 // Other threads are told to keep away: they would find other values, but no memory that is not theirs.
                 // SAFETY: all buffers are held here or guarded by the graph; this thread's stream orders what it does to them.
-                unsafe { recording.graph.replay() }.map_err(failed)
+                unsafe { recording.graph.replay() }.map_err(Error::device)
             }
             None => {
                 (self.output, self.gradients) = forward_backward(
@@ -162,8 +162,4 @@ impl Captured {
             }
         }
     }
-}
-
-fn failed(error: ServerError) -> Error {
-    Error::Device(format!("{error:?}"))
 }

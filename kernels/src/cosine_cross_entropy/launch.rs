@@ -93,7 +93,7 @@ pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<Lo
 /// A gradient that is not asked for costs nothing.
 ///
 /// # Errors
-/// As [`forward`]; and [`Error::Shape`] if the upstream gradient or `output` does not fit.
+/// As [`forward`]; and a typed [`Error`] if the upstream gradient or `output` does not fit.
 pub fn backward(
     client: &Client,
     inputs: &Inputs,
@@ -105,14 +105,7 @@ pub fn backward(
 ) -> Result<Gradients, Error> {
     let call = Call::new(client, inputs, options)?;
     let sizes = call.problem.sizes;
-    let saved = output.lse.shape().to_vec();
-    if saved != [sizes.heads, sizes.rows] {
-        return Err(Error::Shape {
-            operand: "lse",
-            got: saved,
-            expected: format!("[{}, {}]", sizes.heads, sizes.rows),
-        });
-    }
+    output.check(sizes.heads, sizes.rows)?;
     let arriving = call.arriving(upstream)?;
     Ok(match call.blueprint.variant {
         Variant::Unit => call.unit_backward(output, &arriving, embeddings, weights),
@@ -340,13 +333,7 @@ impl<'a> Call<'a> {
     }
 
     fn packed(&self) -> Packed {
-        Packed::new(
-            self.client,
-            &self.problem.embeddings,
-            &self.problem.weights,
-            self.problem.sizes,
-            &self.blueprint,
-        )
+        self.problem.packed(self.client, &self.blueprint)
     }
 
     fn gpu_forward(&self) -> LossOutput {

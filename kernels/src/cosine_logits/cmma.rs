@@ -11,8 +11,7 @@ use crate::blueprint::{PLANE_UNITS, cubes_for};
 use crate::cmma::{
     Backward, Chunk, ChunkShape, Chunks, Lies, Tile, UNITS, column_of, place, row_of,
 };
-use crate::operand::{Strided, address_type, whole};
-use crate::packing::unit::RowStrides;
+use crate::operand::{RowStrides, Strided, address_type, whole};
 
 pub(super) fn launch_forward(call: &Call, tile: Tile, logits: &TensorHandle, scale: f32) {
     let client = call.client;

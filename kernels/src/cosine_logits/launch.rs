@@ -67,7 +67,7 @@ pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<Te
         cmma::launch_forward(&call, tile, &logits, options.scale);
         return Ok(logits);
     }
-    let packed = call.packed();
+    let packed = call.problem.packed(client, &call.blueprint);
     let launch = match call.blueprint.variant {
         Variant::Unit => unit::launch_forward,
         _ => plane::launch_forward,
@@ -121,7 +121,7 @@ pub fn backward(
         cmma::launch_backward(&call, tile, &upstream, options.scale, &gradients);
         return Ok(gradients);
     }
-    let packed = call.packed();
+    let packed = call.problem.packed(client, &call.blueprint);
     for (grad, owner) in [
         (&gradients.embeddings, Operand::Embeddings),
         (&gradients.weights, Operand::Weights),
@@ -169,17 +169,6 @@ impl<'a> Call<'a> {
             blueprint,
             problem,
         })
-    }
-
-    fn packed(&self) -> Packed {
-        let problem = &self.problem;
-        Packed::new(
-            self.client,
-            &problem.embeddings,
-            &problem.weights,
-            problem.sizes,
-            &self.blueprint,
-        )
     }
 }
 

@@ -15,3 +15,5 @@ mod unit;
 
 pub use launch::{Inputs, Options, backward, forward};
 pub(crate) use problem::CosineProblem;
+#[cfg(feature = "burn")]
+pub(crate) use problem::{active_classes, same_dtype};

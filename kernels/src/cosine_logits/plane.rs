@@ -6,9 +6,8 @@ use cubecl::std::tensor::TensorHandle;
 
 use super::launch::BackwardCall;
 use crate::blueprint::{Blueprint, PLANE_SIDE, PLANE_UNITS, cubes_for};
-use crate::operand::whole;
+use crate::operand::{RowStrides, whole};
 use crate::packing::plane::{add_product, cosines, finish, place};
-use crate::packing::unit::RowStrides;
 use crate::packing::{Layout, Operand, Packed};
 
 pub(super) fn launch_forward(

@@ -1,13 +1,14 @@
 //! The sizes of a cosine head, proved from its operands.
 
 use cubecl::client::Client;
+use cubecl::ir::ElemType;
 use cubecl::std::tensor::TensorHandle;
 
 use crate::Gradients;
 use crate::blueprint::{Blueprint, Variant};
 use crate::error::Error;
-use crate::operand::{Strided, addressable, empty};
-use crate::packing::PackedSizes;
+use crate::operand::{Strided, addressable, count, empty};
+use crate::packing::{Packed, PackedSizes};
 
 /// Embeddings and class weights that belong together.
 pub(crate) struct CosineProblem {
@@ -37,45 +38,43 @@ impl CosineProblem {
         let weights = float(client, "class weights", weights, 3)?;
         let [heads, rows, dim] = embeddings.dims3();
         let [_, classes, _] = weights.dims3();
-        if weights.shape() != [heads, classes, dim] {
-            return Err(Error::Shape {
-                operand: "class weights",
-                got: weights.shape().to_vec(),
-                expected: format!(
-                    "[{heads}, classes, {dim}] to go with embeddings [{heads}, {rows}, {dim}]"
-                ),
-            });
-        }
-        if weights.dtype() != embeddings.dtype() {
-            return Err(Error::Dtype {
-                operand: "class weights",
-                got: weights.dtype(),
-                expected: format!("{}, like the embeddings", embeddings.dtype()),
-            });
-        }
-        if !scale.is_finite() {
-            return Err(Error::Option {
-                option: "scale",
-                got: f64::from(scale),
-                expected: "finite",
-            });
-        }
-        let active = active.unwrap_or(classes);
-        if active == 0 || active > classes {
-            return Err(Error::ActiveClasses { active, classes });
-        }
+        let active = active_classes(embeddings.dims3(), weights.dims3(), scale, active)?;
+        same_dtype(weights.dtype(), embeddings.dtype())?;
+        // Every variant packs all embeddings, and numbers classes in 32 bits.
+        addressable("embeddings", count(embeddings.shape()))?;
+        addressable("active classes", active as u128)?;
         let sizes = PackedSizes::new(heads, rows, active, dim, blueprint);
-        let packed = match chunked {
-            true => sizes.heads * sizes.rows_padded * sizes.dim_padded,
-            false => sizes.elements(),
+        let packed_rows = match chunked {
+            true => sizes.rows_padded,
+            false => sizes.rows_padded + sizes.active_padded,
         };
-        addressable("the packed operands", packed as u128)?;
+        let packed = count(&[heads, packed_rows, sizes.dim_padded]);
+        addressable("the packed operands", packed)?;
         Ok(Self {
             embeddings,
             weights,
             classes,
             sizes,
         })
+    }
+
+    /// Both, packed.
+    pub(crate) fn packed(&self, client: &Client, blueprint: &Blueprint) -> Packed {
+        Packed::new(
+            client,
+            &self.embeddings,
+            &self.weights,
+            self.sizes,
+            self.vector_size(blueprint),
+            blueprint,
+        )
+    }
+
+    /// The widest vector, up to the blueprint's, that every row of both starts and ends on.
+    pub(crate) fn vector_size(&self, blueprint: &Blueprint) -> usize {
+        self.embeddings
+            .vector_size(blueprint)
+            .min(self.weights.vector_size(blueprint))
     }
 
     /// Room for the gradients that are asked for.
@@ -86,4 +85,46 @@ impl CosineProblem {
             weights: weights.then(|| empty(client, self.weights.shape(), dtype)),
         }
     }
+}
+
+/// K, of embeddings and class weights of these shapes, if they go together.
+pub(crate) fn active_classes(
+    embeddings: [usize; 3],
+    weights: [usize; 3],
+    scale: f32,
+    active: Option<usize>,
+) -> Result<usize, Error> {
+    let [heads, _, dim] = embeddings;
+    let [_, classes, _] = weights;
+    if weights != [heads, classes, dim] {
+        return Err(Error::Shape {
+            operand: "class weights",
+            got: weights.to_vec(),
+            expected: format!("[{heads}, classes, {dim}] to go with embeddings {embeddings:?}"),
+        });
+    }
+    if !scale.is_finite() {
+        return Err(Error::Option {
+            option: "scale",
+            got: f64::from(scale),
+            expected: "finite",
+        });
+    }
+    let active = active.unwrap_or(classes);
+    if active == 0 || active > classes {
+        return Err(Error::ActiveClasses { active, classes });
+    }
+    Ok(active)
+}
+
+/// Refuses class weights of another dtype than the embeddings'.
+pub(crate) fn same_dtype(weights: ElemType, embeddings: ElemType) -> Result<(), Error> {
+    if weights != embeddings {
+        return Err(Error::Dtype {
+            operand: "class weights",
+            got: weights,
+            expected: format!("{embeddings}, like the embeddings"),
+        });
+    }
+    Ok(())
 }

@@ -6,10 +6,9 @@ use cubecl::std::tensor::TensorHandle;
 
 use super::launch::BackwardCall;
 use crate::blueprint::Blueprint;
-use crate::operand::whole;
+use crate::operand::{RowStrides, whole, widest};
 use crate::packing::unit::{
-    RowStrides, Scratch, TILE_VECTORS, add_product, clear_gradient, cosines, gradient_vector,
-    scratch_len, write_gradients,
+    Scratch, TILE_VECTORS, add_product, clear_gradient, cosines, scratch_len, write_gradients,
 };
 use crate::packing::{Layout, Operand, Packed};
 
@@ -43,7 +42,7 @@ pub(super) fn launch_backward(call: &BackwardCall) {
     let (count, dim) = call.blueprint.unit_grid();
     let sizes = &call.packed.sizes;
     let lanes = call.blueprint.lanes;
-    let vector = gradient_vector(sizes.dim, lanes);
+    let vector = widest(lanes, [sizes.dim]);
     let scratch = scratch_len(
         call.blueprint.units,
         call.blueprint.tile(),

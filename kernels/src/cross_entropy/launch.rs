@@ -9,7 +9,7 @@ use crate::blueprint::{Blueprint, Strategy, Variant};
 use crate::error::Error;
 use crate::loss::rows::Arriving;
 use crate::loss::{LossOptions, LossOutput, Upstream, reduce, rows};
-use crate::operand::{F32, Labels, Strided, U32, empty};
+use crate::operand::{F32, Labels, Strided, U32, addressable, count, empty};
 
 /// The operands, never modified.
 #[derive(Clone, Debug)]
@@ -79,7 +79,7 @@ pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<Lo
 /// The gradient of the logits, `[heads, rows, classes]`, contiguous, of their dtype. May be called again.
 ///
 /// # Errors
-/// As [`forward`]; and [`Error::Shape`] if the upstream gradient or `output` does not fit.
+/// As [`forward`]; and a typed [`Error`] if the upstream gradient or `output` does not fit.
 pub fn backward(
     client: &Client,
     inputs: &Inputs,
@@ -89,14 +89,7 @@ pub fn backward(
 ) -> Result<TensorHandle, Error> {
     let (blueprint, logits, labels) = validate(client, inputs, options)?;
     let [heads, rows, classes] = logits.dims3();
-    let saved = output.lse.shape().to_vec();
-    if saved != [heads, rows] {
-        return Err(Error::Shape {
-            operand: "lse",
-            got: saved,
-            expected: format!("[{heads}, {rows}]"),
-        });
-    }
+    output.check(heads, rows)?;
     let row_state = rows::launch(
         client,
         &blueprint,
@@ -132,6 +125,8 @@ fn validate(
     let blueprint = Blueprint::new(client, options.strategy)?;
     let logits = Strided::float(client, "logits", &inputs.logits, 3)?;
     let [heads, rows, _] = logits.dims3();
+    // What a backward pass knows of each row.
+    addressable("row states", count(&[heads, 2, rows]))?;
     options.loss.validate(heads)?;
     let labels = Labels::new(client, &inputs.labels, rows)?;
     Ok((blueprint, logits, labels))

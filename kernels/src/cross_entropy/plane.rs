@@ -8,8 +8,7 @@ use crate::loss::target::{LabelRule, is_class, label_rule, target_of};
 use crate::math::group::{Group, group_softmax, member};
 use crate::math::lanes::iota;
 use crate::math::online_softmax::{RowSoftmax, logit_gradient};
-use crate::operand::whole;
-use crate::packing::unit::RowStrides;
+use crate::operand::{RowStrides, whole};
 
 pub(super) fn launch_forward(call: &ForwardCall) {
     let [heads, rows, classes] = call.logits.dims3();

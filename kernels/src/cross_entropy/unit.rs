@@ -6,8 +6,7 @@ use super::launch::{BackwardCall, ForwardCall};
 use crate::loss::target::{LabelRule, is_class, label_rule, target_of};
 use crate::math::lanes::iota;
 use crate::math::online_softmax::{OnlineSoftmax, logit_gradient};
-use crate::operand::whole;
-use crate::packing::unit::RowStrides;
+use crate::operand::{RowStrides, whole};
 
 pub(super) fn launch_forward(call: &ForwardCall) {
     let (count, dim) = call.blueprint.unit_grid();

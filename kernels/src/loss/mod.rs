@@ -15,7 +15,8 @@ use cubecl::prelude::*;
 use cubecl::std::tensor::TensorHandle;
 
 use crate::error::Error;
-use crate::operand::Labels;
+use crate::operand::{F32, Labels, U32, contiguous};
+use reduce::STATUS_FIELDS;
 
 /// The gradient that arrives at a loss from above.
 #[derive(Clone, Debug)]
@@ -74,6 +75,12 @@ impl LossOutput {
         }
     }
 
+    /// Proves what a backward pass reads: the fields are the caller's.
+    pub(crate) fn check(&self, heads: usize, rows: usize) -> Result<(), Error> {
+        contiguous("lse", &self.lse, &[heads, rows], F32)?;
+        contiguous("status", &self.status, &[STATUS_FIELDS], U32)
+    }
+
     /// What a backward pass reads of a forward pass whose other results are elsewhere.
     #[cfg(feature = "burn")]
     pub(crate) fn saved(lse: TensorHandle, status: TensorHandle, labels: &TensorHandle) -> Self {
@@ -124,20 +131,19 @@ impl LossOutput {
         tensor: &TensorHandle,
     ) -> Result<cubecl::bytes::Bytes, Error> {
         let handles = vec![tensor.handle.clone(), self.status.handle.clone()];
-        let mut read = client
-            .read(handles)
-            .map_err(|error| Error::Device(format!("{error:?}")))?;
+        contiguous("status", &self.status, &[STATUS_FIELDS], U32)?;
+        let mut read = client.read(handles).map_err(Error::device)?;
         let status = read.pop().map(|bytes| u32::from_bytes(&bytes).to_vec());
-        let (Some(status), Some(value)) = (status, read.pop()) else {
+        let (Some(&[_, invalid, first]), Some(value)) = (status.as_deref(), read.pop()) else {
             return Err(Error::Device("a read returned too few buffers".into()));
         };
-        if status[1] == 0 {
+        if invalid == 0 {
             return Ok(value);
         }
-        let row = status[2] as usize;
+        let row = first as usize;
         let labels = client
             .read_one(self.labels.handle.clone())
-            .map_err(|error| Error::Device(format!("{error:?}")))?;
+            .map_err(Error::device)?;
         let label = match self.labels.dtype {
             ElemType::Int(IntKind::I32) => i64::from(i32::from_bytes(&labels)[row]),
             ElemType::Int(_) => i64::from_bytes(&labels)[row],
@@ -147,7 +153,7 @@ impl LossOutput {
             row,
             label,
             active: self.active,
-            rows: status[1] as usize,
+            rows: invalid as usize,
         })
     }
 }

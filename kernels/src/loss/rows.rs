@@ -11,7 +11,7 @@ use super::options::{LossOptions, Reduction};
 use super::target::{IGNORED, LabelRule, is_class, label_rule, target_of};
 use crate::blueprint::{Blueprint, PLANE_UNITS, Variant, cubes_for};
 use crate::error::Error;
-use crate::operand::{F32, Labels, whole};
+use crate::operand::{F32, Labels, contiguous, whole};
 
 /// The padded rows on the device.
 pub(crate) struct Rows {
@@ -70,23 +70,14 @@ impl Arriving {
             Upstream::Loss(tensor) => tensor,
         };
         let per_row = options.reduction == Reduction::None;
-        let expected = if per_row {
-            vec![heads, rows]
-        } else {
-            vec![heads]
+        let shape = match per_row {
+            true => &[heads, rows][..],
+            false => &[heads],
         };
-        let contiguous = TensorHandle::new_contiguous(expected.clone(), tensor.handle.clone(), F32);
-        let contiguous = tensor.strides().to_vec() == contiguous.strides().to_vec();
-        if tensor.dtype != F32 || tensor.shape().to_vec() != expected || !contiguous {
-            return Err(Error::Shape {
-                operand: "upstream gradient",
-                got: tensor.shape().to_vec(),
-                expected: format!("contiguous f32 {expected:?}, like the loss"),
-            });
-        }
+        contiguous("upstream gradient", tensor, shape, F32)?;
         Ok(Self {
             gradient: tensor.handle.clone(),
-            elements: expected.iter().product(),
+            elements: shape.iter().product(),
             per_row,
         })
     }

@@ -3,6 +3,7 @@
 pub(crate) mod group;
 pub(crate) mod lanes;
 pub(crate) mod merge;
+pub(crate) mod norm;
 pub(crate) mod online_softmax;
 pub(crate) mod span;
 pub(crate) mod sum;

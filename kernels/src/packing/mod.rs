@@ -91,12 +91,14 @@ impl PackedSizes {
 }
 
 impl Packed {
-    /// Packs `embeddings [heads, rows, dim]` and the first `active` rows of `weights [heads, classes, dim]`.
+    /// Packs `embeddings [heads, rows, dim]` and the first `active` rows of `weights [heads, classes, dim]`, read in vectors
+    /// of `vector`.
     pub(crate) fn new(
         client: &Client,
         embeddings: &Strided,
         weights: &Strided,
         sizes: PackedSizes,
+        vector: usize,
         blueprint: &Blueprint,
     ) -> Self {
         let float = size_of::<f32>();
@@ -109,9 +111,6 @@ impl Packed {
             norms: client.empty(sizes.packed_rows() * float),
             sizes,
         };
-        let vector = embeddings
-            .vector_size(blueprint)
-            .min(weights.vector_size(blueprint));
         match blueprint.variant {
             Variant::Unit => unit::launch(client, embeddings, weights, &packed, vector, blueprint),
             _ => {

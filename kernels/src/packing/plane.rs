@@ -5,11 +5,11 @@ use cubecl::prelude::*;
 use cubecl::server::Handle;
 use cubecl::std::tensor::TensorHandle;
 
-use super::unit::{EPSILON, RowStrides};
 use super::{Layout, Operand, Packed};
 use crate::blueprint::{Blueprint, PLANE_SIDE, PLANE_UNITS};
 use crate::math::group::{Group, group_sum, member};
-use crate::operand::{Strided, whole, widest};
+use crate::math::norm::{inverse_norm, projection};
+use crate::operand::{RowStrides, Strided, whole, widest};
 
 pub(super) fn launch(
     client: &Client,
@@ -87,7 +87,7 @@ fn pack<F: Float, M: Size>(
         }
     }
     let norm = group_sum(squares, group).sqrt();
-    let inverse = Vector::<f32, M>::new(1.0 / max(norm, EPSILON));
+    let inverse = Vector::<f32, M>::new(inverse_norm(norm));
     if is_there {
         if of.lane == 0 {
             norms[of.group] = norm;
@@ -340,7 +340,7 @@ fn finish_rows<F: Float, M: Size>(
     if real {
         norm = norms[packed_row];
     }
-    let inverse = 1.0 / max(norm, EPSILON);
+    let inverse = inverse_norm(norm);
     if real {
         let mut d = of.lane;
         while d < columns {
@@ -348,11 +348,7 @@ fn finish_rows<F: Float, M: Size>(
             d += group.size;
         }
     }
-    let mut projection = group_sum(along, group);
-    if norm < EPSILON {
-        projection = 0.0;
-    }
-    let projection = Vector::<f32, M>::new(projection);
+    let projection = Vector::<f32, M>::new(projection(group_sum(along, group), norm));
     let inverse = Vector::<f32, M>::new(inverse);
     let mut d = of.lane;
     if real {

@@ -5,11 +5,9 @@ use cubecl::prelude::*;
 
 use super::{Layout, Operand, Packed};
 use crate::blueprint::Blueprint;
+use crate::math::norm::{EPSILON, inverse_norm, projection};
 use crate::math::tile::{Broadcast, Lanes, accumulate};
-use crate::operand::Strided;
-
-/// The norm below which a row is divided by the constant instead, as in torch's `normalize`.
-pub(crate) const EPSILON: f32 = 1e-12;
+use crate::operand::{RowStrides, Strided};
 
 /// Vectors a tile is wide; with `tile_rows` of them 8 the tile fills 32 vector registers.
 pub(crate) const TILE_VECTORS: usize = 2;
@@ -43,13 +41,6 @@ pub(super) fn launch(
             embeddings.dtype(),
         );
     }
-}
-
-/// The strides of an operand's heads and rows, in vectors.
-#[derive(CubeType, CubeLaunch, Clone, Copy)]
-pub(crate) struct RowStrides {
-    pub head: usize,
-    pub row: usize,
 }
 
 #[cube(launch_unchecked)]
@@ -284,8 +275,7 @@ pub(crate) fn add_product<N: Size>(
     }
 }
 
-/// Through the normalization: `dx = (dx̂ − x̂ (x̂·dx̂)) / ‖x‖`, or `dx̂ / EPSILON` where the norm was clamped.
-/// Writes `grad[out..out + dim]`.
+/// Through the normalization. Writes `grad[out..out + dim]`.
 #[cube]
 pub(crate) fn finish_row<F: Float, M: Size>(
     grad: &mut [Vector<F, M>],
@@ -306,25 +296,12 @@ pub(crate) fn finish_row<F: Float, M: Size>(
     for d in 0..layout.dim / piece {
         along = fma(unit[unit_at + d], upstream[upstream_at + d], along);
     }
-    let mut projection = along.vector_sum();
-    if norm < EPSILON {
-        projection = 0.0;
-    }
-    let inverse = Vector::<f32, M>::new(1.0 / max(norm, EPSILON));
-    let projection = Vector::<f32, M>::new(-projection);
+    let inverse = Vector::<f32, M>::new(inverse_norm(norm));
+    let projection = Vector::<f32, M>::new(-projection(along.vector_sum(), norm));
     for d in 0..layout.dim / piece {
         let value = fma(projection, unit[unit_at + d], upstream[upstream_at + d]) * inverse;
         grad[out / piece + d] = Vector::<F, M>::cast_from(value);
     }
-}
-
-/// The widest vector in which a gradient of `dim` columns is written.
-pub(crate) fn gradient_vector(dim: usize, lanes: usize) -> usize {
-    let mut vector = lanes;
-    while !dim.is_multiple_of(vector) {
-        vector /= 2;
-    }
-    vector
 }
 
 /// Writes an owner's block of gradient rows `[width, dim]` from the scratch; stored rows that took no part get zeros.

@@ -8,7 +8,7 @@ use super::row::PerOperandLaunch;
 use super::{plane, unit};
 use crate::blueprint::{Blueprint, Strategy, Variant};
 use crate::error::Error;
-use crate::operand::{F32, Strided, empty, whole_if_asked};
+use crate::operand::{F32, Strided, contiguous, empty, whole_if_asked};
 
 /// The operands, never modified: `[rows, dim]`, f32, f16 or bf16, the last axis packed.
 #[derive(Clone, Debug)]
@@ -30,8 +30,21 @@ pub struct Output {
     pub cosines: TensorHandle,
 }
 
+impl Output {
+    /// Waits, and reads the loss.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if the device failed.
+    pub fn read_loss(&self, client: &Client) -> Result<f32, Error> {
+        let bytes = client
+            .read_one(self.loss.handle.clone())
+            .map_err(Error::device)?;
+        Ok(f32::from_bytes(&bytes)[0])
+    }
+}
+
 /// The gradients that were asked for, contiguous, of the operands' dtype.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Gradients {
     /// `[rows, dim]`
     pub whole: Option<TensorHandle>,
@@ -72,13 +85,7 @@ pub fn backward(
 ) -> Result<Gradients, Error> {
     let blueprint = Blueprint::new(client, strategy)?;
     let call = Call::new(client, &blueprint, inputs)?;
-    if upstream.shape().to_vec() != [1] || upstream.dtype != F32 {
-        return Err(Error::Shape {
-            operand: "upstream gradient",
-            got: upstream.shape().to_vec(),
-            expected: "f32 [1]".into(),
-        });
-    }
+    contiguous("upstream gradient", upstream, &[1], F32)?;
     let shape = [call.rows, call.dim];
     let dtype = call.whole.dtype();
     let gradients = Gradients {

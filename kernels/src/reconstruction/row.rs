@@ -1,8 +1,7 @@
 //! What both variants do with a row.
+use crate::math::norm::{EPSILON, inverse_norm, projection};
 
 use cubecl::prelude::*;
-
-use crate::packing::unit::EPSILON;
 
 /// Vectors from one row of an operand to the next; or where a row begins.
 #[derive(CubeType, CubeLaunch, Clone, Copy)]
@@ -82,14 +81,11 @@ pub(super) struct Gradient {
 
 #[cube]
 fn gradient(own: f32, other: f32, dot: f32, share: f32) -> Gradient {
-    let inverse = 1.0 / max(own, EPSILON);
-    let inverse_other = 1.0 / max(other, EPSILON);
-    let mut projection = dot * inverse * inverse_other;
-    if own < EPSILON {
-        projection = 0.0;
-    }
+    let inverse = inverse_norm(own);
+    let inverse_other = inverse_norm(other);
+    let along = projection(dot * inverse * inverse_other, own);
     Gradient {
-        along: -share * projection * inverse,
+        along: -share * along * inverse,
         away: share * inverse_other,
         inverse,
     }

@@ -2,7 +2,7 @@
 
 use burn::module::Module;
 use burn::store::ModuleRecord;
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use protohead::burn::{
     CosineHeads, CosineHeadsConfig, cosine_cross_entropy_by_row, cross_entropy_by_row,
     reconstruction,
@@ -196,6 +196,64 @@ fn an_upstream_gradient_by_row_and_frozen_embeddings_are_honoured() {
 }
 
 #[test]
+fn one_heads_gradient_may_arrive_transposed() {
+    for device in devices() {
+        let device = device.autodiff();
+        let (x, w, upstream) = (numbers(42, 3), numbers(30, 4), numbers(7, 5));
+        let by = |transposed: bool| {
+            let weights = tensor(&w, [1, 5, 6], &device).require_grad();
+            let embeddings = tensor(&x, [1, 7, 6], &device);
+            let loss = cosine_cross_entropy_by_row(
+                embeddings,
+                weights.clone(),
+                labels(&device),
+                &fused::Options::default(),
+            );
+            let loss = loss.expect("valid").loss;
+            let weighed = match transposed {
+                true => loss.swap_dims(0, 1) * tensor(&upstream, [7, 1], &device),
+                false => loss * tensor(&upstream, [1, 7], &device),
+            };
+            let gradients = weighed.sum().backward();
+            read(weights.grad(&gradients).expect("tracked"))
+        };
+        assert_eq!(by(true), by(false));
+    }
+}
+
+#[test]
+fn a_label_is_judged_before_it_is_narrowed() {
+    let device = Device::cpu();
+    let embeddings = tensor(&numbers(126, 1), [3, 7, 6], &device);
+    let weights = tensor(&numbers(90, 2), [3, 5, 6], &device);
+    let far = vec![0i64, 1, 2, 3, 1 << 32, 0, 0];
+    let far = Tensor::from_data(TensorData::new(far, [7]), (&device, DType::I64));
+    let loss = cosine_cross_entropy_by_row(embeddings, weights, far, &fused::Options::default());
+    assert_eq!(
+        loss.expect("shapes fit").check(),
+        Err(Error::BadLabel {
+            row: 4,
+            classes: 5,
+            rows: 1
+        })
+    );
+}
+
+#[test]
+fn prototypes_of_frozen_heads_stay_frozen() {
+    let device = Device::cpu().autodiff();
+    for trained in [true, false] {
+        let heads = heads(&device, &numbers(90, 2));
+        let heads = if trained { heads } else { heads.no_grad() };
+        let embeddings = tensor(&numbers(126, 1), [3, 7, 6], &device);
+        let (heads, _) = heads
+            .replace_prototypes(embeddings, labels(&device), 4)
+            .expect("valid");
+        assert_eq!(heads.weight.val().is_require_grad(), trained);
+    }
+}
+
+#[test]
 fn cross_entropy_of_given_logits_reaches_them() {
     for device in devices() {
         let device = device.autodiff();
@@ -316,6 +374,15 @@ fn what_does_not_fit_is_refused_at_the_call() {
             classes: 5
         })
     );
+    let elsewhere = labels(&Device::flex());
+    let embeddings = tensor(&numbers(126, 1), [3, 7, 6], &device);
+    assert!(matches!(
+        module.loss(embeddings, elsewhere, &LossOptions::default()),
+        Err(Error::Place {
+            operand: "labels",
+            ..
+        })
+    ));
     let bad: Tensor<1, Int> =
         Tensor::from_data(TensorData::new(vec![0i32, 1, 2, 3, 9, 0, 0], [7]), &device);
     let embeddings = tensor(&numbers(126, 1), [3, 7, 6], &device);

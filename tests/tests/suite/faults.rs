@@ -6,7 +6,7 @@ use cubecl::prelude::CubeElement;
 use cubecl::std::tensor::TensorHandle;
 use protohead::class_means::ClassSums;
 use protohead::cosine_cross_entropy::{Inputs, Options, backward, forward};
-use protohead::{Error, LossOptions, Reduction, Strategy, Upstream, Variant};
+use protohead::{Error, LossOptions, LossOutput, Reduction, Strategy, Upstream, Variant, reconstruction};
 use protohead_tests::devices::{devices, fused_runs, runs};
 use protohead_tests::problem::{Dtype, download};
 
@@ -136,6 +136,118 @@ fn what_the_host_can_see_is_a_typed_error() {
             "1 head weights for 2 heads"
         );
         assert!(ClassSums::new(client, 0, 3, 5).is_err());
+    }
+}
+
+#[test]
+fn a_handle_shorter_than_its_shape_says_is_refused() {
+    for device in devices() {
+        let client = &device.client;
+        let good = inputs(client);
+        let options = Options::default();
+        let by_row = Options {
+            loss: LossOptions {
+                reduction: Reduction::None,
+                ..LossOptions::default()
+            },
+            ..Options::default()
+        };
+        let short = |shape: &[usize], dtype: Dtype| {
+            TensorHandle::new_contiguous(shape.to_vec(), client.empty(4), dtype.elem())
+        };
+        let refused = |result: Result<(), Error>, says: &str| {
+            let error = result.expect_err(says).to_string();
+            assert!(error.contains(says), "{error} does not say {says}");
+        };
+        let step = |inputs: &Inputs, options: &Options, upstream: &Upstream| {
+            let output = forward(client, inputs, options)?;
+            backward(client, inputs, options, &output, upstream, true, true).map(|_| ())
+        };
+        let upstream = Upstream::Loss(short(&[2, 4], Dtype::F32));
+        refused(step(&good, &by_row, &upstream), "in a buffer of 1 elements");
+        let upstream = Upstream::Loss(short(&[2], Dtype::F16));
+        refused(
+            step(&good, &options, &upstream),
+            "upstream gradient has dtype",
+        );
+        let mut output = forward(client, &good, &options).expect("valid");
+        let lse = std::mem::replace(&mut output.lse, short(&[2, 4], Dtype::F32));
+        let back = |output: &LossOutput| {
+            let upstream = Upstream::default();
+            backward(client, &good, &options, output, &upstream, true, true).map(|_| ())
+        };
+        refused(back(&output), "lse has strides");
+        output.lse = lse;
+        let status = std::mem::replace(&mut output.status, floats(client, &[1]));
+        refused(back(&output), "status has dtype");
+        refused(output.read_total(client).map(|_| ()), "status has dtype");
+        output.status = status;
+        assert_eq!(back(&output), Ok(()));
+
+        let whole = floats(client, &[4, 5]);
+        let parts = reconstruction::Inputs {
+            whole: whole.clone(),
+            first: whole.clone(),
+            second: whole,
+        };
+        let upstream = TensorHandle::new_contiguous([1], client.empty(0), Dtype::F32.elem());
+        let gradients =
+            reconstruction::backward(client, &parts, &upstream, Strategy::Inferred, true, true);
+        refused(gradients.map(|_| ()), "upstream gradient has strides");
+
+        for offset in [2, 20, 1000] {
+            let mut elsewhere = good.clone();
+            elsewhere.labels.handle = elsewhere.labels.handle.offset_start(offset);
+            refused(
+                step(&elsewhere, &options, &Upstream::default()),
+                "labels has strides",
+            );
+            let mut elsewhere = good.clone();
+            elsewhere.weights.handle = elsewhere.weights.handle.offset_start(offset);
+            refused(
+                step(&elsewhere, &options, &Upstream::default()),
+                "class weights has strides",
+            );
+        }
+    }
+}
+
+#[test]
+fn a_stride_of_zero_does_not_wrap_a_size() {
+    for device in devices() {
+        let client = &device.client;
+        let of = |shape: [usize; 3]| {
+            let mut tensor = floats(client, &[1, 1, 64]);
+            tensor.metadata.shape = shape.to_vec().into();
+            tensor.metadata.strides = vec![0, 0, 1].into();
+            tensor
+        };
+        for shape in [
+            [1 << 31, 1 << 26, 64],
+            [1 << 63, 1 << 63, 4],
+            [1, usize::MAX, 64],
+        ] {
+            for &variant in &device.variants {
+                let inputs = protohead::cosine_logits::Inputs {
+                    embeddings: of(shape),
+                    weights: of([shape[0], 2, shape[2]]),
+                };
+                let options = protohead::cosine_logits::Options {
+                    strategy: Strategy::Forced(variant),
+                    ..Default::default()
+                };
+                let refused = protohead::cosine_logits::forward(client, &inputs, &options);
+                let refused = refused.map(|_| ()).expect_err("must be refused");
+                assert!(
+                    matches!(
+                        refused,
+                        Error::TooLarge { .. } | Error::NoSuchVariant { .. }
+                    ),
+                    "{variant:?} on {}: {refused}",
+                    device.name
+                );
+            }
+        }
     }
 }
 
@@ -275,7 +387,7 @@ fn a_bad_label_leaves_class_means_untouched_and_is_reported() {
         )
         .expect("the host sees nothing wrong");
         assert!(
-            download(client, &sums.sums).iter().all(|&v| v == 0.0),
+            download(client, sums.sums()).iter().all(|&v| v == 0.0),
             "on {run}"
         );
         assert_eq!(
@@ -332,10 +444,14 @@ fn a_nan_stays_in_its_row() {
             (
                 download(client, &output.loss),
                 download(client, &gradients.embeddings.expect("asked for")),
+                output.read_predictions(client).expect("valid"),
             )
         };
-        let (loss, dx) = of(&values);
-        let (clean_loss, clean_dx) = of(&clean);
+        let (loss, dx, mut predicted) = of(&values);
+        let (clean_loss, clean_dx, mut clean_predicted) = of(&clean);
+        assert_eq!(predicted[1], 0, "on {run}: no class is the highest");
+        (predicted[1], clean_predicted[1]) = (0, 0);
+        assert_eq!(predicted, clean_predicted, "on {run}");
         for at in 0..8 {
             let row = at * 5..at * 5 + 5;
             if at == 1 {

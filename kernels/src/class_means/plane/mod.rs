@@ -15,9 +15,9 @@ use cubecl::prelude::*;
 use super::launch::AccumulateCall;
 use crate::blueprint::{PLANE_UNITS, cubes_for};
 use crate::math::group::{Group, group_sum, member};
+use crate::math::norm::inverse_norm;
 use crate::math::sum::KahanLanes;
-use crate::operand::whole;
-use crate::packing::unit::{EPSILON, RowStrides};
+use crate::operand::{RowStrides, whole};
 
 /// Rows that a unit has on the way at once.
 const AHEAD: usize = 4;
@@ -106,7 +106,7 @@ fn inverse_norms<F: Float, N: Size>(
     }
     let norm = group_sum(squares, group).sqrt();
     if is_there && of.lane == 0 {
-        inverse[of.group] = 1.0 / max(norm, EPSILON);
+        inverse[of.group] = inverse_norm(norm);
     }
 }
 

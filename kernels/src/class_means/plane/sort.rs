@@ -3,7 +3,7 @@
 //! Rows are cut into blocks. A cube ranks the rows of its block among those of the same class, and counts them;
 //! the running sums of the counts over blocks, and then over classes, are where each row goes.
 //!
-//! Bytes, for `B` blocks: labels twice, `12·N` for ranks and order, `16·B·K` for the histograms, where `B ≤ max(1, 8·N/K)`: linear
+//! Bytes, for `B` blocks: labels once, `20·N` for targets, ranks and order, `16·B·K` for the histograms, where `B ≤ max(1, 8·N/K)`: linear
 //! in `N + K`.
 
 use cubecl::prelude::*;
@@ -36,6 +36,7 @@ pub(super) fn launch(call: &AccumulateCall) -> Sorted {
     let block = rows.div_ceil(most).next_multiple_of(PLANE_UNITS);
     let blocks = rows.div_ceil(block);
     let words = |count: usize| client.empty(count * size_of::<u32>());
+    let targets = words(rows);
     let ranks = words(rows);
     let histograms = words(blocks * classes);
     let invalid = words(blocks * 2);
@@ -44,7 +45,6 @@ pub(super) fn launch(call: &AccumulateCall) -> Sorted {
         order: words(rows),
         starts: words(classes + 1),
     };
-    let rule = || label_rule(call.labels.dtype(), classes, call.options.ignore_index);
     let cube = CubeDim::new_1d(PLANE_UNITS as u32);
     let group = Group::cube(call.blueprint);
     // SAFETY: every buffer has the length named beside it in the kernels; labels have `rows` elements.
@@ -54,13 +54,14 @@ pub(super) fn launch(call: &AccumulateCall) -> Sorted {
             cubes_for(client, blocks),
             cube,
             call.labels.buffer_arg(),
+            BufferArg::from_raw_parts(targets.clone(), rows),
             BufferArg::from_raw_parts(ranks.clone(), rows),
             BufferArg::from_raw_parts(histograms.clone(), blocks * classes),
             BufferArg::from_raw_parts(invalid.clone(), blocks * 2),
             rows,
             classes,
             block,
-            rule(),
+            label_rule(call.labels.dtype(), classes, call.options.ignore_index),
             group,
             call.labels.dtype(),
         );
@@ -89,7 +90,7 @@ pub(super) fn launch(call: &AccumulateCall) -> Sorted {
             client,
             cubes_for(client, rows.div_ceil(PLANE_UNITS)),
             cube,
-            call.labels.buffer_arg(),
+            BufferArg::from_raw_parts(targets, rows),
             BufferArg::from_raw_parts(ranks, rows),
             BufferArg::from_raw_parts(histograms, blocks * classes),
             BufferArg::from_raw_parts(sorted.starts.clone(), classes + 1),
@@ -97,20 +98,20 @@ pub(super) fn launch(call: &AccumulateCall) -> Sorted {
             rows,
             classes,
             block,
-            rule(),
-            call.labels.dtype(),
         );
     }
     sorted
 }
 
-/// `ranks[row]`: rows of its class before it in its block. `histograms[block, class]`: rows of the class in the block.
+/// `ranks[row]`: rows of its class before it in its block. `histograms[block, class]`: rows of the class in the block. Labels
+/// are read here only: a second reading could find others, if someone writes them.
 #[cube(launch_unchecked)]
 fn rank<I: Int>(
-    labels: &[I],           // [rows]
-    ranks: &mut [u32],      // [rows]
-    histograms: &mut [u32], // [blocks, classes]
-    invalid: &mut [u32],    // [blocks, 2]: rows with a bad label, the first of them
+    labels: &[I],            // [rows]
+    row_targets: &mut [u32], // [rows]
+    ranks: &mut [u32],       // [rows]
+    histograms: &mut [u32],  // [blocks, classes]
+    invalid: &mut [u32],     // [blocks, 2]: rows with a bad label, the first of them
     rows: usize,
     classes: usize,
     block: usize, // rows of a block, a multiple of the cube's units
@@ -138,6 +139,7 @@ fn rank<I: Int>(
         let mut target = IGNORED.runtime();
         if row < rows {
             target = target_of::<I>(labels[row], &rule);
+            row_targets[row] = target;
         }
         if target == INVALID {
             my_invalid += 1;
@@ -260,8 +262,8 @@ fn starts(
 
 /// `order`: the rows, class by class.
 #[cube(launch_unchecked)]
-fn place<I: Int>(
-    labels: &[I],       // [rows]
+fn place(
+    targets: &[u32],    // [rows]
     ranks: &[u32],      // [rows]
     histograms: &[u32], // [blocks, classes], running sums
     starts: &[u32],     // [classes + 1]
@@ -269,12 +271,10 @@ fn place<I: Int>(
     rows: usize,
     classes: usize,
     block: usize,
-    rule: LabelRule,
-    #[define(I)] _label: ElemType,
 ) {
     let row = ABSOLUTE_POS;
     if row < rows {
-        let target = target_of::<I>(labels[row], &rule);
+        let target = targets[row];
         if is_class(target) {
             let class = target as usize;
             let before = histograms[row / block * classes + class];

@@ -10,8 +10,8 @@ use crate::loss::Reduction;
 use crate::loss::reduce::{Reduced, reduce_heads};
 use crate::loss::target::INVALID;
 use crate::math::group::{Group, group_sum};
-use crate::operand::whole;
-use crate::packing::unit::{EPSILON, RowStrides};
+use crate::math::norm::{inverse_norm, projection};
+use crate::operand::{RowStrides, whole};
 
 /// How a cube's units share the work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -172,11 +172,8 @@ fn classes<F: Float, N: Size>(
             }
             let norm = group_sum((w * w).vector_sum(), plan.all).sqrt();
             let along = group_sum((w * sum).vector_sum(), plan.all);
-            let inverse = 1.0 / max(norm, EPSILON);
-            let mut projection = along * inverse * inverse;
-            if norm < EPSILON {
-                projection = 0.0;
-            }
+            let inverse = inverse_norm(norm);
+            let projection = projection(along, norm) * inverse * inverse;
             if part == 0 && d < columns {
                 let value = fma(Vector::<f32, N>::new(-projection), w, sum)
                     * Vector::<f32, N>::new(inverse);

@@ -40,7 +40,7 @@ pub(super) fn check(blueprint: &Blueprint, problem: &CosineProblem) -> Result<()
         .iter()
         .fold(sizes.heads, |work, &size| work.saturating_mul(size));
     // A unit has a vector of columns.
-    let columns = dim / vector_size(blueprint, problem);
+    let columns = dim / problem.vector_size(blueprint);
     if active > CLASSES || rows > ROWS || columns > PLANE_UNITS || work > WORK {
         return Err(Error::NotSmall {
             heads: sizes.heads,
@@ -57,15 +57,8 @@ pub(super) fn check(blueprint: &Blueprint, problem: &CosineProblem) -> Result<()
     addressable("embeddings", problem.embeddings.elements() as u128)
 }
 
-fn vector_size(blueprint: &Blueprint, problem: &CosineProblem) -> usize {
-    problem
-        .embeddings
-        .vector_size(blueprint)
-        .min(problem.weights.vector_size(blueprint))
-}
-
 /// What the launches tell each other, and where it lies in one buffer of f32: logit gradients `[heads, rows, active]` times
-/// scale, then `1 / ‖x‖` and the losses `[heads, rows]`, then the counts of [`Counted`].
+/// scale, then `1 / ‖x‖` and the losses `[heads, rows]`, then [`COUNTS`] numbers.
 #[derive(CubeType, CubeLaunch, Clone, Copy)]
 struct Sizes {
     heads: usize,
@@ -106,7 +99,7 @@ pub(super) fn launch(
     let elements = pairs * sizes.active + 2 * pairs + COUNTS;
     let step = Step {
         call,
-        vector: vector_size(&call.blueprint, &call.problem),
+        vector: call.problem.vector_size(&call.blueprint),
         scratch: call.client.empty(elements * size_of::<f32>()),
         elements,
     };

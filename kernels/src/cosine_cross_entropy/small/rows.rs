@@ -11,9 +11,9 @@ use crate::loss::target::{LabelRule, is_class, label_rule, target_of};
 use crate::loss::{Reduction, count_labels};
 use crate::math::group::{Group, group_softmax, group_sum, member};
 use crate::math::lanes::One;
+use crate::math::norm::{EPSILON, inverse_norm, projection};
 use crate::math::online_softmax::{RowSoftmax, logit_gradient};
-use crate::operand::whole;
-use crate::packing::unit::{EPSILON, RowStrides};
+use crate::operand::{RowStrides, whole};
 
 /// Rows of a cube.
 const OWNED: usize = 4;
@@ -181,7 +181,7 @@ fn rows<F: Float, I: Int, N: Size>(
             }
         }
         let norm = group_sum(squares, plan.of_class).sqrt();
-        let inverse = 1.0 / max(norm, EPSILON);
+        let inverse = inverse_norm(norm);
         if class < active && lane == 0 {
             weight_inverses[class] = inverse;
         }
@@ -198,7 +198,7 @@ fn rows<F: Float, I: Int, N: Size>(
 
     // The softmax of each row, and its logit gradients.
     let row_norm = norms[own];
-    let row_inverse = 1.0 / max(row_norm, EPSILON);
+    let row_inverse = inverse_norm(row_norm);
     let target = target_of::<I>(labels[own_row], &rule);
     let mut state = RowSoftmax::new();
     let mut class = here.lane;
@@ -258,12 +258,9 @@ fn rows<F: Float, I: Int, N: Size>(
             logits[at] = value * weight_inverses[class];
             class += plan.of_row.size;
         }
-        let mut projection = group_sum(along, plan.of_row);
-        if row_norm < EPSILON {
-            projection = 0.0;
-        }
+        let along = group_sum(along, plan.of_row);
         if here.lane == 0 {
-            projections[own] = projection;
+            projections[own] = projection(along, row_norm);
         }
         sync_cube();
     }
@@ -283,7 +280,7 @@ fn rows<F: Float, I: Int, N: Size>(
                     );
                     sum = fma(Vector::<f32, N>::new(logits[r * CLASSES + class]), w, sum);
                 }
-                let inverse = 1.0 / max(norms[r], EPSILON);
+                let inverse = inverse_norm(norms[r]);
                 let x = Vector::<f32, N>::cast_from(
                     embeddings[of_embeddings + row * embedding_strides.row + d],
                 );

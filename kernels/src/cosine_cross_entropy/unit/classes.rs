@@ -3,9 +3,11 @@
 use cubecl::prelude::*;
 
 use super::plan::{CACHED_PANELS, OWNED_CLASSES, OWNED_PANELS, Phases, Plan};
+use crate::math::norm::{inverse_norm, projection};
 use crate::math::span::{Span, share};
 use crate::math::tile::{Broadcast, Lanes, add_to};
-use crate::packing::unit::{EPSILON, RowStrides, TILE_VECTORS};
+use crate::operand::RowStrides;
+use crate::packing::unit::TILE_VECTORS;
 
 /// Adds the rows of the items `chunk` to the gradients of the classes `classes`, in every head that the chunk touches.
 #[cube]
@@ -275,7 +277,7 @@ fn add_rows<N: Size>(
     }
 }
 
-/// Through the normalization of the class weight: `dw = (dŵ − ŵ (ŵ·dŵ)) / ‖w‖`, or `dŵ / EPSILON` where it was clamped.
+/// Through the normalization of the class weight.
 #[cube]
 fn finish_row<F: Float, M: Size>(
     weights: &[Vector<F, M>],
@@ -304,11 +306,8 @@ fn finish_row<F: Float, M: Size>(
         );
     }
     let norm = squares.vector_sum().sqrt();
-    let inverse = 1.0 / max(norm, EPSILON);
-    let mut projection = along.vector_sum() * inverse * inverse;
-    if norm < EPSILON {
-        projection = 0.0;
-    }
+    let inverse = inverse_norm(norm);
+    let projection = projection(along.vector_sum(), norm) * inverse * inverse;
     let inverse = Vector::<f32, M>::new(inverse);
     let projection = Vector::<f32, M>::new(-projection);
     for d in 0..plan.dim / piece {

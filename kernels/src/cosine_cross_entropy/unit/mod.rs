@@ -14,11 +14,11 @@
 //! order of a sum.
 
 mod classes;
-mod ends;
 mod pack;
 mod plan;
 mod row_gradients;
 mod rows;
+mod targets;
 
 use cubecl::prelude::*;
 use cubecl::std::tensor::TensorHandle;
@@ -26,11 +26,12 @@ use cubecl::std::tensor::TensorHandle;
 use super::launch::{Call, Results};
 use crate::Gradients;
 use crate::loss::Reduction;
+use crate::loss::reduce::reduce_heads;
 use crate::loss::rows::Arriving;
 use crate::loss::target::{LabelRule, label_rule};
 use crate::math::span::{Span, share};
-use crate::operand::{F32, whole};
-use crate::packing::unit::{RowStrides, TILE_VECTORS};
+use crate::operand::{F32, RowStrides, whole};
+use crate::packing::unit::TILE_VECTORS;
 use plan::{HostPlan, Phases, Plan, Problem};
 use rows::ClassBlock;
 
@@ -89,9 +90,7 @@ impl<'a> Step<'a> {
         let (embeddings, weights) = (&call.problem.embeddings, &call.problem.weights);
         let loss = &call.options.loss;
         let (count, dim) = blueprint.unit_grid();
-        let vector = embeddings
-            .vector_size(blueprint)
-            .min(weights.vector_size(blueprint));
+        let vector = call.problem.vector_size(blueprint);
         let workspace = client.empty(self.host.floats * size_of::<f32>());
         let head_weights = &call.head_weights;
         let rows_padded = self.host.plan.panels * blueprint.tile();
@@ -183,7 +182,7 @@ fn step<F: Float, I: Int, N: Size, M: Size>(
 ) {
     let lanes = N::value();
     let width = comptime!(lanes * TILE_VECTORS);
-    let counted = ends::count::<I>(
+    let counted = targets::count::<I>(
         labels,
         &rule,
         targets,
@@ -220,7 +219,12 @@ fn step<F: Float, I: Int, N: Size, M: Size>(
                 phases.gradients(),
             );
             if comptime!(phases.loss) {
-                rows::start::<N>(workspace, &plan, item.local);
+                rows::start::<N>(
+                    workspace,
+                    bests.as_vectorized_mut().with_vector_size_mut::<N>(),
+                    &plan,
+                    item.local,
+                );
             }
             if comptime!(phases.gradients()) {
                 row_gradients::arriving::<N>(
@@ -375,6 +379,18 @@ fn step<F: Float, I: Int, N: Size, M: Size>(
         classes::clear_inactive::<F, M>(grad_weights, &plan);
     }
     if comptime!(phases.loss) && UNIT_POS == 0 {
-        ends::reduce(&*row_loss, head_weights, loss, total, &plan, part);
+        reduce_heads(
+            &*row_loss,
+            0,
+            head_weights,
+            loss,
+            total,
+            plan.heads,
+            plan.rows,
+            f32::cast_from(counted),
+            1usize,
+            phases.mean,
+            true,
+        );
     }
 }

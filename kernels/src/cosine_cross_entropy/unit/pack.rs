@@ -6,8 +6,10 @@
 use cubecl::prelude::*;
 
 use super::plan::Plan;
+use crate::math::norm::inverse_norm;
 use crate::math::span::share;
-use crate::packing::unit::{EPSILON, RowStrides, TILE_VECTORS};
+use crate::operand::RowStrides;
+use crate::packing::unit::TILE_VECTORS;
 
 /// The unit vector of `source[from..from + dim]`, or zeros, to `at` in pieces of `width`, `block_stride` apart; gives the norm.
 #[cube]
@@ -34,7 +36,7 @@ fn pack_row<F: Float, M: Size>(
             squares = fma(value, value, squares);
         }
         norm = squares.vector_sum().sqrt();
-        let inverse = Vector::<f32, M>::new(1.0 / max(norm, EPSILON));
+        let inverse = Vector::<f32, M>::new(inverse_norm(norm));
         let whole = plan.dim / width;
         for block in 0..whole {
             #[unroll]

@@ -5,8 +5,10 @@ use cubecl::prelude::*;
 use super::plan::{Phases, Plan};
 use super::rows::{ClassBlock, Item};
 use crate::loss::target::INVALID;
+use crate::math::norm::{EPSILON, inverse_norm, projection};
 use crate::math::tile::{Broadcast, Lanes, add_to};
-use crate::packing::unit::{EPSILON, RowStrides, TILE_VECTORS};
+use crate::operand::RowStrides;
+use crate::packing::unit::TILE_VECTORS;
 
 /// Sets the gradients of an item's rows to zero.
 #[cube]
@@ -207,7 +209,7 @@ pub(super) fn subtract_targets<F: Float, N: Size, M: Size>(
     }
 }
 
-/// Through the normalization: `dx = (dx̂ − x̂ (x̂·dx̂)) / ‖x‖`, or `dx̂ / EPSILON` where the norm was clamped.
+/// Through the normalization, to the gradients of the rows.
 #[cube]
 pub(super) fn finish<F: Float, N: Size, M: Size>(
     workspace: &[f32],
@@ -235,12 +237,8 @@ pub(super) fn finish<F: Float, N: Size, M: Size>(
                 let g = pieces_of[upstream + d / pieces * block + d % pieces];
                 along = fma(x, g, along);
             }
-            let mut projection = along.vector_sum();
-            if norm < EPSILON {
-                projection = 0.0;
-            }
-            let inverse = Vector::<f32, M>::new(1.0 / max(norm, EPSILON));
-            let projection = Vector::<f32, M>::new(-projection);
+            let inverse = Vector::<f32, M>::new(inverse_norm(norm));
+            let projection = Vector::<f32, M>::new(-projection(along.vector_sum(), norm));
             let out = (head * plan.rows + first + r) * plan.dim / piece;
             for d in 0..plan.dim / piece {
                 let x = pieces_of[unit + d / pieces * unit_block + d % pieces];

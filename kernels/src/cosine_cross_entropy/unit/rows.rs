@@ -99,9 +99,14 @@ pub(super) fn logits<N: Size>(
     }
 }
 
-/// Rows that have seen no class.
+/// Rows that have seen no class. One that never sees a logit above [`FLOOR`], as of a NaN, is predicted to be class 0.
 #[cube]
-pub(super) fn start<N: Size>(workspace: &mut [f32], plan: &Plan, local: usize) {
+pub(super) fn start<N: Size>(
+    workspace: &mut [f32],
+    bests: &mut [Vector<u32, N>], // [chunk_items, width]
+    plan: &Plan,
+    local: usize,
+) {
     let lanes = N::value();
     let width = comptime!(lanes * TILE_VECTORS);
     let state = plan.state(local, width);
@@ -112,6 +117,7 @@ pub(super) fn start<N: Size>(workspace: &mut [f32], plan: &Plan, local: usize) {
         vectors[state.sum / lanes + v] = Vector::<f32, N>::new(0.0);
         vectors[state.target / lanes + v] = Vector::<f32, N>::new(0.0);
         vectors[state.total / lanes + v] = Vector::<f32, N>::new(0.0);
+        bests[local * TILE_VECTORS + v] = Vector::<u32, N>::new(0u32);
     }
 }
 

@@ -1,12 +1,10 @@
-//! Where a step begins and ends: labels become targets, and row losses the loss.
+//! Where a step begins: labels become targets.
 
 use cubecl::prelude::*;
 
-use super::plan::Plan;
 use crate::loss::reduce::STATUS_FIELDS;
 use crate::loss::target::{IGNORED, INVALID, LabelRule, is_class, target_of};
 use crate::math::span::share;
-use crate::math::sum::Kahan;
 
 /// Turns labels into targets, and counts the rows that have one; the status goes out if this launch is to `report`.
 /// Every unit must call.
@@ -60,27 +58,4 @@ pub(super) fn count<I: Int>(
         status[2] = first;
     }
     counted
-}
-
-/// Row losses become head losses and the total.
-#[cube]
-pub(super) fn reduce(
-    row_loss: &[f32],
-    head_weights: &[f32],
-    loss: &mut [f32],
-    total: &mut [f32],
-    plan: &Plan,
-    part: f32,
-) {
-    let mut all = Kahan::new();
-    for head in 0..plan.heads {
-        let mut sum = Kahan::new();
-        for row in 0..plan.rows {
-            sum.add(row_loss[head * plan.rows + row]);
-        }
-        let of_head = sum.total() * part;
-        loss[head] = of_head;
-        all.add(of_head * head_weights[head]);
-    }
-    total[0] = all.total();
 }

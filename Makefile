@@ -38,13 +38,14 @@ bench: setup ## throughput of every op at every shape beside its peers: about a 
 
 bench-table: build ## the last bench as a table in benches/results
 	@mkdir -p benches/results
-	$${CARGO_TARGET_DIR:-target}/release/table $${CARGO_TARGET_DIR:-target} "CPU: $(cpu), $$(nproc) cores, $$(date +%F)" \
-	  > benches/results/$$(date +%F)-cpu.md
+	$${CARGO_TARGET_DIR:-target}/release/table $${CARGO_TARGET_DIR:-target} "$(cpu), $$(nproc) cores, $$(date +%F)" > bench-table.tmp
+	@mv bench-table.tmp benches/results/$$(date +%F)-cpu.md
 	@cat benches/results/$$(date +%F)-cpu.md
 
 kernel-table: setup-tests ## registers, shared memory and instructions of every kernel on NVIDIA GPUs, in benches/results
 	cargo build $(cargo_flags) --bins --tests
-	$${CARGO_TARGET_DIR:-target}/release/kernels > benches/results/$$(date +%F)-nvidia-kernels.md
+	$${CARGO_TARGET_DIR:-target}/release/kernels > kernel-table.tmp
+	@mv kernel-table.tmp benches/results/$$(date +%F)-nvidia-kernels.md
 	@cat benches/results/$$(date +%F)-nvidia-kernels.md
 
 clean: ## remove build outputs

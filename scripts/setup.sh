@@ -64,10 +64,14 @@ if [ "${1:-}" = "--tests" ] && ! ls /usr/share/vulkan/icd.d/*.json >/dev/null 2>
   apt_install mesa-vulkan-drivers libvulkan1 ||
     echo "setup: no Vulkan driver could be installed: the tests will skip wgpu and say so" >&2
 fi
-if [ "${1:-}" = "--tests" ] && [ -z "${CUDA_PATH:-}" ] && [ ! -e "$cuda_dir/nvidia/cu13/bin/ptxas" ]; then
+if [ "${1:-}" = "--tests" ] && [ -z "${CUDA_PATH:-}" ] && [ "$(cat "$cuda_dir/version" 2>/dev/null)" != "$cuda_version" ]; then
   python3 -m pip --version >/dev/null 2>&1 || apt_install python3-pip || true
   echo "setup: installing NVIDIA's assembler $cuda_version from PyPI into $cuda_dir"
-  python3 -m pip install --quiet --no-deps --target "$cuda_dir" \
-    "nvidia-cuda-nvcc==$cuda_version" "nvidia-nvvm==$cuda_version" 2>/dev/null ||
+  rm -rf "$cuda_dir"
+  if python3 -m pip install --quiet --disable-pip-version-check --root-user-action=ignore --no-deps --target "$cuda_dir" \
+    "nvidia-cuda-nvcc==$cuda_version" "nvidia-nvvm==$cuda_version"; then
+    echo "$cuda_version" >"$cuda_dir/version"
+  else
     echo "setup: it could not be installed: the tests will not compile kernels for NVIDIA GPUs, and say so" >&2
+  fi
 fi

@@ -6,7 +6,8 @@
 
 Prints a table of medians (milliseconds) and of ratios to ours, and writes it with --out. On the CPU the two take turns, call by
 call. Every call has fresh random inputs, made outside of the time;
-before each that counts comes one that does not, on either side. On CUDA (--device cuda) times are of CUDA events for
+before each that counts comes one that does not, on either side. Other dtypes are measured of the whole step only; shares of the
+machine are of f32's multiply-adds. On CUDA (--device cuda) times are of CUDA events for
 PyTorch, of a waited call for ours; Liger and CCE join in where they are installed, on inputs that are normalised already,
 which spares them the normalisation and its backward.
 """
@@ -36,7 +37,7 @@ def loss_of(x, w, labels, active):
     """The three-head loss: one cosine head after another, as the model's forward has them."""
     total = 0.0
     for head in range(x.shape[0]):
-        z = SCALE * F.linear(F.normalize(x[head]), F.normalize(w[head]))[:, :active]
+        z = SCALE * F.linear(F.normalize(x[head]), F.normalize(w[head, :active]))
         total = total + F.cross_entropy(z, labels)
     return total
 
@@ -107,7 +108,10 @@ class Serve:
     def ask(self, case):
         self.process.stdin.write(case + "\n")
         self.process.stdin.flush()
-        return self.process.stdout.readline().split()
+        answer = self.process.stdout.readline().split()
+        if not answer:
+            sys.exit(f"serve ended with {self.process.wait()} at {case}")
+        return answer
 
     def __call__(self, case):
         return int(self.ask(case)[0]) / 1e6
@@ -184,8 +188,10 @@ def main():
         heads, rows, dim, _, active = shape
         product = 2 * heads * rows * dim * active
         if name.startswith("proto"):
-            function = class_means if name == "proto" else index_means
-            ops = {"class_means": ({"eager": Torch(function, False, device, dtype)}, None)}
+            peers = {"index_add": Torch(index_means, False, device, dtype)}
+            if active < 100:  # a step of the loop for each class
+                peers["loop"] = Torch(class_means, False, device, dtype)
+            ops = {"class_means": (peers, None)}
         else:
             ops = {}
             for op, backward, work in [
@@ -201,9 +207,9 @@ def main():
                     peers.update(normalised_peers(device, dtype))
                 ops[op] = (peers, work)
         for op, (peers, work) in ops.items():
-            # Only the whole step is there in every dtype.
-            ours_in_dtype = suffix if op == "cosine_cross_entropy" else ""
-            case = f"{op}/{name}/protohead{ours_in_dtype}"
+            if suffix and op != "cosine_cross_entropy":
+                continue  # `serve` has only the whole step in other dtypes than f32
+            case = f"{op}/{name}/protohead{suffix}"
             times = {"protohead": []} | {peer: [] for peer in peers}
             captured = None
             if op == "cosine_cross_entropy" and device == "cuda" and options.dtype == "float32":

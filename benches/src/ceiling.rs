@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use cubecl::prelude::*;
 
-use crate::ours::client;
+use crate::ours::{client, on_cpu};
 
 const CHAINS: usize = 16;
 const STEPS: usize = 1 << 22;
@@ -26,7 +26,7 @@ fn grid() -> (usize, usize, usize) {
     let hardware = &client().properties().hardware;
     match hardware.num_cpu_cores {
         Some(cores) => (1, cores as usize, hardware.load_width as usize / 32),
-        None => (4096, 256, 1),
+        None => (4096, 256, 4),
     }
 }
 
@@ -55,11 +55,7 @@ fn chains<N: Size>(out: &mut [Vector<f32, N>], factor: f32, steps: usize) {
 /// Independent chains of multiply-adds in registers, on every core.
 pub fn multiply_adds() -> Duration {
     let (cubes, units, lanes) = grid();
-    let steps = if client().properties().hardware.num_cpu_cores.is_some() {
-        STEPS
-    } else {
-        STEPS / 64
-    };
+    let steps = if on_cpu() { STEPS } else { STEPS / 64 };
     let out = client().empty(cubes * units * lanes * size_of::<f32>());
     let start = Instant::now();
     // SAFETY: `out` has a vector for every unit.
@@ -81,38 +77,46 @@ pub fn multiply_adds() -> Duration {
 // CubeCL compiles loops, not slices' methods.
 #[allow(clippy::manual_memcpy)]
 #[cube(launch_unchecked)]
-fn copies<N: Size>(from: &[Vector<f32, N>], to: &mut [Vector<f32, N>], count: usize) {
+fn copies<N: Size>(
+    from: &[Vector<f32, N>],
+    to: &mut [Vector<f32, N>],
+    count: usize,
+    #[comptime] in_stretches: bool,
+) {
     let units = CUBE_COUNT * CUBE_DIM as usize;
-    let share = count / units;
-    // A CPU's unit copies a stretch, as a thread would.
-    let start = ABSOLUTE_POS * share;
-    for i in start..start + share {
-        to[i] = from[i];
+    if comptime!(in_stretches) {
+        // A CPU's unit copies a stretch, as a thread would.
+        for i in ABSOLUTE_POS * count / units..(ABSOLUTE_POS + 1) * count / units {
+            to[i] = from[i];
+        }
+    } else {
+        // A GPU's units copy neighbours.
+        let mut i = ABSOLUTE_POS;
+        while i < count {
+            to[i] = from[i];
+            i += units;
+        }
     }
 }
 
 /// A copy between two buffers that were written before, on every core.
 pub fn copy() -> Duration {
-    let (_, units, lanes) = grid();
+    let (cubes, units, lanes) = grid();
     let from = client().create_from_slice(f32::as_bytes(&vec![1.0; COPIED]));
     let to = client().create_from_slice(f32::as_bytes(&vec![0.0; COPIED]));
     cubecl::future::block_on(client().sync_buffers([&from, &to])).expect("the device works");
-    let cubes = if client().properties().hardware.num_cpu_cores.is_some() {
-        1
-    } else {
-        COPIED / units
-    };
     let start = Instant::now();
     // SAFETY: both buffers have `COPIED` floats, a multiple of every vector, and `copies` stays below that.
     unsafe {
         copies::launch_unchecked(
             client(),
-            CubeCount::new_1d(cubes.min(65_535) as u32),
+            CubeCount::new_1d(cubes as u32),
             CubeDim::new_1d(units as u32),
             lanes,
             BufferArg::from_raw_parts(from, COPIED / lanes),
             BufferArg::from_raw_parts(to.clone(), COPIED / lanes),
             COPIED / lanes,
+            on_cpu(),
         );
     }
     cubecl::future::block_on(client().sync_buffers([&to])).expect("the device works");

@@ -203,9 +203,9 @@ pub(crate) fn run(group: Group, shape: &Shape, data: &Data, dtype: Dtype, keep: 
                 first: part(1),
                 second: part(2),
             };
-            let start = ready(&[&inputs.whole, &inputs.first, &inputs.second]);
-            let output = reconstruction::forward(client, &inputs, Strategy::Inferred).expect(valid);
             let one = upload(&[1.0], [1]);
+            let start = ready(&[&inputs.whole, &inputs.first, &inputs.second, &one]);
+            let output = reconstruction::forward(client, &inputs, Strategy::Inferred).expect(valid);
             let gradients =
                 reconstruction::backward(client, &inputs, &one, Strategy::Inferred, true, true)
                     .expect(valid);

@@ -63,12 +63,14 @@ impl DeviceName {
         let named = self.resolve();
         named.client()?;
         let heads = match named {
+            #[cfg(feature = "cpu")]
             Self::Auto | Self::Cpu => Device::cpu(),
+            #[cfg(feature = "cuda")]
             Self::Cuda(index) => Device::cuda(index),
             #[cfg(feature = "wgpu")]
             Self::Wgpu => Device::wgpu(burn::tensor::DeviceKind::DefaultDevice),
-            #[cfg(not(feature = "wgpu"))]
-            Self::Wgpu => {
+            #[allow(unreachable_patterns)] // where all of them are in the build
+            _ => {
                 return Err(Error::Device {
                     name: named.to_string(),
                     reason: "not in this build".into(),

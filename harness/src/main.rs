@@ -4,6 +4,7 @@ mod audio;
 mod commands;
 mod device;
 mod error;
+mod output;
 mod tensors;
 mod training;
 

@@ -22,10 +22,7 @@ pub(crate) struct TensorFile {
 
 impl TensorFile {
     pub(crate) fn open(path: &Path) -> Result<Self, Error> {
-        let bytes = fs::read(path).map_err(|source| Error::Io {
-            path: path.into(),
-            source,
-        })?;
+        let bytes = fs::read(path).map_err(Error::io(path))?;
         let file = Self {
             path: path.into(),
             bytes,
@@ -189,7 +186,7 @@ impl Written {
         };
         let bytes = client
             .read_one(tensor.handle.clone())
-            .map_err(|error| protohead::Error::Device(format!("{error:?}")))?;
+            .map_err(Error::of_device)?;
         self.tensors
             .insert(name, (dtype, shape.to_vec(), bytes.to_vec()));
         Ok(())
@@ -224,17 +221,24 @@ impl Written {
     }
 }
 
-/// Writes `bytes` to a temporary file in the same folder, then renames it to `path`.
+/// Writes `bytes` to a temporary file in the same folder, then renames it to `path`, which is a new file or takes the place of
+/// one: never of a device or a pipe. Its permissions are those of any new file.
 pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), Error> {
     let failed = |source| Error::Io {
         path: path.into(),
         source,
     };
+    if path.exists() && !path.is_file() {
+        return Err(Error::unwritable(path)("it is there, and no file"));
+    }
     let folder = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
-    let mut file = tempfile::NamedTempFile::new_in(folder).map_err(failed)?;
+    let mut builder = tempfile::Builder::new();
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    let mut file = builder.tempfile_in(folder).map_err(failed)?;
     file.write_all(bytes).map_err(failed)?;
     file.as_file().sync_all().map_err(failed)?;
     file.persist(path).map_err(|error| failed(error.error))?;

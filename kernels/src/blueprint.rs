@@ -34,15 +34,15 @@ pub enum Strategy {
     /// From the device's properties.
     #[default]
     Inferred,
-    /// This one, or an [`Error::Variant`] where the device cannot run it: for tests and benches.
+    /// This one, or an error where the device cannot run it or the op has no such variant: for tests and benches.
     Forced(Variant),
 }
 
 impl Strategy {
-    /// Whether the device can run it.
+    /// Which variant runs on the device, for f32 operands of an op that has it.
     ///
     /// # Errors
-    /// [`Error::Variant`] with what is missing.
+    /// [`Error::Variant`] with what the device lacks, or [`Error::NoCpu`].
     pub fn check(self, client: &Client) -> Result<Variant, Error> {
         let blueprint = match self {
             Self::Forced(Variant::Cmma) => {

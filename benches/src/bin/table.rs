@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use protohead_benches::{Case, Group};
+use protohead_benches::{Case, Who};
 use serde_json::Value;
 
 /// The median of a case in nanoseconds, if it was measured.
@@ -61,8 +61,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let entry = lines.entry(line).or_insert((case, Vec::new()));
         entry.1.push((case, time));
     }
+    let mut without_ours = 0;
     for (case, times) in lines.values() {
-        let ours = times[0].1;
+        let of_us = times.iter().find(|(case, _)| case.who == Who::Protohead);
+        let Some(&(_, ours)) = of_us else {
+            without_ours += 1;
+            continue;
+        };
         let share = match (case.group.flops(&case.shape), case.group.bytes(&case.shape)) {
             (Some(flops), _) => {
                 fma.map(|fma| format!("{:.0} % of FMA", 100.0 * flops as f64 / ours / fma))
@@ -72,8 +77,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             }
             (None, None) => None,
         };
-        let others: Vec<String> = times[1..]
+        let others: Vec<String> = times
             .iter()
+            .filter(|(case, _)| case.who != Who::Protohead)
             .map(|(case, t)| format!("{} {} ({:.1}×)", case.who.name(), time(*t), t / ours))
             .collect();
         println!(
@@ -85,9 +91,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             others.join(", ")
         );
     }
-    let measured = lines.len();
-    if measured < Group::ALL.len() {
-        eprintln!("table: only {measured} lines; `cargo bench` measures the others");
+    let measured: usize = lines.values().map(|(_, times)| times.len()).sum();
+    let all = Case::all().len();
+    if measured < all || without_ours > 0 {
+        eprintln!(
+            "table: {measured} of {all} cases were measured, and {without_ours} lines left out for want of protohead's own"
+        );
     }
     Ok(())
 }

@@ -1,7 +1,5 @@
 //! The three inputs of the encoder: log-mel of the speech, its formants, log-mel of its residual.
 
-use rayon::prelude::*;
-
 use super::lpc;
 use super::mel::{BANDS, FRAMES, LogMel};
 
@@ -10,19 +8,23 @@ pub(crate) const INPUT: usize = BANDS * FRAMES;
 /// Inputs: speech, formant, residual.
 pub(crate) const INPUTS: usize = 3;
 
-/// `[INPUTS, BANDS, FRAMES]` of every clip, in order.
-pub(crate) fn extract(clips: &[Vec<f32>]) -> Vec<Vec<f32>> {
-    let mel = LogMel::new();
-    clips
-        .par_iter()
-        .map(|clip| {
-            let (residual, formants) = lpc::analyse(clip);
-            let mut all = mel.spectrum(clip);
-            all.extend(formants);
-            all.extend(mel.spectrum(&residual));
-            all
-        })
-        .collect()
+/// `[INPUTS, BANDS, FRAMES]` of clips.
+pub(crate) struct Extractor {
+    mel: LogMel,
+}
+
+impl Extractor {
+    pub(crate) fn new() -> Self {
+        Self { mel: LogMel::new() }
+    }
+
+    pub(crate) fn extract(&self, clip: &[f32]) -> Vec<f32> {
+        let (residual, formants) = lpc::analyse(clip);
+        let mut all = self.mel.spectrum(clip);
+        all.extend(formants);
+        all.extend(self.mel.spectrum(&residual));
+        all
+    }
 }
 
 #[cfg(test)]
@@ -56,7 +58,7 @@ mod tests {
             assert!(worst <= limit, "{name} is off by {worst}");
         };
         let clip = golden("clip");
-        let all = &extract(std::slice::from_ref(&clip))[0];
+        let all = Extractor::new().extract(&clip);
         near("log_mel", &all[..INPUT], 1e-3);
         near("formants", &all[INPUT..2 * INPUT], 1e-3);
         near("residual_log_mel", &all[2 * INPUT..], 1e-3);

@@ -3,11 +3,9 @@
 //! Frames of 160 samples, each preceded by `order` samples of memory. Residual: `e[n] = x[n] + Σ a[k] x[n − k]`
 //! for the frame's own samples. Formants: `ln |1 / A(e^{jω})|` at 40 frequencies from 0 to just below Nyquist.
 
-use super::CLIP;
 use super::mel::{BANDS, FRAMES};
+use super::{CLIP, HOP};
 
-/// Samples of a frame.
-pub(crate) const FRAME: usize = 160;
 /// Coefficients of the predictor.
 pub(crate) const ORDER: usize = 16;
 
@@ -51,19 +49,22 @@ pub(crate) fn analyse(clip: &[f32]) -> (Vec<f32>, Vec<f32>) {
     padded.resize(ORDER + CLIP, 0.0);
     let mut residual = Vec::with_capacity(CLIP);
     let mut formants = vec![0.0f32; BANDS * FRAMES];
-    let frames = CLIP / FRAME;
+    let turns: [[(f64, f64); ORDER + 1]; BANDS] = std::array::from_fn(|band| {
+        let omega = std::f64::consts::PI * band as f64 / BANDS as f64;
+        std::array::from_fn(|k| (omega * k as f64).sin_cos())
+    });
+    let frames = CLIP / HOP;
     for t in 0..frames {
-        let window = &padded[t * FRAME..t * FRAME + ORDER + FRAME];
+        let window = &padded[t * HOP..t * HOP + ORDER + HOP];
         let a = burg(window, ORDER);
-        for n in ORDER..ORDER + FRAME {
+        for n in ORDER..ORDER + HOP {
             residual.push((0..=ORDER).map(|k| a[k] * window[n - k]).sum::<f64>() as f32);
         }
-        for band in 0..BANDS {
-            let omega = std::f64::consts::PI * band as f64 / BANDS as f64;
+        for (band, turns) in turns.iter().enumerate() {
             let (mut re, mut im) = (0.0, 0.0);
-            for (k, &value) in a.iter().enumerate() {
-                re += value * (omega * k as f64).cos();
-                im -= value * (omega * k as f64).sin();
+            for (value, (sin, cos)) in a.iter().zip(turns) {
+                re += value * cos;
+                im -= value * sin;
             }
             formants[band * FRAMES + t] = (-0.5 * (re * re + im * im).max(1e-12).ln()) as f32;
         }

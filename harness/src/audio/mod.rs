@@ -10,3 +10,5 @@ pub(crate) mod wav;
 pub(crate) const RATE: usize = 16_000;
 /// Samples of a clip: one second.
 pub(crate) const CLIP: usize = RATE;
+/// Samples from one frame to the next, of spectra and of formants.
+pub(crate) const HOP: usize = 160;

@@ -1,4 +1,4 @@
-//! WAV files of any rate, depth and channel count become clips of one second, 16 kHz mono.
+//! WAV files of any rate and channel count, of 8 to 32 bits, become clips of one second, 16 kHz mono.
 
 use std::path::Path;
 
@@ -18,8 +18,8 @@ pub(crate) fn read_clip(path: &Path) -> Result<Vec<f32>, Error> {
         path: path.into(),
         reason,
     };
-    let mut reader =
-        WavReader::open(path).map_err(|error| wrong(format!("not a WAV file: {error}")))?;
+    let mut reader = WavReader::open(path)
+        .map_err(|error| wrong(format!("no WAV file that is read: {error}")))?;
     let spec = reader.spec();
     if spec.channels == 0 || !RATES.contains(&spec.sample_rate) {
         return Err(wrong(format!(
@@ -30,14 +30,19 @@ pub(crate) fn read_clip(path: &Path) -> Result<Vec<f32>, Error> {
             RATES.end()
         )));
     }
-    let samples: Result<Vec<f32>, hound::Error> = match spec.sample_format {
-        SampleFormat::Float => reader.samples::<f32>().collect(),
-        SampleFormat::Int => {
-            let full_scale = (1u64 << (spec.bits_per_sample - 1)) as f32;
+    let samples: Result<Vec<f32>, hound::Error> = match (spec.sample_format, spec.bits_per_sample) {
+        (SampleFormat::Float, 32) => reader.samples::<f32>().collect(),
+        (SampleFormat::Int, bits @ (8 | 16 | 24 | 32)) => {
+            let full_scale = (1u32 << (bits - 1)) as f32;
             reader
                 .samples::<i32>()
                 .map(|sample| sample.map(|value| value as f32 / full_scale))
                 .collect()
+        }
+        (format, bits) => {
+            return Err(wrong(format!(
+                "{bits}-bit {format:?} samples, expected 8, 16, 24 or 32 bits of Int, or 32 of Float"
+            )));
         }
     };
     let samples = samples.map_err(|error| wrong(format!("damaged WAV file: {error}")))?;
@@ -57,7 +62,8 @@ pub(crate) fn read_clip(path: &Path) -> Result<Vec<f32>, Error> {
     Ok(clip)
 }
 
-fn resample(mono: Vec<f32>, rate: usize) -> Result<Vec<f32>, String> {
+/// 16 kHz of any rate.
+pub(crate) fn resample(mono: Vec<f32>, rate: usize) -> Result<Vec<f32>, String> {
     if rate == RATE {
         return Ok(mono);
     }
@@ -80,7 +86,64 @@ fn gcd(a: usize, b: usize) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use hound::{WavSpec, WavWriter};
+
     use super::*;
+
+    /// What is read of a file of these samples, at 16 kHz.
+    fn read<S: hound::Sample>(
+        channels: u16,
+        bits_per_sample: u16,
+        sample_format: SampleFormat,
+        samples: impl IntoIterator<Item = S>,
+    ) -> Result<Vec<f32>, String> {
+        let file = tempfile::NamedTempFile::new().expect("a temporary file");
+        let spec = WavSpec {
+            channels,
+            sample_rate: 16_000,
+            bits_per_sample,
+            sample_format,
+        };
+        let mut writer = WavWriter::create(file.path(), spec).expect("the file is writable");
+        for sample in samples {
+            writer.write_sample(sample).expect("the file is writable");
+        }
+        writer.finalize().expect("the file is writable");
+        read_clip(file.path()).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn every_depth_gives_the_same_clip_and_silence_fills_it() {
+        let quarters = [0, 1, 2, 3, -4];
+        let mut expected: Vec<f32> = quarters.iter().map(|&q| q as f32 / 4.0).collect();
+        expected.resize(CLIP, 0.0);
+        for bits in [8, 16, 24, 32] {
+            let samples = quarters.map(|q| q << (bits - 3));
+            let clip = read(1, bits, SampleFormat::Int, samples);
+            assert_eq!(clip.as_ref(), Ok(&expected), "{bits} bits");
+        }
+        let floats = quarters.map(|q| q as f32 / 4.0);
+        assert_eq!(read(1, 32, SampleFormat::Float, floats), Ok(expected));
+    }
+
+    #[test]
+    fn channels_are_averaged_and_what_is_behind_a_second_is_left_out() {
+        let samples = (0..2 * CLIP as i32 + 10).map(|i| (i % 2) << 14);
+        let clip = read(2, 16, SampleFormat::Int, samples).expect("a sound file");
+        assert_eq!(clip, vec![0.25; CLIP]);
+    }
+
+    #[test]
+    fn what_is_no_sound_is_refused() {
+        let refused = |clip: Result<Vec<f32>, String>, says: &str| {
+            let said = clip.expect_err(says);
+            assert!(said.contains(says), "{said} does not say {says}");
+        };
+        let none: [i32; 0] = [];
+        refused(read(1, 16, SampleFormat::Int, none), "without samples");
+        let samples = [0.0, f32::NAN];
+        refused(read(1, 32, SampleFormat::Float, samples), "not finite");
+    }
 
     #[test]
     fn a_tone_keeps_its_frequency_and_level_at_any_rate() {

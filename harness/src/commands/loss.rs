@@ -8,6 +8,7 @@ use protohead::{LossOptions, Reduction, Upstream};
 
 use crate::device::DeviceName;
 use crate::error::Error;
+use crate::output::say;
 use crate::tensors::{TensorFile, Written};
 
 /// `--reduction`
@@ -89,6 +90,6 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Error> {
         }
     }
     written.save(&arguments.out)?;
-    println!("total {total}");
+    say(format_args!("total {total}"));
     Ok(())
 }

@@ -10,6 +10,7 @@ use protohead::class_means::{ClassSums, Options};
 
 use crate::device::DeviceName;
 use crate::error::Error;
+use crate::output::say;
 use crate::tensors::{TensorFile, Written};
 
 #[derive(Args)]
@@ -68,9 +69,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Error> {
     written.integers("counts", &counts, &[classes]);
     written.save(&arguments.out)?;
     let unseen = counts.iter().filter(|&&count| count == 0).count();
-    println!(
+    say(format_args!(
         "{} rows in {classes} classes, {unseen} of them unseen",
         counts.iter().sum::<u32>()
-    );
+    ));
     Ok(())
 }

@@ -1,13 +1,15 @@
 //! `protohead train` and `protohead evaluate`
 
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
 
 use crate::device::DeviceName;
 use crate::error::Error;
+use crate::output::say;
 use crate::training::data::Dataset;
-use crate::training::run::{Run, RunConfig};
+use crate::training::run::{Run, RunConfig, Source};
 use crate::training::sessions;
 
 #[derive(Args)]
@@ -68,7 +70,7 @@ pub(crate) struct Train {
 pub(crate) struct Evaluate {
     /// The folder of a finished run.
     run: PathBuf,
-    /// The Speech-Commands folder; absent for a run on synthesised keywords.
+    /// The Speech-Commands folder, if it is not where it was in training; none for a run on synthesised keywords.
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
     /// auto, cpu, cuda, cuda:N or wgpu
@@ -76,22 +78,23 @@ pub(crate) struct Evaluate {
     device: DeviceName,
 }
 
-fn dataset(config: &RunConfig, folder: Option<&Path>, run: &Path) -> Result<Dataset, Error> {
-    match folder {
-        Some(folder) => Dataset::folder(folder, &run.join("cache")),
-        None => Ok(Dataset::synthetic(
-            config.seed,
-            config.synthetic_keywords,
-            config.synthetic_voices,
-        )),
+fn dataset(source: &Source, seed: u64, run: &Path) -> Result<Dataset, Error> {
+    match source {
+        Source::Folder(folder) => Dataset::folder(folder, &run.join("cache")),
+        &Source::Synthetic { keywords, voices } => Ok(Dataset::synthetic(seed, keywords, voices)),
     }
 }
 
 pub(crate) fn train(arguments: &Train) -> Result<(), Error> {
+    let source = match &arguments.data {
+        Some(folder) => Source::Folder(fs::canonicalize(folder).map_err(Error::io(folder))?),
+        None => Source::Synthetic {
+            keywords: arguments.keywords,
+            voices: arguments.voices,
+        },
+    };
     let config = RunConfig {
-        data: arguments.data.clone(),
-        synthetic_voices: arguments.voices,
-        synthetic_keywords: arguments.keywords,
+        source,
         epochs: arguments.epochs,
         batch: arguments.batch,
         tau: arguments.tau,
@@ -104,21 +107,17 @@ pub(crate) fn train(arguments: &Train) -> Result<(), Error> {
     config
         .validate()
         .map_err(|reason| Error::Usage(format!("--{reason}")))?;
+    Run::check(&arguments.out, &config, arguments.resume)?;
     let devices = arguments.device.training_devices()?;
-    println!(
+    say(format_args!(
         "seed {}, {}: preparing the clips",
         config.seed,
         arguments.device.resolve()
-    );
-    let data = dataset(&config, arguments.data.as_deref(), &arguments.out)?;
-    let run = Run::create(
-        &arguments.out,
-        config,
-        data.keywords.len(),
-        arguments.resume,
-    )?;
+    ));
+    let data = dataset(&config.source, config.seed, &arguments.out)?;
+    let run = Run::create(&arguments.out, config, &data)?;
     let protocol = run.protocol();
-    println!(
+    say(format_args!(
         "{} keywords: {} base classes, {} sessions of {}; {} training and {} test clips",
         data.keywords.len(),
         protocol.base,
@@ -126,21 +125,25 @@ pub(crate) fn train(arguments: &Train) -> Result<(), Error> {
         protocol.ways,
         data.train.len(),
         data.test.len()
-    );
+    ));
     sessions::print(&run.train(&data, &devices)?);
     Ok(())
 }
 
 pub(crate) fn evaluate(arguments: &Evaluate) -> Result<(), Error> {
-    let config = Run::open(&arguments.run)?;
-    if config.data.is_some() && arguments.data.is_none() {
-        return Err(Error::Usage(
-            "this run was trained on a folder: name it with --data".into(),
-        ));
-    }
+    let config = Run::config(&arguments.run)?;
+    let source = match (&config.source, &arguments.data) {
+        (Source::Folder(_), Some(folder)) => Source::Folder(folder.clone()),
+        (Source::Synthetic { .. }, Some(_)) => {
+            return Err(Error::Usage(
+                "this run was trained on synthesised keywords: it takes no --data".into(),
+            ));
+        }
+        (source, None) => source.clone(),
+    };
     let devices = arguments.device.training_devices()?;
-    let data = dataset(&config, arguments.data.as_deref(), &arguments.run)?;
-    let run = Run::create(&arguments.run, config, data.keywords.len(), true)?;
+    let mut data = dataset(&source, config.seed, &arguments.run)?;
+    let run = Run::open(&arguments.run, config, &mut data)?;
     sessions::print(&run.evaluate(&data, &devices)?);
     Ok(())
 }

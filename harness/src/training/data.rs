@@ -9,9 +9,9 @@ use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use crate::audio::features::{INPUT, INPUTS, extract};
+use crate::audio::features::{Extractor, INPUT, INPUTS};
 use crate::audio::synthesis::{Speaker, speak, vocabulary};
-use crate::audio::wav::read_clip;
+use crate::audio::wav::{read_clip, resample};
 use crate::error::Error;
 use crate::tensors::write_atomically;
 
@@ -43,7 +43,6 @@ impl Protocol {
 }
 
 /// Clips of keywords as features.
-#[derive(Serialize, Deserialize)]
 pub(crate) struct Examples {
     /// `[INPUTS, BANDS, FRAMES]` each.
     pub features: Vec<Vec<f32>>,
@@ -95,22 +94,23 @@ impl Dataset {
         }
     }
 
-    /// Synthesised keywords: `voices` to train on and a quarter as many others to test on, two takes each.
+    /// Synthesised keywords: `voices` to train on and a quarter as many others to test on, one take each.
     pub(crate) fn synthetic(seed: u64, keywords: usize, voices: usize) -> Self {
         let words = vocabulary(seed, keywords);
+        let extractor = Extractor::new();
         let make = |first: u64, count: usize| {
             let tasks: Vec<(usize, u64)> = (0..words.len())
                 .flat_map(|word| (0..count as u64).map(move |voice| (word, first + voice)))
                 .collect();
-            let clips: Vec<Vec<f32>> = tasks
+            let features = tasks
                 .par_iter()
                 .map(|&(word, voice)| {
-                    let take = word as u64 * 100_000 + voice;
-                    speak(seed, &words[word], &Speaker::new(seed, voice), take)
+                    let take = (word as u64) << 32 | voice;
+                    extractor.extract(&speak(seed, &words[word], &Speaker::new(seed, voice), take))
                 })
                 .collect();
             Examples {
-                features: extract(&clips),
+                features,
                 labels: tasks.iter().map(|&(word, _)| word).collect(),
             }
         };
@@ -119,7 +119,7 @@ impl Dataset {
     }
 
     /// A Speech-Commands folder: `DIR/<keyword>/*.wav`, with `testing_list.txt` and `validation_list.txt`.
-    /// Features are cached in the folder `cache`, under a name made from everything they depend on.
+    /// Features are cached in the folder `cache`.
     pub(crate) fn folder(root: &Path, cache: &Path) -> Result<Self, Error> {
         let wrong = |reason: String| Error::Content {
             path: root.into(),
@@ -134,9 +134,9 @@ impl Dataset {
         }
         let testing = list(&root.join("testing_list.txt"))?;
         let validation = list(&root.join("validation_list.txt"))?;
-        let mut train = Vec::new();
-        let mut test = Vec::new();
+        let (mut train, mut test) = (Vec::new(), Vec::new());
         for (label, keyword) in keywords.iter().enumerate() {
+            let before = [train.len(), test.len()];
             for path in wavs(&root.join(keyword))? {
                 let name = path.file_name().unwrap_or_default().to_string_lossy();
                 let entry = format!("{keyword}/{name}");
@@ -146,19 +146,32 @@ impl Dataset {
                     train.push((path, label));
                 }
             }
+            let clips = [train.len() - before[0], test.len() - before[1]];
+            if clips.contains(&0) {
+                return Err(wrong(format!(
+                    "keyword {keyword} has {} training and {} test clips: testing_list.txt must name some of them, and not all",
+                    clips[0], clips[1]
+                )));
+            }
         }
-        if train.is_empty() || test.is_empty() {
-            return Err(wrong(format!(
-                "{} training and {} test clips: testing_list.txt must name some of the clips, and not all",
-                train.len(),
-                test.len()
-            )));
-        }
-        Ok(Self::new(
-            keywords,
-            cached(&train, cache)?,
-            cached(&test, cache)?,
-        ))
+        let labels = |clips: &[(PathBuf, usize)]| clips.iter().map(|&(_, label)| label).collect();
+        let (train_labels, test_labels) = (labels(&train), labels(&test));
+        let trained = train.len();
+        let files: Vec<PathBuf> = train
+            .into_iter()
+            .chain(test)
+            .map(|(path, _)| path)
+            .collect();
+        let mut features = cached(&files, cache)?;
+        let test = Examples {
+            features: features.split_off(trained),
+            labels: test_labels,
+        };
+        let train = Examples {
+            features,
+            labels: train_labels,
+        };
+        Ok(Self::new(keywords, train, test))
     }
 
     /// The order in which an epoch visits the base classes' training clips.
@@ -170,7 +183,7 @@ impl Dataset {
         order
     }
 
-    /// For each example of a batch another of its own class, at random: the class-wise shuffle.
+    /// For each example of a batch one of its own class, at random, each once: the class-wise shuffle.
     pub(crate) fn partners(labels: &[usize], seed: u64, draw: usize) -> Vec<usize> {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         rng.set_stream(1 << 32 | draw as u64);
@@ -184,15 +197,10 @@ impl Dataset {
     }
 }
 
-fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Error {
-    let path = path.to_path_buf();
-    move |source| Error::Io { path, source }
-}
-
 fn entries(folder: &Path) -> Result<Vec<PathBuf>, Error> {
     let mut found = Vec::new();
-    for entry in fs::read_dir(folder).map_err(io(folder))? {
-        found.push(entry.map_err(io(folder))?.path());
+    for entry in fs::read_dir(folder).map_err(Error::io(folder))? {
+        found.push(entry.map_err(Error::io(folder))?.path());
     }
     found.sort();
     Ok(found)
@@ -226,56 +234,113 @@ fn list(path: &Path) -> Result<std::collections::HashSet<String>, Error> {
     match fs::read_to_string(path) {
         Ok(text) => Ok(text.lines().map(|line| line.trim().to_owned()).collect()),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Default::default()),
-        Err(source) => Err(Error::Io {
-            path: path.into(),
-            source,
-        }),
+        Err(error) => Err(Error::io(path)(error)),
     }
 }
 
-/// Features of files: from the cache if nothing that made them has changed.
-fn cached(files: &[(PathBuf, usize)], cache: &Path) -> Result<Examples, Error> {
+/// Features of files: from the cache, if neither the files nor what is made of them has changed. A cache is named by the
+/// content of the files and by the features of a clip that is always the same, and ends with the digest of what is in it.
+fn cached(files: &[PathBuf], cache: &Path) -> Result<Vec<Vec<f32>>, Error> {
+    let extractor = Extractor::new();
     let mut hash = blake3::Hasher::new();
-    hash.update(
-        concat!(
-            "features of protohead ",
-            env!("CARGO_PKG_VERSION"),
-            ", layout 1"
-        )
-        .as_bytes(),
-    );
-    for (path, _) in files {
-        hash.update(path.to_string_lossy().as_bytes());
-        hash.update(&fs::read(path).map_err(io(path))?);
+    hash.update(&to_bytes(&[probe(&extractor)?]));
+    for path in files {
+        let content = fs::read(path).map_err(Error::io(path))?;
+        hash.update(&(content.len() as u64).to_le_bytes());
+        hash.update(&content);
     }
-    let labels = files.iter().map(|&(_, label)| label).collect();
     let name = cache.join(format!("{}.features", hash.finalize().to_hex()));
     let width = INPUTS * INPUT * size_of::<f32>();
     if let Ok(bytes) = fs::read(&name)
-        && bytes.len() == files.len() * width
+        && let Some((values, digest)) = bytes.split_last_chunk::<{ blake3::OUT_LEN }>()
+        && values.len() == files.len() * width
+        && blake3::hash(values) == *digest
     {
         let value = |b: &[u8]| f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
-        let features = bytes
+        return Ok(values
             .chunks_exact(width)
             .map(|clip| clip.chunks_exact(4).map(value).collect())
-            .collect();
-        return Ok(Examples { features, labels });
+            .collect());
     }
-    let clips: Result<Vec<_>, Error> = files.par_iter().map(|(path, _)| read_clip(path)).collect();
-    let features = extract(&clips?);
-    let bytes: Vec<u8> = features
-        .iter()
-        .flatten()
-        .flat_map(|v| v.to_le_bytes())
+    let features: Result<Vec<Vec<f32>>, Error> = files
+        .par_iter()
+        .map(|path| {
+            let features = extractor.extract(&read_clip(path)?);
+            match features.iter().all(|value| value.is_finite()) {
+                true => Ok(features),
+                false => Err(Error::Content {
+                    path: path.clone(),
+                    reason: "its samples are too large for a spectrum".into(),
+                }),
+            }
+        })
         .collect();
-    fs::create_dir_all(cache).map_err(io(cache))?;
+    let features = features?;
+    let mut bytes = to_bytes(&features);
+    bytes.extend(blake3::hash(&bytes).as_bytes());
+    fs::create_dir_all(cache).map_err(Error::io(cache))?;
     write_atomically(&name, &bytes)?;
-    Ok(Examples { features, labels })
+    Ok(features)
+}
+
+/// The features of a clip that is always the same: they change with whatever computes features.
+fn probe(extractor: &Extractor) -> Result<Vec<f32>, Error> {
+    let clip = speak(0, &vocabulary(0, 1)[0], &Speaker::new(0, 0), 0);
+    let clip = resample(clip, 22_050).map_err(Error::Usage)?;
+    Ok(extractor.extract(&clip))
+}
+
+fn to_bytes(features: &[Vec<f32>]) -> Vec<u8> {
+    let values = features.iter().flatten();
+    values.flat_map(|value| value.to_le_bytes()).collect()
 }
 
 #[cfg(test)]
 mod tests {
+    use hound::{SampleFormat, WavSpec, WavWriter};
+
     use super::*;
+
+    /// A file of two samples.
+    fn write_wav(path: &Path, first: i16) {
+        let spec = WavSpec {
+            channels: 1,
+            sample_rate: 16_000,
+            bits_per_sample: 16,
+            sample_format: SampleFormat::Int,
+        };
+        let mut writer = WavWriter::create(path, spec).expect("the folder is writable");
+        for sample in [first, 100] {
+            writer.write_sample(sample).expect("the folder is writable");
+        }
+        writer.finalize().expect("the folder is writable");
+    }
+
+    #[test]
+    fn a_cache_is_used_while_it_holds_what_its_files_give() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let (file, cache) = (folder.path().join("a.wav"), folder.path().join("cache"));
+        let features = || cached(std::slice::from_ref(&file), &cache).expect("a sound file");
+        let caches = || entries(&cache).expect("the cache was made");
+        write_wav(&file, 1000);
+        let first = features();
+        let [name] = &caches()[..] else {
+            panic!("one file, one cache")
+        };
+        // Other values with their digest are taken as they are: it is read.
+        let other = vec![vec![0.5; INPUTS * INPUT]];
+        let mut bytes = to_bytes(&other);
+        bytes.extend(blake3::hash(&bytes).as_bytes());
+        fs::write(name, &bytes).expect("the folder is writable");
+        assert_eq!(features(), other);
+        // Without their digest they are not.
+        bytes[0] ^= 1;
+        fs::write(name, &bytes).expect("the folder is writable");
+        assert_eq!(features(), first);
+        write_wav(&file, 2000);
+        assert_ne!(features(), first);
+        assert_eq!(caches().len(), 2);
+    }
 
     #[test]
     fn partners_are_a_permutation_within_each_class() {

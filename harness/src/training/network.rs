@@ -88,7 +88,7 @@ impl Network {
             .clone()
             .slice([0..1, 0..rows])
             .try_into_vec_as::<i64>()
-            .map_err(|error| protohead::Error::Device(format!("{error:?}")))?;
+            .map_err(Error::of_device)?;
         let correct = predictions
             .iter()
             .zip(labels)

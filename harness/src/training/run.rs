@@ -1,5 +1,5 @@
-//! A training run in a folder: `config.json`, `metrics.jsonl`, `curves.svg`, `checkpoint/`, `model.bpk`, `accuracy.json`. The
-//! same configuration on the same device gives the same bytes in each.
+//! A training run in a folder: `config.json`, `data.json`, `metrics.jsonl`, `curves.svg`, `checkpoint/`, `model.bpk`,
+//! `accuracy.json`, and for a run on files `cache/`. The same configuration on the same device gives the same bytes in each.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -18,15 +18,24 @@ use serde::{Deserialize, Serialize};
 use super::data::{Dataset, Protocol};
 use super::network::{Devices, Lambdas, Network, batch};
 use super::{record, sessions};
+use crate::audio::features::INPUTS;
 use crate::error::Error;
 use crate::tensors::write_atomically;
+
+/// Where the clips come from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase", deny_unknown_fields)]
+pub(crate) enum Source {
+    /// A Speech-Commands folder.
+    Folder(PathBuf),
+    /// The synthesiser.
+    Synthetic { keywords: usize, voices: usize },
+}
 
 /// Everything that decides what a run computes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct RunConfig {
-    pub data: Option<PathBuf>,
-    pub synthetic_voices: usize,
-    pub synthetic_keywords: usize,
+    pub source: Source,
     pub epochs: usize,
     pub batch: usize,
     pub tau: usize,
@@ -40,27 +49,46 @@ pub(crate) struct RunConfig {
 impl RunConfig {
     /// What no run can have, whether it was asked for or read from a damaged file.
     pub(crate) fn validate(&self) -> Result<(), String> {
+        let (keywords, voices) = match self.source {
+            Source::Folder(_) => (2, 1),
+            Source::Synthetic { keywords, voices } => (keywords, voices),
+        };
         for (option, value) in [
             ("epochs", self.epochs),
             ("batch", self.batch),
             ("tau", self.tau),
-            ("voices", self.synthetic_voices),
+            ("voices", voices),
         ] {
             if value == 0 {
                 return Err(format!("{option} is 0, expected at least 1"));
             }
         }
-        if !(2..=200).contains(&self.synthetic_keywords) {
-            return Err(format!(
-                "keywords is {}, expected 2 to 200",
-                self.synthetic_keywords
-            ));
+        if !(2..=200).contains(&keywords) {
+            return Err(format!("keywords is {keywords}, expected 2 to 200"));
+        }
+        for (option, value) in [
+            ("scale", self.scale),
+            ("learning-rate", self.learning_rate),
+            ("lambda", self.lambda),
+            ("lambda-shuffled", self.lambda_shuffled),
+        ] {
+            if !(0.0..=1e6).contains(&value) {
+                return Err(format!("{option} is {value}, expected 0 to 1000000"));
+            }
         }
         Ok(())
     }
 }
 
-/// One line of the metrics. In f32, since a resumed run reads and writes them again: JSON's reader may miss the last bit of an f64.
+/// What a run knows of the clips it was trained on: an evaluation is of the same keywords, scaled alike.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct Data {
+    keywords: Vec<String>,
+    /// Mean and deviation of each input.
+    scaling: [(f32, f32); INPUTS],
+}
+
+/// One line of the metrics.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct EpochMetrics {
     epoch: usize,
@@ -78,57 +106,99 @@ pub(crate) struct Run {
     protocol: Protocol,
 }
 
-fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Error {
-    let path = path.to_path_buf();
-    move |source| Error::Io { path, source }
+fn write_json(path: &Path, value: &impl Serialize) -> Result<(), Error> {
+    let bytes = serde_json::to_vec_pretty(value).map_err(Error::unwritable(path))?;
+    write_atomically(path, &bytes)
 }
 
-fn damaged(path: &Path, reason: impl std::fmt::Display) -> Error {
-    Error::Content {
-        path: path.into(),
-        reason: format!("damaged: {reason}"),
-    }
-}
-
-fn to_json(value: &impl Serialize) -> Vec<u8> {
-    // Plain structs of numbers and strings always serialize.
-    serde_json::to_vec_pretty(value).unwrap_or_default()
+fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, Error> {
+    let bytes = fs::read(path).map_err(Error::io(path))?;
+    serde_json::from_slice(&bytes).map_err(Error::damaged(path))
 }
 
 impl Run {
-    /// Starts a run in an empty folder, or takes one up that was broken off.
-    pub(crate) fn create(
-        folder: &Path,
-        config: RunConfig,
-        keywords: usize,
-        resume: bool,
-    ) -> Result<Self, Error> {
-        fs::create_dir_all(folder).map_err(io(folder))?;
-        let path = folder.join("config.json");
+    /// Whether a run of this configuration may begin in a folder, or goes on in it. Asked before the clips are prepared.
+    pub(crate) fn check(folder: &Path, config: &RunConfig, resume: bool) -> Result<(), Error> {
         let content = |reason: &str| Error::Content {
             path: folder.into(),
             reason: reason.into(),
         };
-        if path.exists() {
-            if !resume {
-                return Err(content("holds a run already; --resume continues it"));
-            }
-            if read_config(&path)? != config {
-                return Err(content("holds a run with other options than these"));
-            }
-        } else {
-            write_atomically(&path, &to_json(&config))?;
+        if !folder.join("config.json").exists() {
+            return match folder.join("checkpoint").exists() {
+                true => Err(content("holds a checkpoint, but not its config.json")),
+                false => Ok(()),
+            };
         }
-        Ok(Self {
-            folder: folder.into(),
-            config,
-            protocol: Protocol::for_keywords(keywords),
-        })
+        if !resume {
+            return Err(content("holds a run already; --resume continues it"));
+        }
+        if Self::config(folder)? != *config {
+            return Err(content("holds a run with other options than these"));
+        }
+        Ok(())
     }
 
-    /// Opens a finished run.
-    pub(crate) fn open(folder: &Path) -> Result<RunConfig, Error> {
-        read_config(&folder.join("config.json"))
+    /// Begins a run on these clips, or goes on with it: [`check`](Self::check) has said that it may.
+    pub(crate) fn create(
+        folder: &Path,
+        config: RunConfig,
+        dataset: &Dataset,
+    ) -> Result<Self, Error> {
+        let data = Data {
+            keywords: dataset.keywords.clone(),
+            scaling: dataset.scaling,
+        };
+        fs::create_dir_all(folder).map_err(Error::io(folder))?;
+        let (data_path, config_path) = (folder.join("data.json"), folder.join("config.json"));
+        if config_path.exists() {
+            if read_json::<Data>(&data_path)? != data {
+                return Err(Error::Content {
+                    path: folder.into(),
+                    reason: "the training clips are not those that the run began with".into(),
+                });
+            }
+        } else {
+            write_json(&data_path, &data)?;
+            write_json(&config_path, &config)?;
+        }
+        Ok(Self::of(folder, config, dataset))
+    }
+
+    /// The configuration of the run in a folder.
+    pub(crate) fn config(folder: &Path) -> Result<RunConfig, Error> {
+        let path = folder.join("config.json");
+        let config: RunConfig = read_json(&path)?;
+        config.validate().map_err(Error::damaged(&path))?;
+        Ok(config)
+    }
+
+    /// The run in a folder, to be evaluated on these clips, which get the scaling of those that it was trained on.
+    pub(crate) fn open(
+        folder: &Path,
+        config: RunConfig,
+        dataset: &mut Dataset,
+    ) -> Result<Self, Error> {
+        let data: Data = read_json(&folder.join("data.json"))?;
+        if data.keywords != dataset.keywords {
+            return Err(Error::Content {
+                path: folder.into(),
+                reason: format!(
+                    "was trained on the keywords {}, these are {}",
+                    data.keywords.join(" "),
+                    dataset.keywords.join(" ")
+                ),
+            });
+        }
+        dataset.scaling = data.scaling;
+        Ok(Self::of(folder, config, dataset))
+    }
+
+    fn of(folder: &Path, config: RunConfig, dataset: &Dataset) -> Self {
+        Self {
+            folder: folder.into(),
+            config,
+            protocol: Protocol::for_keywords(dataset.keywords.len()),
+        }
     }
 
     pub(crate) fn protocol(&self) -> Protocol {
@@ -164,11 +234,13 @@ impl Run {
             network = self
                 .network(devices)
                 .try_load_record(record)
-                .map_err(|e| damaged(&path, e))?;
+                .map_err(Error::damaged(&path))?;
             optimizer = self::optimizer()
                 .from_bytes(optimizer_bytes)
-                .map_err(|e| damaged(&path, e))?;
+                .map_err(Error::damaged(&path))?;
             metrics = done;
+            // The run may have been killed between its checkpoint and these.
+            self.report(&metrics)?;
         }
         let rows = dataset.order(self.protocol.base, config.seed, 0).len();
         let steps = rows.div_ceil(config.batch);
@@ -198,6 +270,15 @@ impl Run {
                     .map(|draw| Dataset::partners(&labels, config.seed, draw));
                 let inputs = batch(dataset, &dataset.train, chosen, &devices.encoder);
                 let loss = network.loss(inputs, &labels, &partners, lambdas, &devices.heads)?;
+                let total: f32 = loss.total.clone().into_scalar();
+                if !total.is_finite() {
+                    bar.finish_and_clear();
+                    return Err(Error::Diverged {
+                        loss: total,
+                        epoch: epoch + 1,
+                        step: i + 1,
+                    });
+                }
                 let weight = chosen.len() as f64 / rows as f64;
                 for (sum, value) in
                     sums.iter_mut()
@@ -231,10 +312,10 @@ impl Run {
         let network = sessions::replace_prototypes(network, dataset, self.protocol, devices)?;
         let path = self.folder.join("model.bpk");
         let (bytes, _) =
-            record::model(network.clone().into_record()).map_err(|e| damaged(&path, e))?;
+            record::model(network.clone().into_record()).map_err(Error::unwritable(&path))?;
         write_atomically(&path, &bytes)?;
         let table = sessions::evaluate(&network, dataset, self.protocol, config.seed, devices)?;
-        write_atomically(&self.folder.join("accuracy.json"), &to_json(&table))?;
+        write_json(&self.folder.join("accuracy.json"), &table)?;
         Ok(table)
     }
 
@@ -245,13 +326,13 @@ impl Run {
         devices: &Devices,
     ) -> Result<Vec<sessions::Accuracy>, Error> {
         let path = self.folder.join("model.bpk");
-        let bytes = fs::read(&path).map_err(io(&path))?;
+        let bytes = fs::read(&path).map_err(Error::io(&path))?;
         let record = ModuleRecord::from_bytes(Bytes::from_bytes_vec(bytes))
-            .map_err(|e| damaged(&path, e))?;
+            .map_err(Error::damaged(&path))?;
         let network = self
             .network(devices)
             .try_load_record(record)
-            .map_err(|e| damaged(&path, e))?;
+            .map_err(Error::damaged(&path))?;
         sessions::evaluate(
             &network.valid(),
             dataset,
@@ -273,25 +354,26 @@ impl Run {
         let beside = self.folder.join("checkpoint.new");
         let old = self.folder.join("checkpoint.old");
         let _ = fs::remove_dir_all(&beside);
-        fs::create_dir(&beside).map_err(io(&beside))?;
+        fs::create_dir(&beside).map_err(Error::io(&beside))?;
         // `valid` folds the pending running statistics in: without it the record is one step behind.
         let (model, places) =
-            record::model(network.valid().into_record()).map_err(|e| damaged(&place, e))?;
-        let state = record::optimizer(optimizer, &places).map_err(|e| damaged(&place, e))?;
+            record::model(network.valid().into_record()).map_err(Error::unwritable(&place))?;
+        let state = record::optimizer(optimizer, &places).map_err(Error::unwritable(&place))?;
         write_atomically(&beside.join("model.bpk"), &model)?;
         write_atomically(&beside.join("optimizer.bpk"), &state)?;
-        let lines: String = metrics
-            .iter()
-            .map(|line| serde_json::to_string(line).unwrap_or_default() + "\n")
-            .collect();
-        write_atomically(&beside.join("metrics.jsonl"), lines.as_bytes())?;
+        write_lines(&beside.join("metrics.jsonl"), metrics)?;
         if place.exists() {
             let _ = fs::remove_dir_all(&old);
-            fs::rename(&place, &old).map_err(io(&place))?;
+            fs::rename(&place, &old).map_err(Error::io(&place))?;
         }
-        fs::rename(&beside, &place).map_err(io(&place))?;
+        fs::rename(&beside, &place).map_err(Error::io(&place))?;
         let _ = fs::remove_dir_all(&old);
-        write_atomically(&self.folder.join("metrics.jsonl"), lines.as_bytes())?;
+        self.report(metrics)
+    }
+
+    /// Writes metrics and curves for those who follow the run.
+    fn report(&self, metrics: &[EpochMetrics]) -> Result<(), Error> {
+        write_lines(&self.folder.join("metrics.jsonl"), metrics)?;
         self.draw(metrics)
     }
 
@@ -304,14 +386,14 @@ impl Run {
         let Some(place) = place else { return Ok(None) };
         let read = |name: &str| {
             let path = place.join(name);
-            fs::read(&path).map_err(io(&path))
+            fs::read(&path).map_err(Error::io(&path))
         };
         let model = Bytes::from_bytes_vec(read("model.bpk")?);
-        let record = ModuleRecord::from_bytes(model).map_err(|e| damaged(&place, e))?;
+        let record = ModuleRecord::from_bytes(model).map_err(Error::damaged(&place))?;
         let text = String::from_utf8_lossy(&read("metrics.jsonl")?).into_owned();
         let metrics: Result<Vec<EpochMetrics>, _> =
             text.lines().map(serde_json::from_str).collect();
-        let metrics = metrics.map_err(|e| damaged(&place, e))?;
+        let metrics = metrics.map_err(Error::damaged(&place))?;
         Ok(Some((
             record,
             Bytes::from_bytes_vec(read("optimizer.bpk")?),
@@ -325,10 +407,19 @@ impl Run {
         let mut picture = String::new();
         {
             let area = SVGBackend::with_string(&mut picture, (800, 600)).into_drawing_area();
-            plot(&area, metrics).map_err(|error| damaged(&path, error))?;
+            plot(&area, metrics).map_err(Error::unwritable(&path))?;
         }
         write_atomically(&path, picture.as_bytes())
     }
+}
+
+fn write_lines(path: &Path, metrics: &[EpochMetrics]) -> Result<(), Error> {
+    let mut lines = Vec::new();
+    for line in metrics {
+        serde_json::to_writer(&mut lines, line).map_err(Error::unwritable(path))?;
+        lines.push(b'\n');
+    }
+    write_atomically(path, &lines)
 }
 
 fn plot(
@@ -364,13 +455,6 @@ fn plot(
     }
     area.present()?;
     Ok(())
-}
-
-fn read_config(path: &Path) -> Result<RunConfig, Error> {
-    let bytes = fs::read(path).map_err(io(path))?;
-    let config: RunConfig = serde_json::from_slice(&bytes).map_err(|error| damaged(path, error))?;
-    config.validate().map_err(|reason| damaged(path, reason))?;
-    Ok(config)
 }
 
 fn optimizer() -> ModuleOptimizer {

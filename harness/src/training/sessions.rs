@@ -12,6 +12,7 @@ use serde::Serialize;
 use super::data::{Dataset, Examples, Protocol};
 use super::network::{Devices, Network, batch};
 use crate::error::Error;
+use crate::output::say;
 
 /// Clips that go through the encoder at once.
 const CHUNK: usize = 64;
@@ -129,35 +130,40 @@ pub(crate) fn evaluate(
         let predicted = logits
             .argmax(2)
             .try_into_vec_as::<i64>()
-            .map_err(|error| protohead::Error::Device(format!("{error:?}")))?;
+            .map_err(Error::of_device)?;
+        let answers: Vec<(usize, i64)> = tested
+            .iter()
+            .map(|&row| dataset.test.labels[row])
+            .zip(predicted)
+            .collect();
+        table.push(Accuracy::new(session, protocol, &answers));
+    }
+    Ok(table)
+}
+
+impl Accuracy {
+    /// Of labels and the classes predicted for them; labels of later sessions do not count. Every class has a test clip.
+    fn new(session: usize, protocol: Protocol, answers: &[(usize, i64)]) -> Self {
+        let known = protocol.base + session * protocol.ways;
         let share = |range: std::ops::Range<usize>| {
-            let of_range: Vec<bool> = tested
-                .iter()
-                .zip(&predicted)
-                .filter(|(row, _)| range.contains(&dataset.test.labels[**row]))
-                .map(|(&row, &class)| dataset.test.labels[row] as i64 == class)
-                .collect();
-            100.0 * of_range.iter().filter(|&&hit| hit).count() as f64
-                / of_range.len().max(1) as f64
+            let asked = || answers.iter().filter(|(label, _)| range.contains(label));
+            let right = asked().filter(|&&(label, class)| label as i64 == class);
+            100.0 * right.count() as f64 / asked().count() as f64
         };
         let seen = share(0..protocol.base);
         let unseen = (session > 0).then(|| share(protocol.base..known));
-        table.push(Accuracy {
+        Self {
             session,
             classes: known,
             all: share(0..known),
             seen,
             unseen,
-            harmonic_mean: unseen.map(|unseen| {
-                if seen + unseen > 0.0 {
-                    2.0 * seen * unseen / (seen + unseen)
-                } else {
-                    0.0
-                }
+            harmonic_mean: unseen.map(|unseen| match seen + unseen > 0.0 {
+                true => 2.0 * seen * unseen / (seen + unseen),
+                false => 0.0,
             }),
-        });
+        }
     }
-    Ok(table)
 }
 
 /// `count` training clips of each class, drawn from the seed.
@@ -180,14 +186,14 @@ fn shots(
 
 /// The table as text.
 pub(crate) fn print(table: &[Accuracy]) {
-    println!(
+    say(format_args!(
         "{:>7} {:>7} {:>8} {:>8} {:>8} {:>8}",
         "session", "classes", "all", "seen", "unseen", "harmonic"
-    );
+    ));
     for row in table {
         let number =
             |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |v| format!("{v:.2}"));
-        println!(
+        say(format_args!(
             "{:>7} {:>7} {:>8.2} {:>8.2} {:>8} {:>8}",
             row.session,
             row.classes,
@@ -195,6 +201,34 @@ pub(crate) fn print(table: &[Accuracy]) {
             row.seen,
             number(row.unseen),
             number(row.harmonic_mean)
+        ));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_accuracy_counts_the_classes_known_so_far() {
+        let protocol = Protocol {
+            base: 2,
+            sessions: 2,
+            ways: 1,
+            shots: 1,
+        };
+        let answers = [(0, 0), (0, 1), (1, 1), (1, 1), (2, 2), (2, 0), (3, 3)];
+        let base = Accuracy::new(0, protocol, &answers);
+        assert_eq!((base.classes, base.all, base.seen), (2, 75.0, 75.0));
+        assert_eq!((base.unseen, base.harmonic_mean), (None, None));
+        let first = Accuracy::new(1, protocol, &answers);
+        assert_eq!((first.classes, first.seen), (3, 75.0));
+        assert_eq!(
+            (first.unseen, first.harmonic_mean),
+            (Some(50.0), Some(60.0))
         );
+        assert_eq!(first.all, 100.0 * 4.0 / 6.0);
+        let none = Accuracy::new(1, protocol, &[(0, 2), (1, 2), (2, 0)]);
+        assert_eq!(none.harmonic_mean, Some(0.0));
     }
 }

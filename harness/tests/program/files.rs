@@ -126,7 +126,6 @@ fn prototypes_are_class_means_and_counts() {
         .chunks_exact(4)
         .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
         .collect();
-    // The rows are (3, 6), (0, 3), (-3, 0), (-6, -3) modulo the test's pattern.
     let value = |i: usize| ((i * 37 + 11) % 17) as f32 - 8.0;
     let mean = |a: usize, b: usize, d: usize| (value(a * 2 + d) + value(b * 2 + d)) / 2.0;
     let expected = [

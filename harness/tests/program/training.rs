@@ -31,10 +31,10 @@ fn damaged_input_of_train_gets_one_line_and_leaves_nothing() {
                 .expect("the folder is writable");
         }
     }
-    train("testing_list.txt must name some");
+    train("keyword no has 2 training and 0 test clips");
     fs::write(data.join("testing_list.txt"), "no/b.wav\nyes/b.wav\n")
         .expect("the folder is writable");
-    train("not a WAV file");
+    train("no WAV file that is read");
     refused(
         &["train", "--synthetic", "--epochs", "0", "--out", &out_name],
         &out,
@@ -52,7 +52,20 @@ fn damaged_input_of_train_gets_one_line_and_leaves_nothing() {
         &out,
         "--keywords is 1",
     );
-    refused(&["train", "--out", &out_name], &out, "");
+    refused(&["train", "--out", &out_name], &out, "--data <DIR>");
+    for (option, value) in [
+        ("--scale", "nan"),
+        ("--learning-rate", "inf"),
+        ("--lambda", "1e39"),
+        ("--lambda-shuffled", "-1"),
+    ] {
+        let option_value = format!("{option}={value}");
+        refused(
+            &["train", "--synthetic", &option_value, "--out", &out_name],
+            &out,
+            &format!("{option} is "),
+        );
+    }
     refused(
         &["train", "--synthetic", "--tau", "x", "--out", &out_name],
         &out,
@@ -124,6 +137,7 @@ fn a_run_that_was_killed_resumes_to_the_same_weights_to_the_bit() {
         "checkpoint/optimizer.bpk",
         "config.json",
         "curves.svg",
+        "data.json",
         "metrics.jsonl",
         "model.bpk",
     ] {
@@ -141,6 +155,23 @@ fn a_run_that_was_killed_resumes_to_the_same_weights_to_the_bit() {
         output.stdout
     };
     assert_eq!(evaluate(&straight), evaluate(&broken));
+}
+
+#[test]
+fn a_run_that_diverges_says_so_and_when() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let run = folder.path().join("run");
+    // Weight decay alone multiplies the weights by a thousand a step.
+    let output = train(&run, "9", &["--learning-rate", "1e6"])
+        .output()
+        .expect("starts");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{stderr}");
+    assert!(
+        stderr.contains("the loss is NaN after step") && stderr.contains("--learning-rate"),
+        "{stderr}"
+    );
+    assert!(!run.join("model.bpk").exists());
 }
 
 /// Evaluating a run that `damage` was done to: exit code 2, one line that contains `says`, and the folder is left as it was.
@@ -174,7 +205,7 @@ fn damaged_runs_get_one_line_from_evaluate_and_stay_as_they_are() {
     let trained = train(&run, "1", &[]).output().expect("starts");
     assert!(trained.status.success());
     evaluation_refused(&run, &["--device", "abacus"], "abacus");
-    evaluation_refused(&run, &["--data", "nowhere"], "nowhere");
+    evaluation_refused(&run, &["--data", "nowhere"], "takes no --data");
     evaluation_refused(&run, &["--epochs", "3"], "--epochs");
 
     let config = run.join("config.json");
@@ -186,12 +217,12 @@ fn damaged_runs_get_one_line_from_evaluate_and_stay_as_they_are() {
         (sound.replace("\"tau\": 1", "\"tau\": 0"), "tau is 0"),
         (sound.replace("\"tau\": 1", "\"tau\": 2"), "damaged"),
         (
-            sound.replace("\"synthetic_keywords\": 4", "\"synthetic_keywords\": 1"),
+            sound.replace("\"keywords\": 4", "\"keywords\": 1"),
             "keywords is 1",
         ),
         (
-            sound.replace("\"synthetic_keywords\": 4", "\"synthetic_keywords\": 5"),
-            "damaged",
+            sound.replace("\"keywords\": 4", "\"keywords\": 5"),
+            "was trained on the keywords word00 word01 word02 word03, these are",
         ),
     ] {
         assert_ne!(text, sound, "{says}: nothing was damaged");
@@ -199,6 +230,13 @@ fn damaged_runs_get_one_line_from_evaluate_and_stay_as_they_are() {
         evaluation_refused(&run, &["--device", "cpu"], says);
     }
     fs::write(&config, &sound).expect("the folder is writable");
+    let data = run.join("data.json");
+    let told = fs::read_to_string(&data).expect("written by train");
+    fs::write(&data, told.replace("word03", "word")).expect("the folder is writable");
+    evaluation_refused(&run, &["--device", "cpu"], "was trained on the keywords");
+    fs::write(&data, "{}").expect("the folder is writable");
+    evaluation_refused(&run, &["--device", "cpu"], "damaged");
+    fs::write(&data, &told).expect("the folder is writable");
 
     let model = run.join("model.bpk");
     let bytes = fs::read(&model).expect("written by train");

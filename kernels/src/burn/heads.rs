@@ -16,7 +16,7 @@ pub struct CosineHeadsConfig {
     pub classes: usize,
     /// D
     pub dim: usize,
-    /// K: the classes that take part, the first of them; all if absent.
+    /// K: the classes that take part, the first of them; all if absent. What is 0, or more than C, the calls refuse.
     pub active: Option<usize>,
     /// What cosines are multiplied with.
     #[config(default = 16.0)]

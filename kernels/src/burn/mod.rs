@@ -234,7 +234,7 @@ pub fn reconstruction(
 
 /// The means of `embeddings [heads, rows, dim]` by class, over the first `active` rows of `weights [heads, classes, dim]`,
 /// and how many rows each class had, `[active]`: see [`class_means`](crate::class_means). Not differentiable; a row whose
-/// label is no class is left out, and nothing says so.
+/// label is no class is left out, and only the counts show it.
 ///
 /// # Errors
 /// A typed [`Error`] if shapes, dtypes or devices do not fit.

@@ -117,8 +117,8 @@ pub fn backward(
 /// [`forward`] and [`backward`] in one, for when the upstream gradient is known beforehand, as it is where the loss itself
 /// is minimized.
 ///
-/// On a CPU it saves the second computation of the logits: exponentials wait in a workspace of at most 60 MiB, whatever
-/// `N·K` is. The gradients agree with those of the two calls to f32's rounding, not to the bit.
+/// On a CPU it saves the second computation of the logits: exponentials wait in the workspace, a chunk of rows at a time. The
+/// gradients agree with those of the two calls to f32's rounding, not to the bit.
 ///
 /// # Errors
 /// As [`forward`] and [`backward`].

@@ -6,7 +6,9 @@ use cubecl::prelude::CubeElement;
 use cubecl::std::tensor::TensorHandle;
 use protohead::class_means::ClassSums;
 use protohead::cosine_cross_entropy::{Inputs, Options, backward, forward};
-use protohead::{Error, LossOptions, LossOutput, Reduction, Strategy, Upstream, Variant, reconstruction};
+use protohead::{
+    Error, LossOptions, LossOutput, Reduction, Strategy, Upstream, Variant, reconstruction,
+};
 use protohead_tests::devices::{devices, fused_runs, runs};
 use protohead_tests::problem::{Dtype, download};
 

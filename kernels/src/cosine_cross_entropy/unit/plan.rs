@@ -50,7 +50,8 @@ pub(super) const SKEW: usize = 16;
 const HEADS_TOGETHER: usize = 8;
 /// Floats that the packed class weights may take: 8 MiB, however many heads there are.
 const PACKED_FLOATS: usize = 2 << 20;
-/// Floats of the whole workspace: 60 MiB, whatever `N·K` is.
+/// Floats of the whole workspace, 60 MiB, whatever `N·K` is; a panel of rows and the owned classes of each unit are there even
+/// where they take more.
 const WORKSPACE_FLOATS: usize = 15 << 20;
 
 /// The pieces, and where they are in the workspace (in f32 elements). An *item* is a panel of `width` rows of one head;

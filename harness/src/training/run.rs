@@ -49,9 +49,15 @@ pub(crate) struct RunConfig {
 impl RunConfig {
     /// What no run can have, whether it was asked for or read from a damaged file.
     pub(crate) fn validate(&self) -> Result<(), String> {
-        let (keywords, voices) = match self.source {
+        let (keywords, voices) = match &self.source {
+            Source::Folder(path) if path.to_str().is_none() => {
+                return Err(format!(
+                    "data is {}, expected a path in UTF-8",
+                    path.display()
+                ));
+            }
             Source::Folder(_) => (2, 1),
-            Source::Synthetic { keywords, voices } => (keywords, voices),
+            &Source::Synthetic { keywords, voices } => (keywords, voices),
         };
         for (option, value) in [
             ("epochs", self.epochs),

@@ -209,6 +209,7 @@ impl<'a> Call<'a> {
             &self.options.loss,
             sizes.heads,
             sizes.rows,
+            sizes.active,
         )
     }
 

@@ -98,7 +98,7 @@ pub fn backward(
         &labels,
         classes,
         &options.loss,
-        &Arriving::new(client, upstream, &options.loss, heads, rows)?,
+        &Arriving::new(client, upstream, &options.loss, heads, rows, classes)?,
         rows,
     );
     let grad = empty(client, [heads, rows, classes], logits.dtype());

@@ -46,26 +46,26 @@ pub(crate) struct Arriving {
 }
 
 impl Arriving {
-    /// Folds the head weights into a total's gradient, or checks the shape of a loss's.
+    /// Folds the head weights into a total's gradient, or checks the shape of a loss's. With one active class the loss is
+    /// constant, and nothing arrives: its gradients are exactly 0.
     pub(crate) fn new(
         client: &Client,
         upstream: &Upstream,
         options: &LossOptions,
         heads: usize,
         rows: usize,
+        active: usize,
     ) -> Result<Self, Error> {
+        let by_head = |gradients: Vec<f32>| Self {
+            gradient: client.create_from_slice(f32::as_bytes(&gradients)),
+            elements: heads,
+            per_row: false,
+        };
         let tensor = match upstream {
+            Upstream::Total(_) if active == 1 => return Ok(by_head(vec![0.0; heads])),
             Upstream::Total(gradient) => {
-                let weights: Vec<f32> = options
-                    .weights(heads)
-                    .iter()
-                    .map(|w| w * gradient)
-                    .collect();
-                return Ok(Self {
-                    gradient: client.create_from_slice(f32::as_bytes(&weights)),
-                    elements: heads,
-                    per_row: false,
-                });
+                let weights = options.weights(heads);
+                return Ok(by_head(weights.iter().map(|w| w * gradient).collect()));
             }
             Upstream::Loss(tensor) => tensor,
         };
@@ -75,6 +75,9 @@ impl Arriving {
             false => &[heads],
         };
         contiguous("upstream gradient", tensor, shape, F32)?;
+        if active == 1 {
+            return Ok(by_head(vec![0.0; heads]));
+        }
         Ok(Self {
             gradient: tensor.handle.clone(),
             elements: shape.iter().product(),

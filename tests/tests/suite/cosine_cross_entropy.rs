@@ -324,7 +324,7 @@ fn a_captured_step_replays_on_what_its_inputs_hold() {
 }
 
 #[test]
-fn one_class_has_no_loss() {
+fn one_class_has_no_loss_and_no_gradient() {
     let problem = Problem {
         label_dtype: LabelDtype::I64,
         scale: 30.0,
@@ -339,6 +339,18 @@ fn one_class_has_no_loss() {
         let output = forward(run.client, &inputs, &options).expect("the operands are valid");
         let loss = output.read_loss(run.client).expect("the labels are valid");
         assert_eq!(loss, vec![0.0; 38], "on {run}");
+        let upstream = Upstream::Total(2.0);
+        let apart = backward(
+            run.client, &inputs, &options, &output, &upstream, true, true,
+        );
+        let together = forward_backward(run.client, &inputs, &options, &upstream, true, true);
+        let (_, together) = together.expect("the operands are valid");
+        for gradients in [apart.expect("the operands are valid"), together] {
+            for gradient in [gradients.embeddings, gradients.weights] {
+                let gradient = download(run.client, &gradient.expect("asked for"));
+                assert!(gradient.iter().all(|&g| g == 0.0), "on {run}: {gradient:?}");
+            }
+        }
     }
 }
 

@@ -8,8 +8,9 @@ use clap::Args;
 use crate::device::DeviceName;
 use crate::error::Error;
 use crate::output::say;
+use crate::training::config::{RunConfig, Source};
 use crate::training::data::Dataset;
-use crate::training::run::{Run, RunConfig, Source};
+use crate::training::run::Run;
 use crate::training::sessions;
 
 #[derive(Args)]

@@ -12,79 +12,16 @@ use burn::optim::{GradientsParams, ModuleOptimizer, SgdConfig};
 use burn::store::ModuleRecord;
 use burn::tensor::Bytes;
 use indicatif::{ProgressBar, ProgressStyle};
-use plotters::prelude::*;
 use serde::{Deserialize, Serialize};
 
+use super::config::RunConfig;
 use super::data::{Dataset, Protocol};
+use super::metrics::{EpochMetrics, draw, write_lines};
 use super::network::{Devices, Lambdas, Network, batch};
 use super::{record, sessions};
 use crate::audio::features::INPUTS;
 use crate::error::Error;
 use crate::tensors::write_atomically;
-
-/// Where the clips come from.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase", deny_unknown_fields)]
-pub(crate) enum Source {
-    /// A Speech-Commands folder.
-    Folder(PathBuf),
-    /// The synthesiser.
-    Synthetic { keywords: usize, voices: usize },
-}
-
-/// Everything that decides what a run computes.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct RunConfig {
-    pub source: Source,
-    pub epochs: usize,
-    pub batch: usize,
-    pub tau: usize,
-    pub scale: f64,
-    pub learning_rate: f64,
-    pub lambda: f64,
-    pub lambda_shuffled: f64,
-    pub seed: u64,
-}
-
-impl RunConfig {
-    /// What no run can have, whether it was asked for or read from a damaged file.
-    pub(crate) fn validate(&self) -> Result<(), String> {
-        let (keywords, voices) = match &self.source {
-            Source::Folder(path) if path.to_str().is_none() => {
-                return Err(format!(
-                    "data is {}, expected a path in UTF-8",
-                    path.display()
-                ));
-            }
-            Source::Folder(_) => (2, 1),
-            &Source::Synthetic { keywords, voices } => (keywords, voices),
-        };
-        for (option, value) in [
-            ("epochs", self.epochs),
-            ("batch", self.batch),
-            ("tau", self.tau),
-            ("voices", voices),
-        ] {
-            if value == 0 {
-                return Err(format!("{option} is 0, expected at least 1"));
-            }
-        }
-        if !(2..=200).contains(&keywords) {
-            return Err(format!("keywords is {keywords}, expected 2 to 200"));
-        }
-        for (option, value) in [
-            ("scale", self.scale),
-            ("learning-rate", self.learning_rate),
-            ("lambda", self.lambda),
-            ("lambda-shuffled", self.lambda_shuffled),
-        ] {
-            if !(0.0..=1e6).contains(&value) {
-                return Err(format!("{option} is {value}, expected 0 to 1000000"));
-            }
-        }
-        Ok(())
-    }
-}
 
 /// What a run knows of the clips it was trained on: an evaluation is of the same keywords, scaled alike.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -92,17 +29,6 @@ struct Data {
     keywords: Vec<String>,
     /// Mean and deviation of each input.
     scaling: [(f32, f32); INPUTS],
-}
-
-/// One line of the metrics.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-struct EpochMetrics {
-    epoch: usize,
-    learning_rate: f32,
-    loss: f32,
-    classification: f32,
-    reconstruction: f32,
-    accuracy: f32,
 }
 
 /// A run's folder.
@@ -380,7 +306,7 @@ impl Run {
     /// Writes metrics and curves for those who follow the run.
     fn report(&self, metrics: &[EpochMetrics]) -> Result<(), Error> {
         write_lines(&self.folder.join("metrics.jsonl"), metrics)?;
-        self.draw(metrics)
+        draw(&self.folder.join("curves.svg"), metrics)
     }
 
     /// The last checkpoint; if the run was killed between two renames, the one before.
@@ -406,61 +332,6 @@ impl Run {
             metrics,
         )))
     }
-
-    /// Loss and accuracy over the epochs as a picture.
-    fn draw(&self, metrics: &[EpochMetrics]) -> Result<(), Error> {
-        let path = self.folder.join("curves.svg");
-        let mut picture = String::new();
-        {
-            let area = SVGBackend::with_string(&mut picture, (800, 600)).into_drawing_area();
-            plot(&area, metrics).map_err(Error::unwritable(&path))?;
-        }
-        write_atomically(&path, picture.as_bytes())
-    }
-}
-
-fn write_lines(path: &Path, metrics: &[EpochMetrics]) -> Result<(), Error> {
-    let mut lines = Vec::new();
-    for line in metrics {
-        serde_json::to_writer(&mut lines, line).map_err(Error::unwritable(path))?;
-        lines.push(b'\n');
-    }
-    write_atomically(path, &lines)
-}
-
-fn plot(
-    area: &DrawingArea<SVGBackend, plotters::coord::Shift>,
-    metrics: &[EpochMetrics],
-) -> Result<(), Box<dyn std::error::Error>> {
-    area.fill(&WHITE)?;
-    let highest = metrics
-        .iter()
-        .map(|m| f64::from(m.loss))
-        .fold(0.1, f64::max);
-    for (half, name, top, value) in [
-        (
-            0,
-            "loss",
-            highest,
-            (|m| f64::from(m.loss)) as fn(&EpochMetrics) -> f64,
-        ),
-        (1, "training accuracy, %", 100.0, |m| f64::from(m.accuracy)),
-    ] {
-        let panels = area.split_evenly((2, 1));
-        let mut chart = ChartBuilder::on(&panels[half])
-            .caption(name, ("sans-serif", 18))
-            .margin(10)
-            .x_label_area_size(30)
-            .y_label_area_size(50)
-            .build_cartesian_2d(0.0..metrics.len().max(1) as f64, 0.0..top)?;
-        chart.configure_mesh().x_desc("epoch").draw()?;
-        chart.draw_series(LineSeries::new(
-            metrics.iter().map(|m| (m.epoch as f64, value(m))),
-            &BLUE,
-        ))?;
-    }
-    area.present()?;
-    Ok(())
 }
 
 fn optimizer() -> ModuleOptimizer {

@@ -177,8 +177,8 @@ impl<B: Backend + ProtoheadOps + ProtoheadGradOps, C: CheckpointStrategy> Protoh
                     labels.clone(),
                     options.clone(),
                 );
-                let (of_loss, of_status) = (lse.clone(), status.clone());
-                let state = (saved.0, saved.1, labels, of_loss, of_status, options);
+                let (saved_lse, saved_status) = (lse.clone(), status.clone());
+                let state = (saved.0, saved.1, labels, saved_lse, saved_status, options);
                 (prepared.finish(state, loss), lse, predictions, status)
             }
             OpsKind::UnTracked(prepared) => {

@@ -1,0 +1,69 @@
+//! Everything that decides what a run computes.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// Where the clips come from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase", deny_unknown_fields)]
+pub(crate) enum Source {
+    /// A Speech-Commands folder.
+    Folder(PathBuf),
+    /// The synthesiser.
+    Synthetic { keywords: usize, voices: usize },
+}
+
+/// The options of a run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct RunConfig {
+    pub source: Source,
+    pub epochs: usize,
+    pub batch: usize,
+    pub tau: usize,
+    pub scale: f64,
+    pub learning_rate: f64,
+    pub lambda: f64,
+    pub lambda_shuffled: f64,
+    pub seed: u64,
+}
+
+impl RunConfig {
+    /// What no run can have, whether it was asked for or read from a damaged file.
+    pub(crate) fn validate(&self) -> Result<(), String> {
+        let (keywords, voices) = match &self.source {
+            Source::Folder(path) if path.to_str().is_none() => {
+                return Err(format!(
+                    "data is {}, expected a path in UTF-8",
+                    path.display()
+                ));
+            }
+            Source::Folder(_) => (2, 1),
+            &Source::Synthetic { keywords, voices } => (keywords, voices),
+        };
+        for (option, value) in [
+            ("epochs", self.epochs),
+            ("batch", self.batch),
+            ("tau", self.tau),
+            ("voices", voices),
+        ] {
+            if value == 0 {
+                return Err(format!("{option} is 0, expected at least 1"));
+            }
+        }
+        if !(2..=200).contains(&keywords) {
+            return Err(format!("keywords is {keywords}, expected 2 to 200"));
+        }
+        for (option, value) in [
+            ("scale", self.scale),
+            ("learning-rate", self.learning_rate),
+            ("lambda", self.lambda),
+            ("lambda-shuffled", self.lambda_shuffled),
+        ] {
+            if !(0.0..=1e6).contains(&value) {
+                return Err(format!("{option} is {value}, expected 0 to 1000000"));
+            }
+        }
+        Ok(())
+    }
+}

@@ -42,6 +42,8 @@ pub struct ClassSums {
     pub(super) carries: TensorHandle, // f32, of the same shape: what rounding has taken, to be subtracted
     pub(super) counts: TensorHandle,  // u32, [classes]
     pub(super) status: TensorHandle, // u32, [2]: rows with a bad label, the first of them in its batch
+    /// That came so far, with and without a class.
+    pub(super) rows: usize,
     /// Nothing was added yet: sums and carries are unspecified, and stand for zeros.
     fresh: bool,
 }
@@ -59,9 +61,10 @@ impl ClassSums {
                 got: shape.to_vec(),
             });
         }
-        let lanes = match client.properties().hardware.num_cpu_cores {
-            Some(_) => 1,
-            None => lanes(heads.saturating_mul(classes).saturating_mul(dim)),
+        let blueprint = Blueprint::new(client, Strategy::Inferred)?;
+        let lanes = match blueprint.variant {
+            Variant::Unit => unit::lanes(blueprint.units, shape),
+            _ => plane::lanes(shape),
         };
         let shape = [lanes, heads, classes, dim];
         addressable("class sums", heads as u128 * classes as u128 * dim as u128)?;
@@ -72,12 +75,14 @@ impl ClassSums {
             carries: empty(client, shape, F32),
             counts: TensorHandle::new_contiguous([classes], zeros(classes), U32),
             status: TensorHandle::new_contiguous([2], zeros(2), U32),
+            rows: 0,
             fresh: true,
         })
     }
 
-    /// f32, `[lanes, heads, classes, dim]`, unspecified before the first batch: row `i` of a class, in the order in which they came,
-    /// is summed in lane `i % lanes`. A CPU has one lane; a GPU has more where there are few classes.
+    /// f32, `[lanes, heads, classes, dim]`, unspecified before the first batch. Where there are few classes there are several lanes,
+    /// so that the whole device has something to do; which of them sums a row depends only on the rows before it, not on how they
+    /// came in batches. The sum of a class is that of its lanes.
     pub fn sums(&self) -> &TensorHandle {
         &self.sums
     }
@@ -144,6 +149,7 @@ impl ClassSums {
             Variant::Unit => unit::launch(&call),
             _ => plane::launch(&call),
         }
+        self.rows = self.rows.saturating_add(rows);
         self.fresh = false;
         Ok(())
     }
@@ -190,6 +196,7 @@ impl ClassSums {
                 self.fresh,
             );
         }
+        self.rows = self.rows.saturating_add(other.rows);
         self.fresh = false;
         Ok(())
     }
@@ -278,12 +285,6 @@ pub(super) struct AccumulateCall<'a> {
     /// The sums begin with zeros, whatever is in them.
     pub fresh: bool,
     pub options: &'a Options,
-}
-
-/// Lanes of the sums of so many elements on a GPU: with few classes, enough for all its units.
-fn lanes(elements: usize) -> usize {
-    let most = (1 << 17) / elements.max(1);
-    1 << most.clamp(1, 16).ilog2()
 }
 
 fn elementwise(client: &Client, blueprint: &Blueprint, work: usize) -> (CubeCount, CubeDim) {

@@ -22,6 +22,13 @@ use crate::operand::{RowStrides, whole};
 /// Rows that a unit has on the way at once.
 const AHEAD: usize = 4;
 
+/// Lanes of the sums: with few classes, enough for all units of a GPU.
+pub(super) fn lanes([heads, classes, dim]: [usize; 3]) -> usize {
+    let elements = heads.saturating_mul(classes).saturating_mul(dim);
+    let most = (1 << 17) / elements.max(1);
+    1 << most.clamp(1, 16).ilog2()
+}
+
 pub(super) fn launch(call: &AccumulateCall) {
     let client = call.client;
     let [heads, rows, dim] = call.embeddings.dims3();

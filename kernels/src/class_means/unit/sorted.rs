@@ -5,15 +5,18 @@
 
 use cubecl::prelude::*;
 
-use super::launch::AccumulateCall;
-use crate::loss::target::{INVALID, LabelRule, is_class, label_rule, target_of};
-use crate::math::norm::inverse_norm;
+use super::classify;
+use crate::class_means::launch::AccumulateCall;
+use crate::loss::target::{LabelRule, is_class, label_rule};
+use crate::math::norm::{add_squares, inverse_norm, no_squares, norm_of};
 use crate::math::span::share;
 use crate::math::sum::KahanLanes;
 use crate::operand::{RowStrides, whole};
 
-/// Vectors of columns that are summed together: with their carries they fill half of the vector registers.
-const COLUMNS: usize = 8;
+/// Vectors of columns of a part of the work.
+const PART: usize = 16;
+/// Vectors of columns that are summed side by side.
+const WIDTH: usize = 4;
 
 pub(super) fn launch(call: &AccumulateCall) {
     let client = call.client;
@@ -91,12 +94,9 @@ fn inverse_norms<F: Float, N: Size>(
     let mine = share(0, heads * rows);
     for at in mine.start..mine.end {
         let from = at / rows * strides.head + at % rows * strides.row;
-        let mut squares = Vector::<f32, N>::new(0.0);
-        for d in 0..dim / N::value() {
-            let value = Vector::<f32, N>::cast_from(embeddings[from + d]);
-            squares = fma(value, value, squares);
-        }
-        inverse[at] = inverse_norm(squares.vector_sum().sqrt());
+        let mut squares = no_squares::<N>();
+        add_squares::<F, N>(&mut squares, embeddings, from, dim / N::value());
+        inverse[at] = inverse_norm(norm_of::<N>(&squares));
     }
 }
 
@@ -131,33 +131,36 @@ fn accumulate<F: Float, I: Int, N: Size>(
     }
     sync_cube();
     let columns = dim / N::value();
-    let blocks = columns.div_ceil(COLUMNS);
-    // The work of a class is its rows, and one more for its sums; each unit takes an equal part of it all.
+    let parts = columns.div_ceil(PART);
+    // The work of a class is its rows, and one more for its sums; each unit takes an equal share of it all.
     let work = sorted[0] as usize + classes;
-    let mine = share(0, heads * blocks * work);
-    for block in 0..heads * blocks {
-        let base = block * work;
+    let mine = share(0, heads * parts * work);
+    for part in 0..heads * parts {
+        let base = part * work;
         if base < mine.end && base + work > mine.start {
-            let head = block / blocks;
-            let first = block % blocks * COLUMNS;
+            let head = part / parts;
+            let first = part % parts * PART;
+            let last = min(first + PART, columns);
+            let whole = first + (last - first) / WIDTH * WIDTH;
             let mut begin = 0usize.runtime();
             for class in 0..classes {
                 let end = ends[class] as usize;
                 let at = base + begin + class;
                 if at >= mine.start && at < mine.end && (comptime!(fresh) || begin < end) {
                     let sum = (head * classes + class) * columns;
-                    if first + COLUMNS <= columns {
+                    let mut column = first;
+                    while column < whole {
                         add_rows::<F, N>(
-                            embeddings, &strides, inverse, &*order, sums, carries, head, first,
-                            sum, begin, end, rows, normalize, fresh, COLUMNS,
+                            embeddings, &strides, inverse, &*order, sums, carries, head, column,
+                            sum, begin, end, rows, normalize, fresh, WIDTH,
                         );
-                    } else {
-                        for column in first..columns {
-                            add_rows::<F, N>(
-                                embeddings, &strides, inverse, &*order, sums, carries, head,
-                                column, sum, begin, end, rows, normalize, fresh, 1usize,
-                            );
-                        }
+                        column += WIDTH;
+                    }
+                    for column in whole..last {
+                        add_rows::<F, N>(
+                            embeddings, &strides, inverse, &*order, sums, carries, head, column,
+                            sum, begin, end, rows, normalize, fresh, 1usize,
+                        );
                     }
                 }
                 begin = end;
@@ -167,7 +170,7 @@ fn accumulate<F: Float, I: Int, N: Size>(
 }
 
 /// `order`: the rows that have a class, class by class; `ends`: where each class ends in it. Gives their number, adds to
-/// the counts, and counts the bad labels. Each label is read once: a second reading could find another, if someone writes them.
+/// the counts, and counts the bad labels.
 #[cube]
 fn sort<I: Int>(
     labels: &[I],
@@ -183,18 +186,7 @@ fn sort<I: Int>(
     for class in 0..classes {
         ends[class] = 0;
     }
-    for row in 0..rows {
-        let target = target_of::<I>(labels[row], rule);
-        targets[row] = target;
-        if is_class(target) {
-            ends[target as usize] += 1;
-        } else if target == INVALID {
-            if status[0] == 0 {
-                status[1] = row as u32;
-            }
-            status[0] += 1;
-        }
-    }
+    classify::<I>(labels, targets, ends, status, rows, rule);
     let mut place = 0u32.runtime();
     for class in 0..classes {
         let here = ends[class];

@@ -1,0 +1,191 @@
+//! Chunks of rows go to the units in turn, and each unit adds its rows, in order, to a lane of sums of its own: embeddings
+//! come from memory in one stream, and the sums stay in the cache.
+//!
+//! A chunk is read twice, first for its norms, which only load and multiply: that brings it to the cache as fast as memory
+//! can, where adding row by row would wait for each. Chunks are counted from the first row that the state has ever seen, so that
+//! it makes no difference how rows came in batches.
+//!
+//! Bytes, for embeddings of `b` bytes an element: `b·H·N·D` once from memory, and `16·U·H·K·D` of sums and carries, for `U` units.
+
+use cubecl::prelude::*;
+
+use crate::class_means::launch::AccumulateCall;
+use crate::loss::target::{LabelRule, is_class, label_rule};
+use crate::math::norm::{add_squares, inverse_norm, no_squares, norm_of};
+use crate::math::sum::KahanLanes;
+use crate::operand::{RowStrides, whole};
+
+use super::classify;
+
+/// Elements of a chunk's rows, which stay in the cache between their two readings.
+const CHUNK: usize = 1 << 16;
+/// Vectors that are added side by side.
+const WIDTH: usize = 4;
+
+pub(super) fn launch(call: &AccumulateCall) {
+    let client = call.client;
+    let [heads, rows, dim] = call.embeddings.dims3();
+    let [lanes, _, classes, _] = call.sums.shape();
+    let vector = call.embeddings.vector_size(call.blueprint);
+    let chunk = (CHUNK / dim).clamp(32, 4096);
+    let (count, cube) = call.blueprint.unit_grid();
+    // SAFETY: `Strided` proved the embeddings, labels have `rows` elements, the sums are [units, heads, classes, dim].
+    unsafe {
+        accumulate::launch_unchecked(
+            client,
+            count,
+            cube,
+            vector,
+            call.embeddings.buffer_arg(vector),
+            call.embeddings.strides_arg(vector),
+            call.labels.buffer_arg(),
+            BufferArg::from_raw_parts(client.empty(rows * size_of::<u32>()), rows),
+            BufferArg::from_raw_parts(
+                client.empty(lanes * chunk * size_of::<f32>()),
+                lanes * chunk,
+            ),
+            whole(&call.sums.sums, vector),
+            whole(&call.sums.carries, vector),
+            whole(&call.sums.counts, 1),
+            whole(&call.sums.status, 1),
+            heads,
+            rows,
+            dim / vector,
+            classes,
+            chunk,
+            call.sums.rows % (chunk * lanes),
+            label_rule(call.labels.dtype(), classes, call.options.ignore_index),
+            call.options.normalize,
+            call.fresh,
+            call.embeddings.dtype(),
+            call.labels.dtype(),
+        );
+    }
+}
+
+#[cube(launch_unchecked)]
+fn accumulate<F: Float, I: Int, N: Size>(
+    embeddings: &[Vector<F, N>],
+    strides: RowStrides,
+    labels: &[I],
+    targets: &mut [u32],            // [rows]
+    inverse: &mut [f32],            // [units, chunk]
+    sums: &mut [Vector<f32, N>],    // [units, heads, classes, columns]
+    carries: &mut [Vector<f32, N>], // [units, heads, classes, columns]
+    counts: &mut [u32],             // [classes]
+    status: &mut [u32],             // [2]
+    heads: usize,
+    rows: usize,
+    columns: usize, // vectors of a row
+    classes: usize,
+    chunk: usize,  // rows
+    before: usize, // rows since unit 0 began a chunk
+    rule: LabelRule,
+    #[comptime] normalize: bool,
+    #[comptime] fresh: bool,
+    #[define(F)] _dtype: ElemType,
+    #[define(I)] _label: ElemType,
+) {
+    let unit = UNIT_POS as usize;
+    let lane = unit * heads * classes * columns;
+    if comptime!(fresh) {
+        for i in lane..lane + heads * classes * columns {
+            sums[i] = Vector::<f32, N>::new(0.0);
+            carries[i] = Vector::<f32, N>::new(0.0);
+        }
+    }
+    if unit == 0 {
+        classify::<I>(labels, targets, counts, status, rows, &rule);
+    }
+    sync_cube();
+    // In rows since unit 0 began a chunk.
+    let mut start = unit * chunk;
+    while start < before + rows {
+        let first = max(start, before) - before;
+        let end = max(min(start + chunk, before + rows), before) - before;
+        for head in 0..heads {
+            let source = head * strides.head;
+            let mut squares = no_squares::<N>();
+            for row in first..end {
+                add_squares::<F, N>(
+                    &mut squares,
+                    embeddings,
+                    source + row * strides.row,
+                    columns,
+                );
+                if comptime!(normalize) {
+                    inverse[unit * chunk + row - first] = inverse_norm(norm_of::<N>(&squares));
+                    squares = no_squares::<N>();
+                }
+            }
+            if comptime!(!normalize) {
+                // Nobody reads it, but it keeps the loop from being optimised away.
+                inverse[unit * chunk] = norm_of::<N>(&squares);
+            }
+            for row in first..end {
+                let target = targets[row];
+                if is_class(target) {
+                    let from = source + row * strides.row;
+                    let sum = lane + (head * classes + target as usize) * columns;
+                    let mut factor = 1.0f32.runtime();
+                    if comptime!(normalize) {
+                        factor = inverse[unit * chunk + row - first];
+                    }
+                    let whole = columns / WIDTH * WIDTH;
+                    let mut column = 0usize.runtime();
+                    while column < whole {
+                        #[unroll]
+                        for d in 0..WIDTH {
+                            add::<F, N>(
+                                embeddings,
+                                sums,
+                                carries,
+                                from + column + d,
+                                sum + column + d,
+                                factor,
+                                normalize,
+                            );
+                        }
+                        column += WIDTH;
+                    }
+                    for d in whole..columns {
+                        add::<F, N>(
+                            embeddings,
+                            sums,
+                            carries,
+                            from + d,
+                            sum + d,
+                            factor,
+                            normalize,
+                        );
+                    }
+                }
+            }
+        }
+        start += chunk * CUBE_DIM as usize;
+    }
+}
+
+/// Adds a vector of an embedding to a sum, by Kahan.
+#[cube]
+fn add<F: Float, N: Size>(
+    embeddings: &[Vector<F, N>],
+    sums: &mut [Vector<f32, N>],
+    carries: &mut [Vector<f32, N>],
+    from: usize,
+    to: usize,
+    factor: f32,
+    #[comptime] normalize: bool,
+) {
+    let mut value = Vector::<f32, N>::cast_from(embeddings[from]);
+    if comptime!(normalize) {
+        value *= Vector::<f32, N>::new(factor);
+    }
+    let mut sum = KahanLanes::<N> {
+        sum: sums[to],
+        carry: carries[to],
+    };
+    sum.add(value);
+    sums[to] = sum.sum;
+    carries[to] = sum.carry;
+}

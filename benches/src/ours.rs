@@ -183,12 +183,9 @@ pub(crate) fn run(group: Group, shape: &Shape, data: &Data, dtype: Dtype, keep: 
             let labels = labels(data);
             let start = ready(&[&embeddings, &weights, &labels]);
             let options = class_means::Options::default();
-            let mut sums = ClassSums::new(client, heads, active, dim).expect(valid);
-            sums.accumulate(client, &embeddings, &labels, &options)
-                .expect(valid);
-            let means = sums
-                .write_means(client, &weights, Strategy::Inferred)
-                .expect(valid);
+            let mut sums = ClassSums::new(client, heads, active, dim, &options).expect(valid);
+            sums.accumulate(client, &embeddings, &labels).expect(valid);
+            let means = sums.write_means(client, &weights).expect(valid);
             finish(start, &[&means], keep)
         }
         Group::Reconstruction => {

@@ -48,11 +48,22 @@ impl std::fmt::Display for DeviceName {
 }
 
 impl DeviceName {
-    /// What `auto` stands for: a CUDA device that works, otherwise the CPU.
+    fn is_in_build(self) -> bool {
+        match self {
+            Self::Auto => true,
+            Self::Cpu => cfg!(feature = "cpu"),
+            Self::Cuda(_) => cfg!(feature = "cuda"),
+            Self::Wgpu => cfg!(feature = "wgpu"),
+        }
+    }
+
+    /// What `auto` stands for: the first device of the build that works, CUDA before the CPU.
     pub(crate) fn resolve(self) -> Self {
         match self {
-            Self::Auto if Self::Cuda(0).client().is_ok() => Self::Cuda(0),
-            Self::Auto => Self::Cpu,
+            Self::Auto => [Self::Cuda(0), Self::Cpu, Self::Wgpu]
+                .into_iter()
+                .find(|name| name.client().is_ok())
+                .unwrap_or(Self::Cpu),
             named => named,
         }
     }
@@ -94,6 +105,9 @@ impl DeviceName {
             name: named.to_string(),
             reason,
         };
+        if !named.is_in_build() {
+            return Err(failed("not in this build".into()));
+        }
         let device = match named {
             Self::Auto | Self::Cpu => cubecl::Device::cpu(),
             Self::Cuda(index) => cubecl::Device::cuda(index),

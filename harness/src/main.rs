@@ -10,7 +10,9 @@ mod training;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::error::ErrorKind;
+use clap::parser::ValueSource;
+use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::error::Error;
 
@@ -40,9 +42,14 @@ enum Command {
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-fn run(cli: Cli) -> Result<(), Error> {
+fn run(cli: Cli, matches: &ArgMatches) -> Result<(), Error> {
+    let given = |option: &str| {
+        let of_command = matches.subcommand().map(|(_, of_command)| of_command);
+        of_command.and_then(|of_command| of_command.value_source(option))
+            == Some(ValueSource::CommandLine)
+    };
     match cli.command {
-        Command::Train(arguments) => commands::train::train(&arguments),
+        Command::Train(arguments) => commands::train::train(&arguments, &given),
         Command::Evaluate(arguments) => commands::train::evaluate(&arguments),
         Command::Loss(arguments) => commands::loss::run(&arguments),
         Command::Prototypes(arguments) => commands::prototypes::run(&arguments),
@@ -56,8 +63,13 @@ const MISTAKE: u8 = 2;
 fn main() -> ExitCode {
     // SAFETY: no other thread runs yet. Burn loads records on this device; its default would be CUDA.
     unsafe { std::env::set_var("BURN_DEVICE", "flex") };
-    let cli = match Cli::try_parse() {
-        Ok(cli) => cli,
+    let parsed = Cli::command().try_get_matches();
+    let (cli, matches) = match parsed.and_then(|m| Ok((Cli::from_arg_matches(&m)?, m))) {
+        Ok(parsed) => parsed,
+        Err(error) if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            eprint!("{error}");
+            return ExitCode::from(MISTAKE);
+        }
         Err(error) if error.use_stderr() => {
             // clap explains at length; its first paragraph says what is wrong.
             let text = error.to_string();
@@ -74,7 +86,7 @@ fn main() -> ExitCode {
         }
         Err(help) => help.exit(),
     };
-    match run(cli) {
+    match run(cli, &matches) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("protohead: {}", error.to_string().replace('\n', " "));

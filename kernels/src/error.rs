@@ -139,29 +139,24 @@ pub enum Error {
     },
     /// A label is neither a class nor ignored.
     #[error(
-        "label {label} of row {row} is not a class below {active} ({rows} row(s) with such a label)"
+        "{} of row {row} is not a class below {active} ({rows} row(s) with such a label)",
+        label.map_or("the label".into(), |label| format!("label {label}"))
     )]
     Label {
-        /// The first such row.
+        /// The first such row, counted in its batch.
         row: usize,
-        /// Its label.
-        label: i64,
+        /// Its label, where it is still at hand.
+        label: Option<i64>,
         /// K
         active: usize,
         /// How many such rows there are.
         rows: usize,
     },
-    /// A label is neither a class nor ignored, and only its row is known.
-    #[error(
-        "the label of row {row} is not a class below {classes} ({rows} row(s) with such a label)"
-    )]
-    BadLabel {
-        /// The first such row, counted in its batch.
-        row: usize,
-        /// K
-        classes: usize,
-        /// How many such rows there are.
-        rows: usize,
+    /// Sums of normalized rows and of raw ones do not go together.
+    #[error("sums of {} rows cannot be merged into sums of {} rows", kind(*normalized), kind(!*normalized))]
+    MixedSums {
+        /// Whether the rows of those that were to be merged are normalized.
+        normalized: bool,
     },
     /// An operand is on a device where the op cannot read it.
     #[error("{operand} is on {on}, expected {expected}")]
@@ -183,4 +178,8 @@ impl Error {
     pub(crate) fn device(reported: impl std::fmt::Debug) -> Self {
         Self::Device(format!("{reported:?}"))
     }
+}
+
+fn kind(normalized: bool) -> &'static str {
+    if normalized { "normalized" } else { "raw" }
 }

@@ -81,6 +81,13 @@ impl Strided {
                 got: shape,
             });
         }
+        // Gradients are as large, whatever the strides are.
+        if count(&shape) > isize::MAX as u128 / 8 {
+            return Err(Error::TooLarge {
+                operand,
+                elements: count(&shape),
+            });
+        }
         let elements = elements_of(tensor);
         let last = shape.iter().zip(&strides).fold(0u128, |last, (&n, &s)| {
             last.saturating_add((n as u128 - 1) * s as u128)

@@ -98,8 +98,13 @@ pub fn cross_entropy<T: Real>(
             let lse = peak + row.iter().map(|&z| (z - peak).exp()).sum::<T>().ln();
             let loss = if counts(labels[n], active, options) {
                 let target = row[labels[n] as usize];
-                let average = row.iter().copied().sum::<T>() / T::of(active as f64);
-                lse - (T::of(1.0) - smoothing) * target - smoothing * average
+                let mut loss = lse - (T::of(1.0) - smoothing) * target;
+                // A class that is masked with −∞ has no say where nothing is smoothed.
+                if smoothing > T::of(0.0) {
+                    let average = row.iter().copied().sum::<T>() / T::of(active as f64);
+                    loss -= smoothing * average;
+                }
+                loss
             } else {
                 T::of(0.0)
             };

@@ -20,6 +20,17 @@ pub struct Comparison<'a> {
     pub magnitude: f64,
     /// How far an element may be off, relative to the magnitude, because what the op keeps between its products is rounded.
     pub kept: f64,
+    /// Of the rows whose gradient this is, from [`lengths`]; empty for anything else. A gradient is as large as its row is short,
+    /// so each is compared times its row's length, and a short row does not hide what the others got.
+    pub lengths: &'a [f64],
+}
+
+/// The length of each row, where normalization clamps it.
+pub fn lengths<T: Copy + Into<f64>>(values: &[T], dim: usize) -> Vec<f64> {
+    values
+        .chunks(dim)
+        .map(|row| norm(row.iter().map(|&v| v.into())).max(1e-12))
+        .collect()
 }
 
 fn norm(values: impl Iterator<Item = f64>) -> f64 {
@@ -40,6 +51,7 @@ impl Comparison<'_> {
             dtype,
             magnitude,
             kept,
+            lengths,
         } = self;
         if ours.len() != truth.len() {
             return Err(format!(
@@ -51,8 +63,15 @@ impl Comparison<'_> {
         if let Some(i) = ours.iter().position(|v| !v.is_finite()) {
             return Err(format!("{name}[{i}] is {}, expected {}", ours[i], truth[i]));
         }
-        let error = norm(ours.iter().zip(*truth).map(|(a, b)| a - b));
-        let honest = norm(working.iter().zip(*truth).map(|(&a, b)| f64::from(a) - b));
+        let columns = truth.len() / lengths.len().max(1);
+        let length = |i: usize| lengths.get(i / columns).copied().unwrap_or(1.0);
+        let all = 0..truth.len();
+        let error = norm(all.clone().map(|i| (ours[i] - truth[i]) * length(i)));
+        let honest = norm(
+            all.clone()
+                .map(|i| (f64::from(working[i]) - truth[i]) * length(i)),
+        );
+        let size = norm(all.clone().map(|i| truth[i] * length(i)));
         let count = (truth.len() as f64).sqrt();
         // Half a unit in the last place of the output's dtype, and of its subnormals, an element.
         let (relative, subnormal) = match dtype {
@@ -62,23 +81,17 @@ impl Comparison<'_> {
         };
         // Sums in another order differ by a few rounding errors of f32 (6e-8) of what was summed.
         let bound = 2.0 * honest
-            + (1e-6 + relative) * norm(truth.iter().copied())
-            + ((4e-7 + kept) * magnitude + subnormal) * count;
+            + (1e-6 + relative) * size
+            + (4e-7 + kept) * magnitude * count
+            + subnormal * norm(all.clone().map(length));
         if error <= bound {
             return Ok(());
         }
-        let worst = (0..ours.len())
-            .max_by(|&a, &b| {
-                (ours[a] - truth[a])
-                    .abs()
-                    .total_cmp(&(ours[b] - truth[b]).abs())
-            })
-            .unwrap_or(0);
+        let off = |i: usize| ((ours[i] - truth[i]) * length(i)).abs();
+        let worst = all.max_by(|&a, &b| off(a).total_cmp(&off(b))).unwrap_or(0);
         Err(format!(
-            "{name}: error {error:.3e} > {bound:.3e} (norm {:.3e}, f32 reference {honest:.3e}); worst at {worst}: {} for {}",
-            norm(truth.iter().copied()),
-            ours[worst],
-            truth[worst],
+            "{name}: error {error:.3e} > {bound:.3e} (norm {size:.3e}, f32 reference {honest:.3e}); worst at {worst}: {} for {}",
+            ours[worst], truth[worst],
         ))
     }
 }

@@ -103,6 +103,8 @@ pub struct Problem {
     pub label_dtype: LabelDtype,
     /// Elements between a row's end and the next row.
     pub gap: usize,
+    /// Tensors of rank 3 are `[rows, heads, columns]` in memory.
+    pub interleaved: bool,
     /// What embeddings and class weights look like.
     pub values: Values,
     /// What labels look like.
@@ -129,6 +131,7 @@ impl Problem {
             dtype: Dtype::F32,
             label_dtype: LabelDtype::I32,
             gap: 0,
+            interleaved: false,
             values: Values::Uniform,
             labels: LabelKind::Classes,
             scale: 16.0,
@@ -165,6 +168,7 @@ pub fn problem() -> impl proptest::strategy::Strategy<Value = Problem> {
             Just(LabelDtype::U32)
         ],
         prop_oneof![3 => Just(0usize), 1 => Just(1), 1 => Just(16)],
+        prop_oneof![3 => Just(false), 1 => Just(true)],
     );
     let data = (
         prop_oneof![
@@ -195,7 +199,7 @@ pub fn problem() -> impl proptest::strategy::Strategy<Value = Problem> {
     (sizes(), dtypes, data, options).prop_map(
         |(
             sizes,
-            (dtype, label_dtype, gap),
+            (dtype, label_dtype, gap, interleaved),
             (values, labels, seed),
             (scale, reduction, smoothing, ignore_index, weighted),
         )| Problem {
@@ -203,6 +207,7 @@ pub fn problem() -> impl proptest::strategy::Strategy<Value = Problem> {
             dtype,
             label_dtype,
             gap,
+            interleaved,
             values,
             labels,
             scale,
@@ -358,22 +363,25 @@ impl Problem {
                 .supports_type(label_elem(self.label_dtype))
     }
 
-    /// Uploads a float tensor, its rows `gap` elements apart; the gaps hold NaN.
+    /// Uploads a float tensor, its rows `gap` elements apart and perhaps interleaved; the gaps hold NaN.
     pub fn upload(&self, client: &Client, values: &[f32], shape: &[usize]) -> TensorHandle {
-        let columns = shape[shape.len() - 1];
+        let (outer, columns) = (shape.len() - 2, shape[shape.len() - 1]);
         let stride = columns + self.gap;
-        let mut spread = Vec::with_capacity(values.len() / columns * stride);
-        for row in values.chunks(columns) {
-            spread.extend_from_slice(row);
-            spread.extend(std::iter::repeat_n(f32::NAN, self.gap));
+        let heads = shape[..outer].iter().product::<usize>();
+        let rows = shape[outer];
+        // Of a head, and of a row.
+        let steps = match self.interleaved {
+            true => [stride, heads * stride],
+            false => [rows * stride, stride],
+        };
+        let mut spread = vec![f32::NAN; heads * rows * stride];
+        for (i, row) in values.chunks(columns).enumerate() {
+            let at = i / rows * steps[0] + i % rows * steps[1];
+            spread[at..at + columns].copy_from_slice(row);
         }
-        let mut strides = vec![1; shape.len()];
-        for axis in (0..shape.len() - 1).rev() {
-            strides[axis] = if axis == shape.len() - 2 {
-                stride
-            } else {
-                strides[axis + 1] * shape[axis + 1]
-            };
+        let mut strides = vec![steps[1], 1];
+        if outer == 1 {
+            strides.insert(0, steps[0]);
         }
         let handle = client.create_from_slice(&self.dtype.bytes(&spread));
         TensorHandle::new(

@@ -226,22 +226,15 @@ fn means(client: &Client, dtype: FloatKind) {
     let options = class_means::Options::default();
     let embeddings = tensor(client, &[2, 1024, 256], float);
     let labels = tensor(client, &[1024], LABELS);
-    let sums = || class_means::ClassSums::new(client, 2, 20, 256).expect(VALID);
+    let sums = || class_means::ClassSums::new(client, 2, 20, 256, &options).expect(VALID);
     let (mut first, mut second) = (sums(), sums());
     for sums in [&mut first, &mut second] {
-        sums.accumulate(client, &embeddings, &labels, &options)
-            .expect(VALID);
+        sums.accumulate(client, &embeddings, &labels).expect(VALID);
     }
-    first
-        .accumulate(client, &embeddings, &labels, &options)
-        .expect(VALID);
-    first
-        .merge(client, &second, Strategy::Inferred)
-        .expect(VALID);
+    first.accumulate(client, &embeddings, &labels).expect(VALID);
+    first.merge(client, &second).expect(VALID);
     let weights = tensor(client, &[2, 35, 256], float);
-    first
-        .write_means(client, &weights, Strategy::Inferred)
-        .expect(VALID);
+    first.write_means(client, &weights).expect(VALID);
 }
 
 fn reconstruct(client: &Client, dtype: FloatKind) {

@@ -5,7 +5,6 @@ use std::path::PathBuf;
 use clap::Args;
 use cubecl::prelude::CubeElement;
 use cubecl::std::tensor::TensorHandle;
-use protohead::Strategy;
 use protohead::class_means::{ClassSums, Options};
 
 use crate::device::DeviceName;
@@ -23,6 +22,9 @@ pub(crate) struct Arguments {
     /// K; one more than the highest label if absent.
     #[arg(long, value_name = "K")]
     classes: Option<usize>,
+    /// Rows with this label are left out.
+    #[arg(long, default_value_t = -100, allow_negative_numbers = true)]
+    ignore_index: i32,
     /// Normalize each embedding before averaging.
     #[arg(long)]
     normalize: bool,
@@ -49,12 +51,13 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Error> {
             ),
         });
     };
-    let mut sums = ClassSums::new(&client, heads, classes, dim)?;
     let options = Options {
         normalize: arguments.normalize,
+        ignore_index: arguments.ignore_index,
         ..Options::default()
     };
-    sums.accumulate(&client, &embeddings, &labels, &options)?;
+    let mut sums = ClassSums::new(&client, heads, classes, dim, &options)?;
+    sums.accumulate(&client, &embeddings, &labels)?;
     let counts = sums.read_counts(&client)?;
     // A class nobody saw has no mean: its prototype is zero, and its count says so.
     let bytes = heads * classes * dim * embeddings.dtype.size();
@@ -63,7 +66,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Error> {
         client.create_from_slice(u8::as_bytes(&vec![0u8; bytes])),
         embeddings.dtype,
     );
-    let means = sums.write_means(&client, &zeros, Strategy::Inferred)?;
+    let means = sums.write_means(&client, &zeros)?;
     let mut written = Written::default();
     written.floats(&client, "prototypes", &means, means.shape())?;
     written.integers("counts", &counts, &[classes]);

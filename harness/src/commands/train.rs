@@ -16,12 +16,7 @@ use crate::training::sessions;
 #[derive(Args)]
 pub(crate) struct Train {
     /// A Speech-Commands folder: `DIR/<keyword>/*.wav` with `testing_list.txt`.
-    #[arg(
-        long,
-        value_name = "DIR",
-        required_unless_present = "synthetic",
-        conflicts_with = "synthetic"
-    )]
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["synthetic", "keywords", "voices"])]
     data: Option<PathBuf>,
     /// Train on synthesised keywords: needs no file.
     #[arg(long)]
@@ -29,7 +24,7 @@ pub(crate) struct Train {
     /// The folder of the run.
     #[arg(long, value_name = "RUN", default_value = "runs/latest")]
     out: PathBuf,
-    /// Continue a run that was broken off.
+    /// Continue a run that was broken off, with the options that it began with.
     #[arg(long)]
     resume: bool,
     /// Passes over the base classes' clips.
@@ -86,25 +81,71 @@ fn dataset(source: &Source, seed: u64, run: &Path) -> Result<Dataset, Error> {
     }
 }
 
-pub(crate) fn train(arguments: &Train) -> Result<(), Error> {
-    let source = match &arguments.data {
-        Some(folder) => Source::Folder(fs::canonicalize(folder).map_err(Error::io(folder))?),
-        None => Source::Synthetic {
+/// What a run on these arguments is: what was not given is as in the run that is resumed, if there is one.
+fn configuration(arguments: &Train, given: &dyn Fn(&str) -> bool) -> Result<RunConfig, Error> {
+    let out = &arguments.out;
+    let begun = match arguments.resume && out.join("config.json").exists() {
+        true => Some(Run::config(out)?),
+        false => None,
+    };
+    let source = match (&arguments.data, begun.as_ref().map(|begun| &begun.source)) {
+        (Some(folder), _) => Source::Folder(fs::canonicalize(folder).map_err(Error::io(folder))?),
+        (None, Some(Source::Synthetic { keywords, voices })) => Source::Synthetic {
+            keywords: pick(given("keywords"), arguments.keywords, Some(*keywords)),
+            voices: pick(given("voices"), arguments.voices, Some(*voices)),
+        },
+        (None, Some(Source::Folder(folder))) if !arguments.synthetic => {
+            Source::Folder(folder.clone())
+        }
+        (None, _) if arguments.synthetic => Source::Synthetic {
             keywords: arguments.keywords,
             voices: arguments.voices,
         },
+        (None, _) if arguments.resume => {
+            return Err(Error::Usage(format!(
+                "no run to resume in {}",
+                out.display()
+            )));
+        }
+        (None, _) => {
+            return Err(Error::Usage(
+                "expected clips to train on: --data DIR, or --synthetic".into(),
+            ));
+        }
     };
-    let config = RunConfig {
+    let begun = begun.as_ref();
+    macro_rules! field {
+        ($name:ident) => {
+            pick(
+                given(stringify!($name)),
+                arguments.$name,
+                begun.map(|begun| begun.$name),
+            )
+        };
+    }
+    Ok(RunConfig {
         source,
-        epochs: arguments.epochs,
-        batch: arguments.batch,
-        tau: arguments.tau,
-        scale: arguments.scale,
-        learning_rate: arguments.learning_rate,
-        lambda: arguments.lambda,
-        lambda_shuffled: arguments.lambda_shuffled,
-        seed: arguments.seed,
-    };
+        epochs: field!(epochs),
+        batch: field!(batch),
+        tau: field!(tau),
+        scale: field!(scale),
+        learning_rate: field!(learning_rate),
+        lambda: field!(lambda),
+        lambda_shuffled: field!(lambda_shuffled),
+        seed: field!(seed),
+    })
+}
+
+fn pick<T>(given: bool, argument: T, begun: Option<T>) -> T {
+    match begun {
+        Some(begun) if !given => begun,
+        _ => argument,
+    }
+}
+
+/// Trains; `given` says whether an option was on the command line, by its field's name.
+pub(crate) fn train(arguments: &Train, given: &dyn Fn(&str) -> bool) -> Result<(), Error> {
+    let config = configuration(arguments, given)?;
     config
         .validate()
         .map_err(|reason| Error::Usage(format!("--{reason}")))?;

@@ -66,4 +66,20 @@ impl RunConfig {
         }
         Ok(())
     }
+
+    /// The first option in which the run that was begun differs, as the user is told.
+    pub(crate) fn difference(&self, begun: &Self) -> Option<String> {
+        let json = |config| serde_json::to_value(config).expect("numbers and paths in UTF-8");
+        let (asked, begun) = (json(self), json(begun));
+        let options = asked.as_object()?.iter();
+        options
+            .map(|(option, value)| (option, value, &begun[option]))
+            .find(|(_, value, begun)| value != begun)
+            .map(|(option, value, begun)| {
+                format!(
+                    "holds a run whose {} is {begun}, not {value}",
+                    option.replace('_', "-")
+                )
+            })
+    }
 }

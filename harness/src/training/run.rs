@@ -64,10 +64,10 @@ impl Run {
         if !resume {
             return Err(content("holds a run already; --resume continues it"));
         }
-        if Self::config(folder)? != *config {
-            return Err(content("holds a run with other options than these"));
+        match config.difference(&Self::config(folder)?) {
+            Some(difference) => Err(content(&difference)),
+            None => Ok(()),
         }
-        Ok(())
     }
 
     /// Begins a run on these clips, or goes on with it: [`check`](Self::check) has said that it may.

@@ -72,9 +72,10 @@ pub(crate) fn replace_prototypes(
     let device = devices.heads.clone().without_autodiff();
     let embedded = embeddings(&evaluated, dataset, &dataset.train, &rows, devices);
     let targets = labels(&dataset.train, &rows, &device);
-    let (heads, _counts) = evaluated
+    let (heads, means) = evaluated
         .heads
         .replace_prototypes(embedded, targets, protocol.base)?;
+    means.check()?;
     Ok(Network {
         encoder: evaluated.encoder,
         heads,
@@ -119,7 +120,7 @@ pub(crate) fn evaluate(
             ));
             let targets = labels(&dataset.train, &shots, &device);
             // Only the new classes have shots, so only their rows change.
-            (weights, _) = class_means(embedded, targets, weights, known, false)?;
+            weights = class_means(embedded, targets, weights, known, &Default::default())?.weights;
         }
         let options = Options {
             scale: 1.0,

@@ -52,7 +52,21 @@ fn damaged_input_of_train_gets_one_line_and_leaves_nothing() {
         &out,
         "--keywords is 1",
     );
-    refused(&["train", "--out", &out_name], &out, "--data <DIR>");
+    refused(
+        &["train", "--out", &out_name],
+        &out,
+        "--data DIR, or --synthetic",
+    );
+    refused(
+        &["train", "--resume", "--out", &out_name],
+        &out,
+        "no run to resume",
+    );
+    refused(
+        &["train", "--data", &out_name, "--voices", "3"],
+        &out,
+        "cannot be used with",
+    );
     for (option, value) in [
         ("--scale", "nan"),
         ("--learning-rate", "inf"),
@@ -146,13 +160,19 @@ fn a_run_that_was_killed_resumes_to_the_same_weights_to_the_bit() {
     assert!(!broken.join("accuracy.json").exists());
     let refused = train(&broken, "3", &[]).output().expect("starts");
     assert_eq!(refused.status.code(), Some(2));
-    assert!(
-        train(&broken, "3", &["--resume"])
-            .output()
-            .expect("starts")
-            .status
-            .success()
-    );
+    // Its options are the run's: others are refused, and none needs to be said again.
+    let name = broken.to_string_lossy();
+    let resume = ["train", "--device", "cpu", "--resume", "--out", &name];
+    for (option, value, says) in [
+        ("--epochs", "4", "holds a run whose epochs is 3, not 4"),
+        ("--voices", "5", "\"voices\":4}}, not"),
+    ] {
+        let output = protohead(&[&resume[..], &[option, value]].concat());
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{stderr}");
+        assert!(stderr.contains(says), "{stderr}");
+    }
+    assert!(protohead(&resume).status.success());
     for name in [
         "accuracy.json",
         "checkpoint/metrics.jsonl",

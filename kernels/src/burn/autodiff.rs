@@ -7,23 +7,35 @@ use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::{FloatTensor, IntTensor};
-use burn::backend::{AutodiffBackend, Backend};
+use burn::backend::{AutodiffBackend, Backend, TensorMetadata};
+use burn::tensor::{DType, Shape};
 
 use super::ops::{MaybeGrad, ProtoheadGradOps, ProtoheadOps};
-use crate::{cosine_cross_entropy as fused, cosine_logits as logits, cross_entropy};
+use crate::{
+    Reduction, class_means, cosine_cross_entropy as fused, cosine_logits as logits, cross_entropy,
+};
 
 #[derive(Debug)]
 struct FusedBackward;
 
+/// What the fused op leaves for its backward pass.
+#[derive(Clone, Debug)]
+enum FusedState<B: Backend> {
+    /// The gradients of each head's loss, which only want the factor that arrives.
+    Gradients([Option<FloatTensor<B>>; 2]),
+    /// What they can be computed from.
+    Saved {
+        embeddings: NodeId,
+        weights: NodeId,
+        labels: IntTensor<B>,
+        lse: FloatTensor<B>,
+        status: IntTensor<B>,
+        options: Box<fused::Options>,
+    },
+}
+
 impl<B: Backend + ProtoheadGradOps> Backward<B, 2> for FusedBackward {
-    type State = (
-        NodeId,
-        NodeId,
-        IntTensor<B>,
-        FloatTensor<B>,
-        IntTensor<B>,
-        fused::Options,
-    );
+    type State = FusedState<B>;
 
     fn backward(
         self,
@@ -32,22 +44,47 @@ impl<B: Backend + ProtoheadGradOps> Backward<B, 2> for FusedBackward {
         checkpointer: &mut Checkpointer,
     ) {
         let grad = grads.consume::<B>(&ops.node);
-        let (embeddings, weights, labels, lse, status, options) = ops.state;
-        let need = ops.parents.each_ref().map(Option::is_some);
-        let (of_embeddings, of_weights) = B::protohead_fused_backward(
-            grad,
-            checkpointer.retrieve_node_output(embeddings),
-            checkpointer.retrieve_node_output(weights),
-            labels,
-            lse,
-            status,
-            options,
-            need,
-        );
-        let [embeddings, weights] = ops.parents.map(|node| node.map(|node| node.id));
-        register::<B>(grads, embeddings, of_embeddings);
-        register::<B>(grads, weights, of_weights);
+        let gradients = match ops.state {
+            FusedState::Gradients(gradients) => {
+                let heads = grad.shape()[0];
+                let by_head = B::float_reshape(grad, Shape::new([heads, 1, 1]));
+                gradients.map(|gradient| match gradient {
+                    Some(gradient) => MaybeGrad::Computed(B::float_mul(gradient, by_head.clone())),
+                    None => MaybeGrad::Skipped,
+                })
+            }
+            FusedState::Saved {
+                embeddings,
+                weights,
+                labels,
+                lse,
+                status,
+                options,
+            } => {
+                let need = ops.parents.each_ref().map(Option::is_some);
+                B::protohead_fused_backward(
+                    grad,
+                    checkpointer.retrieve_node_output(embeddings),
+                    checkpointer.retrieve_node_output(weights),
+                    labels,
+                    lse,
+                    status,
+                    *options,
+                    need,
+                )
+                .into()
+            }
+        };
+        for (parent, gradient) in ops.parents.into_iter().zip(gradients) {
+            register::<B>(grads, parent.map(|node| node.id), gradient);
+        }
     }
+}
+
+/// Whether gradients are computed with the loss: where each head's loss is one number, and what arrives one factor. Not of
+/// less than f32, whose gradients might vanish for want of that factor.
+fn at_once(dtype: DType, options: &fused::Options) -> bool {
+    dtype == DType::F32 && options.loss.reduction != Reduction::None
 }
 
 #[derive(Debug)]
@@ -166,6 +203,20 @@ impl<B: Backend + ProtoheadOps + ProtoheadGradOps, C: CheckpointStrategy> Protoh
             [embeddings.node(), weights.node()],
         );
         let (loss, lse, predictions, status) = match prepared.compute_bound().stateful() {
+            OpsKind::Tracked(prepared) if at_once(embeddings.primitive().dtype(), &options) => {
+                let need = [embeddings.is_tracked(), weights.is_tracked()];
+                let (loss, lse, predictions, status, of_embeddings, of_weights) =
+                    B::protohead_fused_at_once(
+                        embeddings.into_primitive(),
+                        weights.into_primitive(),
+                        labels,
+                        options,
+                        need,
+                    );
+                let gradients = [of_embeddings, of_weights].map(MaybeGrad::computed);
+                let state = FusedState::Gradients(gradients);
+                (prepared.finish(state, loss), lse, predictions, status)
+            }
             OpsKind::Tracked(mut prepared) => {
                 let saved = (
                     prepared.checkpoint(&embeddings),
@@ -177,8 +228,14 @@ impl<B: Backend + ProtoheadOps + ProtoheadGradOps, C: CheckpointStrategy> Protoh
                     labels.clone(),
                     options.clone(),
                 );
-                let (saved_lse, saved_status) = (lse.clone(), status.clone());
-                let state = (saved.0, saved.1, labels, saved_lse, saved_status, options);
+                let state = FusedState::Saved {
+                    embeddings: saved.0,
+                    weights: saved.1,
+                    labels,
+                    lse: lse.clone(),
+                    status: status.clone(),
+                    options: Box::new(options),
+                };
                 (prepared.finish(state, loss), lse, predictions, status)
             }
             OpsKind::UnTracked(prepared) => {
@@ -296,15 +353,15 @@ impl<B: Backend + ProtoheadOps + ProtoheadGradOps, C: CheckpointStrategy> Protoh
         labels: IntTensor<Self>,
         weights: FloatTensor<Self>,
         active: usize,
-        normalize: bool,
-    ) -> (FloatTensor<Self>, IntTensor<Self>) {
-        let (means, counts) = B::protohead_class_means(
+        options: class_means::Options,
+    ) -> (FloatTensor<Self>, IntTensor<Self>, IntTensor<Self>) {
+        let (means, counts, status) = B::protohead_class_means(
             embeddings.into_primitive(),
             labels,
             weights.into_primitive(),
             active,
-            normalize,
+            options,
         );
-        (<Self as AutodiffBackend>::from_inner(means), counts)
+        (<Self as AutodiffBackend>::from_inner(means), counts, status)
     }
 }

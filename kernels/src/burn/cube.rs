@@ -10,7 +10,7 @@ use cubecl::ir::Type;
 use cubecl::std::tensor::TensorHandle;
 
 use super::ops::{MaybeGrad, ProtoheadGradOps, ProtoheadOps};
-use crate::class_means::{ClassSums, Options as MeansOptions};
+use crate::class_means::{self, ClassSums};
 use crate::loss::LossOutput;
 use crate::{
     Error, Strategy, Upstream, cosine_cross_entropy as fused, cosine_logits as logits,
@@ -160,26 +160,61 @@ impl ProtoheadOps for CubeBackend {
         rows: IntTensor<Self>,
         weights: FloatTensor<Self>,
         active: usize,
-        normalize: bool,
-    ) -> (FloatTensor<Self>, IntTensor<Self>) {
+        options: class_means::Options,
+    ) -> (FloatTensor<Self>, IntTensor<Self>, IntTensor<Self>) {
         let client = &embeddings.client;
         let values = operand(embeddings.clone());
         let [heads, dim] = [values.shape()[0], values.shape()[2]];
-        let options = MeansOptions {
-            normalize,
-            ..MeansOptions::default()
-        };
-        let mut sums = checked(ClassSums::new(client, heads, active, dim));
-        checked(sums.accumulate(client, &values, &labels(rows), &options));
-        let means = checked(sums.write_means(client, &operand(weights), Strategy::Inferred));
+        let mut sums = checked(ClassSums::new(client, heads, active, dim, &options));
+        checked(sums.accumulate(client, &values, &labels(rows)));
+        let means = checked(sums.write_means(client, &operand(weights)));
         (
             tensor(&embeddings, means, embeddings.dtype),
             tensor(&embeddings, sums.counts().clone(), DType::U32),
+            tensor(&embeddings, sums.status().clone(), DType::U32),
         )
     }
 }
 
 impl ProtoheadGradOps for CubeBackend {
+    fn protohead_fused_at_once(
+        embeddings: FloatTensor<Self>,
+        weights: FloatTensor<Self>,
+        rows: IntTensor<Self>,
+        options: fused::Options,
+        need: [bool; 2],
+    ) -> (
+        FloatTensor<Self>,
+        FloatTensor<Self>,
+        IntTensor<Self>,
+        IntTensor<Self>,
+        MaybeGrad<Self>,
+        MaybeGrad<Self>,
+    ) {
+        let inputs = fused::Inputs {
+            embeddings: operand(embeddings.clone()),
+            weights: operand(weights),
+            labels: labels(rows),
+        };
+        let (output, gradients) = checked(fused::forward_backward(
+            &embeddings.client,
+            &inputs,
+            &options,
+            &Upstream::Total(1.0),
+            need[0],
+            need[1],
+        ));
+        let (loss, lse, predictions, status) = results(&embeddings, output);
+        (
+            loss,
+            lse,
+            predictions,
+            status,
+            gradient(&embeddings, gradients.embeddings),
+            gradient(&embeddings, gradients.weights),
+        )
+    }
+
     fn protohead_fused_backward(
         grad: FloatTensor<Self>,
         embeddings: FloatTensor<Self>,

@@ -4,8 +4,11 @@ use burn::config::Config;
 use burn::module::{Initializer, Module, Param};
 use burn::tensor::{DType, Device, Int, Tensor};
 
-use super::{class_means, cosine_cross_entropy, cosine_logits};
-use crate::{Error, LossOptions, cosine_cross_entropy as fused, cosine_logits as logits};
+use super::{ClassMeans, class_means, cosine_cross_entropy, cosine_logits};
+use crate::{
+    Error, LossOptions, class_means as means, cosine_cross_entropy as fused,
+    cosine_logits as logits,
+};
 
 /// Configures [`CosineHeads`].
 #[derive(Config, Debug)]
@@ -21,6 +24,9 @@ pub struct CosineHeadsConfig {
     /// What cosines are multiplied with.
     #[config(default = 16.0)]
     pub scale: f64,
+    /// Whether f32 products may round their operands to TF32 on an NVIDIA GPU.
+    #[config(default = false)]
+    pub allow_tf32: bool,
 }
 
 impl CosineHeadsConfig {
@@ -35,6 +41,7 @@ impl CosineHeadsConfig {
             .init([self.heads, self.classes, self.dim], device),
             active: self.active.unwrap_or(self.classes),
             scale: self.scale,
+            allow_tf32: self.allow_tf32,
         }
     }
 }
@@ -53,6 +60,7 @@ impl CosineHeadsConfig {
 ///     .init(&embeddings.device());
 /// let loss = heads.loss(embeddings, labels, &LossOptions::default())?;
 /// let gradients = loss.total.backward();
+/// loss.heads.check()?; // waits: were all labels classes?
 /// # Ok(()) }
 /// ```
 #[derive(Module, Debug)]
@@ -61,6 +69,7 @@ pub struct CosineHeads {
     pub weight: Param<Tensor<3>>,
     active: usize,
     scale: f64,
+    allow_tf32: bool,
 }
 
 /// The losses of [`CosineHeads::loss`].
@@ -104,6 +113,7 @@ impl CosineHeads {
         let options = logits::Options {
             scale: self.scale as f32,
             active: Some(self.active),
+            allow_tf32: self.allow_tf32,
             ..logits::Options::default()
         };
         cosine_logits(embeddings, self.weight.val(), &options)
@@ -120,18 +130,22 @@ impl CosineHeads {
         options: &LossOptions,
     ) -> Result<HeadsLoss, Error> {
         let [count, _, _] = self.weight.dims();
-        let options = fused::Options {
+        options.validate(count)?;
+        let unweighted = fused::Options {
             scale: self.scale as f32,
             active: Some(self.active),
-            loss: options.clone(),
+            allow_tf32: self.allow_tf32,
+            loss: LossOptions {
+                head_weights: None,
+                ..options.clone()
+            },
             ..fused::Options::default()
         };
-        let alphas = options.loss.weights(count);
         let device = embeddings.device();
-        let heads = cosine_cross_entropy(embeddings, self.weight.val(), labels, &options)?;
-        let total = match options.loss.head_weights {
+        let heads = cosine_cross_entropy(embeddings, self.weight.val(), labels, &unweighted)?;
+        let total = match &options.head_weights {
             None => heads.loss.clone().sum(),
-            Some(_) => {
+            Some(alphas) => {
                 let alphas = Tensor::<1>::from_data(alphas.as_slice(), (&device, DType::F32));
                 (heads.loss.clone() * alphas).sum()
             }
@@ -139,8 +153,8 @@ impl CosineHeads {
         Ok(HeadsLoss { total, heads })
     }
 
-    /// Replaces the first `classes` class weights of every head with the means of `embeddings [heads, rows, dim]` by label, and
-    /// returns how many rows each class had; a class without rows keeps its weights.
+    /// Replaces the first `classes` class weights of every head with the means of `embeddings [heads, rows, dim]` by label; a class
+    /// without rows keeps its weights. What is returned beside tells how many rows each class had, and of bad labels.
     ///
     /// # Errors
     /// A typed [`Error`] if the operands do not fit.
@@ -149,15 +163,17 @@ impl CosineHeads {
         embeddings: Tensor<3>,
         labels: Tensor<1, Int>,
         classes: usize,
-    ) -> Result<(Self, Tensor<1, Int>), Error> {
+    ) -> Result<(Self, ClassMeans), Error> {
         let weight = self.weight.val().detach();
-        let (means, counts) = class_means(embeddings, labels, weight, classes, false)?;
+        let options = means::Options::default();
+        let replacement = class_means(embeddings, labels, weight, classes, &options)?;
         let trained = self.weight.val().is_require_grad();
-        let means = means.detach().set_require_grad(trained);
+        let means = replacement.weights.clone().detach();
+        let means = means.set_require_grad(trained);
         let replaced = Self {
             weight: self.weight.clone().map(|_| means),
             ..self
         };
-        Ok((replaced, counts))
+        Ok((replaced, replacement))
     }
 }

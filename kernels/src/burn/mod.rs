@@ -24,8 +24,8 @@ use cubecl::ir::ElemType;
 use crate::cosine_logits::{active_classes, same_dtype};
 use crate::operand::{addressable, count};
 use crate::{
-    Error, Reduction, Strategy, cosine_cross_entropy as fused, cosine_logits as logits_op,
-    cross_entropy as cross_entropy_op,
+    Error, Reduction, Strategy, class_means as means, cosine_cross_entropy as fused,
+    cosine_logits as logits_op, cross_entropy as cross_entropy_op,
 };
 use ops::ProtoheadOps;
 
@@ -38,8 +38,39 @@ pub struct CrossEntropy<const D: usize> {
     pub lse: Tensor<2>,
     /// `[heads, rows]`: the class of the highest logit.
     pub predictions: Tensor<2, Int>,
+    labels: Judged,
+}
+
+/// Labels, and what the device found in them.
+#[derive(Clone, Debug)]
+struct Judged {
+    labels: Tensor<1, Int>,
+    /// Ends with the number of bad labels, and the row of the first.
     status: Tensor<1, Int>,
     active: usize,
+}
+
+impl Judged {
+    fn check(&self) -> Result<(), Error> {
+        let read = |tensor: &Tensor<1, Int>| {
+            let values = tensor.clone().try_into_vec_as::<i64>();
+            values.map_err(Error::device)
+        };
+        let status = read(&self.status)?;
+        let [.., invalid, first] = status[..] else {
+            return Err(Error::Device("a read returned too few numbers".into()));
+        };
+        if invalid == 0 {
+            return Ok(());
+        }
+        let row = first as usize;
+        Err(Error::Label {
+            row,
+            label: read(&self.labels)?.get(row).copied(),
+            active: self.active,
+            rows: invalid as usize,
+        })
+    }
 }
 
 /// A tensor of whichever backend.
@@ -49,45 +80,40 @@ impl<const D: usize> CrossEntropy<D> {
     /// Of loss, lse, predictions and status; predictions in the device's own integers.
     fn new(
         (loss, lse, predictions, status): (Any, Any, Any, Any),
+        labels: Tensor<1, Int>,
         active: usize,
-        device: &Device,
     ) -> Self {
-        let int = device.settings().int_dtype;
+        let int = labels.device().settings().int_dtype;
         Self {
             loss: Tensor::from_dispatch(loss),
             lse: Tensor::from_dispatch(lse),
             predictions: Tensor::<2, Int>::from_dispatch(predictions).cast(int),
-            status: Tensor::from_dispatch(status),
-            active,
+            labels: Judged {
+                labels,
+                status: Tensor::from_dispatch(status),
+                active,
+            },
         }
     }
 
     /// Waits, and says whether every label was a class or ignored.
     ///
     /// # Errors
-    /// [`Error::BadLabel`] with the first row that was not, [`Error::Device`] if the device failed.
+    /// [`Error::Label`] with the first row that was not, [`Error::Device`] if the device failed.
     pub fn check(&self) -> Result<(), Error> {
-        let status = self
-            .status
-            .clone()
-            .try_into_vec_as::<i64>()
-            .map_err(Error::device)?;
-        if status[1] == 0 {
-            return Ok(());
-        }
-        Err(Error::BadLabel {
-            row: status[2] as usize,
-            classes: self.active,
-            rows: status[1] as usize,
-        })
+        self.labels.check()
     }
 }
 
-/// The loss of each head, `[heads]`: see [`cosine_cross_entropy`](crate::cosine_cross_entropy). Head weights of the options
-/// take no part; weigh the result.
+/// The loss of each head, `[heads]`: see [`cosine_cross_entropy`](crate::cosine_cross_entropy).
+///
+/// Of f32 operands that are tracked, the gradients are computed with the loss, in
+/// [`forward_backward`](crate::cosine_cross_entropy::forward_backward), and wait for the backward pass to scale them; so evaluate
+/// on a device without autodiff, as `Module::valid` does. Of f16 and bf16, the backward pass computes them.
 ///
 /// # Errors
-/// A typed [`Error`] if shapes, dtypes, devices or options do not fit, or the reduction is [`Reduction::None`].
+/// A typed [`Error`] if shapes, dtypes, devices or options do not fit, the reduction is [`Reduction::None`], or there are head
+/// weights: weigh the result instead, or use [`CosineHeads::loss`].
 pub fn cosine_cross_entropy(
     embeddings: Tensor<3>,
     weights: Tensor<3>,
@@ -98,6 +124,13 @@ pub fn cosine_cross_entropy(
         return Err(Error::Reduction {
             got: Reduction::None,
             expected: "one number a head: use cosine_cross_entropy_by_row without a reduction",
+        });
+    }
+    if let Some(weights) = &options.loss.head_weights {
+        return Err(Error::Shape {
+            operand: "head weights",
+            got: vec![weights.len()],
+            expected: "none: the result is one number a head, to be weighed".into(),
         });
     }
     fused_loss(embeddings, weights, labels, options)
@@ -128,17 +161,16 @@ fn fused_loss<const D: usize>(
     let active = head_operands(&embeddings, &weights, options.scale, options.active)?;
     options.loss.validate(heads)?;
     row_labels(&labels, rows, &embeddings.device())?;
-    let device = embeddings.device();
     let results = <Dispatch as ProtoheadOps>::protohead_fused(
         embeddings.into_dispatch(),
         weights.into_dispatch(),
-        labels.into_dispatch(),
+        labels.clone().into_dispatch(),
         fused::Options {
             strategy: Strategy::Inferred,
             ..options.clone()
         },
     );
-    Ok(CrossEntropy::new(results, active, &device))
+    Ok(CrossEntropy::new(results, labels, active))
 }
 
 /// The loss of each row of each head, `[heads, rows]`, of given `logits [heads, rows, classes]`: see
@@ -162,13 +194,12 @@ pub fn cross_entropy_by_row(
     options.strategy = Strategy::Inferred;
     options.loss.validate(heads)?;
     row_labels(&labels, rows, &logits.device())?;
-    let device = logits.device();
     let results = <Dispatch as ProtoheadOps>::protohead_cross_entropy(
         logits.into_dispatch(),
-        labels.into_dispatch(),
+        labels.clone().into_dispatch(),
         options,
     );
-    Ok(CrossEntropy::new(results, active, &device))
+    Ok(CrossEntropy::new(results, labels, active))
 }
 
 /// Logits `[heads, rows, K]`: see [`cosine_logits`](crate::cosine_logits).
@@ -232,9 +263,28 @@ pub fn reconstruction(
     ))
 }
 
-/// The means of `embeddings [heads, rows, dim]` by class, over the first `active` rows of `weights [heads, classes, dim]`,
-/// and how many rows each class had, `[active]`: see [`class_means`](crate::class_means). Not differentiable; a row whose
-/// label is no class is left out, and only the counts show it.
+/// The result of [`class_means`].
+#[derive(Clone, Debug)]
+pub struct ClassMeans {
+    /// `[heads, classes, dim]`: the class weights with the means in place.
+    pub weights: Tensor<3>,
+    /// `[active]`: how many rows each class had.
+    pub counts: Tensor<1, Int>,
+    labels: Judged,
+}
+
+impl ClassMeans {
+    /// Waits, and says whether every label was a class or ignored; a row whose label was neither is left out.
+    ///
+    /// # Errors
+    /// [`Error::Label`] with the first row that was not, [`Error::Device`] if the device failed.
+    pub fn check(&self) -> Result<(), Error> {
+        self.labels.check()
+    }
+}
+
+/// The means of `embeddings [heads, rows, dim]` by class, over the first `active` rows of `weights [heads, classes, dim]`: see
+/// [`class_means`](crate::class_means). Not differentiable.
 ///
 /// # Errors
 /// A typed [`Error`] if shapes, dtypes or devices do not fit.
@@ -243,22 +293,30 @@ pub fn class_means(
     labels: Tensor<1, Int>,
     weights: Tensor<3>,
     active: usize,
-    normalize: bool,
-) -> Result<(Tensor<3>, Tensor<1, Int>), Error> {
+    options: &means::Options,
+) -> Result<ClassMeans, Error> {
     head_operands(&embeddings, &weights, 1.0, Some(active))?;
     row_labels(&labels, embeddings.dims()[1], &embeddings.device())?;
     let int = embeddings.device().settings().int_dtype;
-    let (means, counts) = <Dispatch as ProtoheadOps>::protohead_class_means(
+    let (weights, counts, status) = <Dispatch as ProtoheadOps>::protohead_class_means(
         embeddings.into_dispatch(),
-        labels.into_dispatch(),
+        labels.clone().into_dispatch(),
         weights.into_dispatch(),
         active,
-        normalize,
+        means::Options {
+            strategy: Strategy::Inferred,
+            ..options.clone()
+        },
     );
-    Ok((
-        Tensor::from_dispatch(means),
-        Tensor::<1, Int>::from_dispatch(counts).cast(int),
-    ))
+    Ok(ClassMeans {
+        weights: Tensor::from_dispatch(weights),
+        counts: Tensor::<1, Int>::from_dispatch(counts).cast(int),
+        labels: Judged {
+            labels,
+            status: Tensor::from_dispatch(status),
+            active,
+        },
+    })
 }
 
 /// Refuses devices that are not CubeCL's.
@@ -271,7 +329,8 @@ fn cube_device(device: &Device) -> Result<(), Error> {
         other => Err(Error::Place {
             operand: "an operand",
             on: format!("{other:?}"),
-            expected: "a CubeCL device".into(),
+            expected: "a CubeCL device whose feature of this crate is on (cpu, cuda or wgpu)"
+                .into(),
         }),
     }
 }

@@ -5,10 +5,11 @@ use burn::backend::{Backend, ExtensionType, backend_extension};
 
 #[cfg(feature = "fusion")]
 use super::specs::{
-    class_means_spec, cross_entropy_grad_spec, cross_entropy_spec, fused_grad_spec, fused_spec,
-    logits_grad_spec, logits_spec, reconstruction_grad_spec, reconstruction_spec,
+    class_means_spec, cross_entropy_grad_spec, cross_entropy_spec, fused_at_once_spec,
+    fused_grad_spec, fused_spec, logits_grad_spec, logits_spec, reconstruction_grad_spec,
+    reconstruction_spec,
 };
-use crate::{cosine_cross_entropy as fused, cosine_logits as logits, cross_entropy};
+use crate::{class_means, cosine_cross_entropy as fused, cosine_logits as logits, cross_entropy};
 
 /// A gradient that was asked for, or not.
 #[derive(ExtensionType)]
@@ -16,6 +17,15 @@ use crate::{cosine_cross_entropy as fused, cosine_logits as logits, cross_entrop
 pub(super) enum MaybeGrad<B: Backend> {
     Skipped,
     Computed(FloatTensor<B>),
+}
+
+impl<B: Backend> MaybeGrad<B> {
+    pub(super) fn computed(self) -> Option<FloatTensor<B>> {
+        match self {
+            Self::Skipped => None,
+            Self::Computed(gradient) => Some(gradient),
+        }
+    }
 }
 
 /// The ops, differentiable where the autodiff backend wraps them.
@@ -70,7 +80,7 @@ pub(super) trait ProtoheadOps: Backend {
         second: FloatTensor<Self>,
     ) -> FloatTensor<Self>;
 
-    /// Class weights with the means in place, and counts.
+    /// Class weights with the means in place, counts, and status.
     #[fusion(meta = class_means_spec)]
     #[allow(unused_variables)]
     fn protohead_class_means(
@@ -78,13 +88,31 @@ pub(super) trait ProtoheadOps: Backend {
         labels: IntTensor<Self>,
         weights: FloatTensor<Self>,
         active: usize,
-        normalize: bool,
-    ) -> (FloatTensor<Self>, IntTensor<Self>);
+        options: class_means::Options,
+    ) -> (FloatTensor<Self>, IntTensor<Self>, IntTensor<Self>);
 }
 
-/// The backward passes, called on the inner backend only.
+/// What the autodiff backend asks of the one that it wraps.
 #[backend_extension(Fusion: cfg(feature = "fusion"))]
 pub(super) trait ProtoheadGradOps: Backend {
+    /// Loss, lse, predictions, status, and the gradients of each head's loss.
+    #[fusion(meta = fused_at_once_spec)]
+    #[allow(unused_variables, clippy::type_complexity)] // one per result
+    fn protohead_fused_at_once(
+        embeddings: FloatTensor<Self>,
+        weights: FloatTensor<Self>,
+        labels: IntTensor<Self>,
+        options: fused::Options,
+        need: [bool; 2],
+    ) -> (
+        FloatTensor<Self>,
+        FloatTensor<Self>,
+        IntTensor<Self>,
+        IntTensor<Self>,
+        MaybeGrad<Self>,
+        MaybeGrad<Self>,
+    );
+
     #[fusion(meta = fused_grad_spec)]
     #[allow(unused_variables, clippy::too_many_arguments)] // one per thing that was saved
     fn protohead_fused_backward(

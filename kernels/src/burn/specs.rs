@@ -4,7 +4,9 @@ use burn::backend::fusion::custom::TensorSpec;
 use burn::tensor::{DType, Shape};
 
 use super::ops::MaybeGradMetadata;
-use crate::{Reduction, cosine_cross_entropy as fused, cosine_logits as logits, cross_entropy};
+use crate::{
+    Reduction, class_means, cosine_cross_entropy as fused, cosine_logits as logits, cross_entropy,
+};
 
 pub(super) fn fused_spec(
     embeddings: &TensorSpec,
@@ -13,6 +15,32 @@ pub(super) fn fused_spec(
     options: &fused::Options,
 ) -> (TensorSpec, TensorSpec, TensorSpec, TensorSpec) {
     loss_spec(embeddings, options.loss.reduction)
+}
+
+#[allow(clippy::type_complexity)] // one per result
+pub(super) fn fused_at_once_spec(
+    embeddings: &TensorSpec,
+    weights: &TensorSpec,
+    _labels: &TensorSpec,
+    options: &fused::Options,
+    need: &[bool; 2],
+) -> (
+    TensorSpec,
+    TensorSpec,
+    TensorSpec,
+    TensorSpec,
+    MaybeGradMetadata,
+    MaybeGradMetadata,
+) {
+    let (loss, lse, predictions, status) = loss_spec(embeddings, options.loss.reduction);
+    (
+        loss,
+        lse,
+        predictions,
+        status,
+        maybe(need[0], embeddings),
+        maybe(need[1], weights),
+    )
 }
 
 pub(super) fn cross_entropy_spec(
@@ -76,11 +104,12 @@ pub(super) fn class_means_spec(
     _labels: &TensorSpec,
     weights: &TensorSpec,
     active: &usize,
-    _normalize: &bool,
-) -> (TensorSpec, TensorSpec) {
+    _options: &class_means::Options,
+) -> (TensorSpec, TensorSpec, TensorSpec) {
     (
         weights.clone(),
         TensorSpec::new(Shape::new([*active]), DType::U32),
+        TensorSpec::new(Shape::new([2]), DType::U32),
     )
 }
 

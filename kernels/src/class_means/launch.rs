@@ -42,6 +42,7 @@ pub struct ClassSums {
     pub(super) carries: TensorHandle, // f32, of the same shape: what rounding has taken, to be subtracted
     pub(super) counts: TensorHandle,  // u32, [classes]
     pub(super) status: TensorHandle, // u32, [2]: rows with a bad label, the first of them in its batch
+    options: Options,
     /// That came so far, with and without a class.
     pub(super) rows: usize,
     /// Nothing was added yet: sums and carries are unspecified, and stand for zeros.
@@ -52,8 +53,15 @@ impl ClassSums {
     /// Of no rows, for `heads × classes × dim`.
     ///
     /// # Errors
-    /// [`Error::Empty`] if a size is zero, [`Error::TooLarge`] if the sums pass 32-bit addresses.
-    pub fn new(client: &Client, heads: usize, classes: usize, dim: usize) -> Result<Self, Error> {
+    /// [`Error::Empty`] if a size is zero, [`Error::TooLarge`] if the sums pass 32-bit addresses; a typed
+    /// error if the device cannot run the forced variant.
+    pub fn new(
+        client: &Client,
+        heads: usize,
+        classes: usize,
+        dim: usize,
+        options: &Options,
+    ) -> Result<Self, Error> {
         let shape = [heads, classes, dim];
         if shape.contains(&0) {
             return Err(Error::Empty {
@@ -61,7 +69,7 @@ impl ClassSums {
                 got: shape.to_vec(),
             });
         }
-        let blueprint = Blueprint::new(client, Strategy::Inferred)?;
+        let blueprint = Blueprint::new(client, options.strategy)?;
         let lanes = match blueprint.variant {
             Variant::Unit => unit::lanes(blueprint.units, shape),
             _ => plane::lanes(shape),
@@ -75,6 +83,7 @@ impl ClassSums {
             carries: empty(client, shape, F32),
             counts: TensorHandle::new_contiguous([classes], zeros(classes), U32),
             status: TensorHandle::new_contiguous([2], zeros(2), U32),
+            options: options.clone(),
             rows: 0,
             fresh: true,
         })
@@ -95,6 +104,15 @@ impl ClassSums {
     /// u32, `[classes]`: rows of each class so far.
     pub fn counts(&self) -> &TensorHandle {
         &self.counts
+    }
+
+    /// u32, `[2]`: rows whose label was neither a class nor ignored, and the first of them in its batch.
+    pub fn status(&self) -> &TensorHandle {
+        &self.status
+    }
+
+    fn blueprint(&self, client: &Client) -> Result<Blueprint, Error> {
+        Blueprint::new(client, self.options.strategy)
     }
 
     /// `[lanes, heads, classes, dim]`
@@ -118,9 +136,8 @@ impl ClassSums {
         client: &Client,
         embeddings: &TensorHandle,
         labels: &TensorHandle,
-        options: &Options,
     ) -> Result<(), Error> {
-        let blueprint = Blueprint::new(client, options.strategy)?;
+        let blueprint = self.blueprint(client)?;
         let embeddings = Strided::float(client, "embeddings", embeddings, 3)?;
         let [heads, rows, dim] = embeddings.dims3();
         let [_, classes, _] = self.dims();
@@ -143,7 +160,7 @@ impl ClassSums {
             labels: &labels,
             sums: self,
             fresh: self.fresh,
-            options,
+            options: &self.options,
         };
         match blueprint.variant {
             Variant::Unit => unit::launch(&call),
@@ -157,13 +174,8 @@ impl ClassSums {
     /// Adds what another state has gathered.
     ///
     /// # Errors
-    /// [`Error::Shape`] if the states differ in shape.
-    pub fn merge(
-        &mut self,
-        client: &Client,
-        other: &Self,
-        strategy: Strategy,
-    ) -> Result<(), Error> {
+    /// [`Error::Shape`] if the states differ in shape, [`Error::MixedSums`] if only one is of normalized rows.
+    pub fn merge(&mut self, client: &Client, other: &Self) -> Result<(), Error> {
         if self.shape() != other.shape() {
             return Err(Error::Shape {
                 operand: "class sums",
@@ -171,10 +183,14 @@ impl ClassSums {
                 expected: format!("{:?}", self.shape()),
             });
         }
+        let normalized = other.options.normalize;
+        if normalized != self.options.normalize {
+            return Err(Error::MixedSums { normalized });
+        }
         if other.fresh {
             return Ok(());
         }
-        let blueprint = Blueprint::new(client, strategy)?;
+        let blueprint = self.blueprint(client)?;
         let [lanes, heads, classes, dim] = self.shape();
         let vector = widest(blueprint.vector(F32), [dim]);
         let (count, cube) = elementwise(client, &blueprint, lanes * heads * classes * dim / vector);
@@ -210,9 +226,8 @@ impl ClassSums {
         &self,
         client: &Client,
         weights: &TensorHandle,
-        strategy: Strategy,
     ) -> Result<TensorHandle, Error> {
-        let blueprint = Blueprint::new(client, strategy)?;
+        let blueprint = self.blueprint(client)?;
         let weights = Strided::float(client, "class weights", weights, 3)?;
         let [lanes, heads, classes, dim] = self.shape();
         let [_, stored, _] = weights.dims3();
@@ -258,16 +273,17 @@ impl ClassSums {
     /// Waits, and reads how many rows each class has had.
     ///
     /// # Errors
-    /// [`Error::BadLabel`] if a label was neither a class nor ignored, [`Error::Device`] if the device failed.
+    /// [`Error::Label`] if a label was neither a class nor ignored, [`Error::Device`] if the device failed.
     pub fn read_counts(&self, client: &Client) -> Result<Vec<u32>, Error> {
         let read = client
             .read(vec![self.counts.handle.clone(), self.status.handle.clone()])
             .map_err(Error::device)?;
         let [counts, status] = [&read[0], &read[1]].map(|bytes| u32::from_bytes(bytes).to_vec());
         if status[0] > 0 {
-            return Err(Error::BadLabel {
+            return Err(Error::Label {
                 row: status[1] as usize,
-                classes: self.dims()[1],
+                label: None,
+                active: self.dims()[1],
                 rows: status[0] as usize,
             });
         }
@@ -383,13 +399,16 @@ fn write_means<F: Float, N: Size>(
                 };
                 for _lane in 1..lanes {
                     at += heads * classes * columns;
-                    all.add(sums[at] - carries[at]);
+                    all.add(sums[at]);
+                    all.carry += carries[at];
                 }
                 // A division, without a subroutine for every element: the quotient, corrected by what it leaves.
                 let sum = all.sum - all.carry;
                 let quotient = sum * inverse;
-                let mean = fma(fma(-quotient, divisor, sum), inverse, quotient);
-                out[row * columns + d] = Vector::<F, N>::cast_from(mean);
+                let rest = fma(-quotient, divisor, sum);
+                // An infinite quotient leaves no number.
+                let rest = select_many(rest.equal(&rest), rest, Vector::<f32, N>::new(0.0));
+                out[row * columns + d] = Vector::<F, N>::cast_from(fma(rest, inverse, quotient));
                 d += sharing;
             }
         }

@@ -87,22 +87,26 @@ impl Captured {
         client.graph_prepare().map_err(Error::device)?;
         let step = || call.forward_backward(&arriving, embeddings, weights);
         // Nothing is allocated either: what the first run leaves in the pools, the recorded one takes.
-        let (mut output, mut gradients) = step();
-        if let Err(error) = block_on(client.sync()) {
+        let first = step().and_then(|first| {
+            block_on(client.sync()).map_err(Error::device)?;
+            Ok(first)
+        });
+        if first.is_err() {
             // Gives up what was prepared; there is no graph to have.
             let _ = client.stop_capture();
-            return Err(Error::device(error));
         }
+        let (mut output, mut gradients) = first?;
         let mut recording = None;
         // What was prepared stands only where graphs are supported.
         if client.is_capturing() {
             drop((output, gradients));
             client.start_capture().map_err(Error::device)?;
-            (output, gradients) = step();
+            let recorded = step();
             recording = Some(Recording {
                 graph: client.stop_capture().map_err(Error::device)?,
                 _read: [arriving.gradient.clone(), call.head_weights.clone()],
             });
+            (output, gradients) = recorded?;
         }
         Ok(Self {
             client: client.clone(),

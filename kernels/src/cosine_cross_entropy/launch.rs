@@ -65,24 +65,22 @@ impl Default for Options {
 /// its row counts as ignored, and reading the output returns [`Error::Label`].
 ///
 /// # Examples
+/// `examples/step.rs` runs.
 /// ```no_run
-/// use cubecl::std::tensor::TensorHandle;
 /// use protohead::cosine_cross_entropy::{Inputs, Options, backward, forward};
 /// use protohead::Upstream;
 ///
-/// # fn step(embeddings: TensorHandle, weights: TensorHandle, labels: TensorHandle) -> Result<(), protohead::Error> {
-/// let client = cubecl::Device::default().client();
-/// let inputs = Inputs { embeddings, weights, labels };
+/// # fn step(client: &cubecl::client::Client, inputs: &Inputs) -> Result<(), protohead::Error> {
 /// let options = Options { scale: 16.0, active: Some(20), ..Options::default() };
-/// let output = forward(&client, &inputs, &options)?;
-/// let gradients = backward(&client, &inputs, &options, &output, &Upstream::Total(1.0), true, true)?;
-/// println!("loss {}", output.read_total(&client)?);
+/// let output = forward(client, inputs, &options)?;
+/// let gradients = backward(client, inputs, &options, &output, &Upstream::Total(1.0), true, true)?;
+/// println!("loss {}", output.read_total(client)?);
 /// # Ok(()) }
 /// ```
 pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<LossOutput, Error> {
     let call = Call::new(client, inputs, options)?;
     Ok(match call.blueprint.variant {
-        Variant::Unit => call.unit_forward(),
+        Variant::Unit => call.unit_forward()?,
         Variant::Small => call.small(None, false, false).0,
         _ => call.gpu_forward(),
     })
@@ -107,8 +105,11 @@ pub fn backward(
     let sizes = call.problem.sizes;
     output.check(sizes.heads, sizes.rows)?;
     let arriving = call.arriving(upstream)?;
+    if !embeddings && !weights {
+        return Ok(Gradients::default());
+    }
     Ok(match call.blueprint.variant {
-        Variant::Unit => call.unit_backward(output, &arriving, embeddings, weights),
+        Variant::Unit => call.unit_backward(output, &arriving, embeddings, weights)?,
         Variant::Small => call.small(Some(&arriving), embeddings, weights).1,
         _ => call.gpu_backward(output, &arriving, embeddings, weights),
     })
@@ -132,7 +133,7 @@ pub fn forward_backward(
 ) -> Result<(LossOutput, Gradients), Error> {
     let call = Call::new(client, inputs, options)?;
     let arriving = call.arriving(upstream)?;
-    Ok(call.forward_backward(&arriving, embeddings, weights))
+    call.forward_backward(&arriving, embeddings, weights)
 }
 
 /// A call whose operands are proved.
@@ -254,14 +255,14 @@ impl<'a> Call<'a> {
         arriving: &Arriving,
         embeddings: bool,
         weights: bool,
-    ) -> (LossOutput, Gradients) {
-        match self.blueprint.variant {
+    ) -> Result<(LossOutput, Gradients), Error> {
+        Ok(match self.blueprint.variant {
             Variant::Unit => {
-                if let Some(both) = self.unit_forward_backward(arriving, embeddings, weights) {
-                    return both;
+                if let Some(both) = self.unit_forward_backward(arriving, embeddings, weights)? {
+                    return Ok(both);
                 }
-                let output = self.unit_forward();
-                let gradients = self.unit_backward(&output, arriving, embeddings, weights);
+                let output = self.unit_forward()?;
+                let gradients = self.unit_backward(&output, arriving, embeddings, weights)?;
                 (output, gradients)
             }
             Variant::Small => self.small(Some(arriving), embeddings, weights),
@@ -270,7 +271,7 @@ impl<'a> Call<'a> {
                 let gradients = self.gpu_backward(&output, arriving, embeddings, weights);
                 (output, gradients)
             }
-        }
+        })
     }
 
     /// Both passes, or the first without gradients: the second alone would have to compute all of the first.
@@ -286,12 +287,12 @@ impl<'a> Call<'a> {
         (self.output(results), gradients)
     }
 
-    fn unit_forward(&self) -> LossOutput {
+    fn unit_forward(&self) -> Result<LossOutput, Error> {
         let results = self.results();
-        if let Some(step) = unit::Step::new(self, true, None, &Gradients::default()) {
+        if let Some(step) = unit::Step::new(self, true, None, &Gradients::default())? {
             step.launch(&results);
         }
-        self.output(results)
+        Ok(self.output(results))
     }
 
     fn unit_backward(
@@ -300,7 +301,7 @@ impl<'a> Call<'a> {
         arriving: &Arriving,
         embeddings: bool,
         weights: bool,
-    ) -> Gradients {
+    ) -> Result<Gradients, Error> {
         let gradients = self.gradients(embeddings, weights);
         let read = Results {
             rows: RowResults {
@@ -314,10 +315,10 @@ impl<'a> Call<'a> {
                 status: output.status.clone(),
             },
         };
-        if let Some(step) = unit::Step::new(self, false, Some(arriving), &gradients) {
+        if let Some(step) = unit::Step::new(self, false, Some(arriving), &gradients)? {
             step.launch(&read);
         }
-        gradients
+        Ok(gradients)
     }
 
     fn unit_forward_backward(
@@ -325,12 +326,14 @@ impl<'a> Call<'a> {
         arriving: &Arriving,
         embeddings: bool,
         weights: bool,
-    ) -> Option<(LossOutput, Gradients)> {
+    ) -> Result<Option<(LossOutput, Gradients)>, Error> {
         let gradients = self.gradients(embeddings, weights);
-        let step = unit::Step::new(self, true, Some(arriving), &gradients)?;
+        let Some(step) = unit::Step::new(self, true, Some(arriving), &gradients)? else {
+            return Ok(None);
+        };
         let results = self.results();
         step.launch(&results);
-        Some((self.output(results), gradients))
+        Ok(Some((self.output(results), gradients)))
     }
 
     fn packed(&self) -> Packed {

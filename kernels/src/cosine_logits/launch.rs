@@ -121,6 +121,9 @@ pub fn backward(
         cmma::launch_backward(&call, tile, &upstream, options.scale, &gradients);
         return Ok(gradients);
     }
+    if call.blueprint.variant == Variant::Unit {
+        addressable("the workspace", unit::scratch(&call.blueprint, &sizes))?;
+    }
     let packed = call.problem.packed(client, &call.blueprint);
     for (grad, owner) in [
         (&gradients.embeddings, Operand::Embeddings),

@@ -10,7 +10,7 @@ use crate::operand::{RowStrides, whole, widest};
 use crate::packing::unit::{
     Scratch, TILE_VECTORS, add_product, clear_gradient, cosines, scratch_len, write_gradients,
 };
-use crate::packing::{Layout, Operand, Packed};
+use crate::packing::{Layout, Operand, Packed, PackedSizes};
 
 pub(super) fn launch_forward(
     client: &Client,
@@ -36,6 +36,11 @@ pub(super) fn launch_forward(
             logits.dtype,
         );
     }
+}
+
+/// Floats of workspace that a backward pass takes.
+pub(super) fn scratch(blueprint: &Blueprint, sizes: &PackedSizes) -> u128 {
+    scratch_len(blueprint.units, blueprint.tile(), sizes.dim_padded) as u128
 }
 
 pub(super) fn launch_backward(call: &BackwardCall) {

@@ -151,7 +151,7 @@ impl LossOutput {
         };
         Err(Error::Label {
             row,
-            label,
+            label: Some(label),
             active: self.active,
             rows: invalid as usize,
         })

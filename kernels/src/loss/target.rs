@@ -21,7 +21,12 @@ pub(crate) struct LabelRule {
 pub(crate) fn label_rule(dtype: ElemType, active: usize, ignore_index: i32) -> LabelRuleLaunch {
     let signed = matches!(dtype, ElemType::Int(IntKind::I32 | IntKind::I64));
     let can_ignore = signed || ignore_index >= 0;
-    LabelRuleLaunch::new(active as u32, ignore_index, u32::from(can_ignore))
+    // As far as the labels' own dtype can tell.
+    let most = match dtype {
+        ElemType::Int(IntKind::I32) => i32::MAX as usize,
+        _ => u32::MAX as usize,
+    };
+    LabelRuleLaunch::new(active.min(most) as u32, ignore_index, u32::from(can_ignore))
 }
 
 /// Ignored comes first, so that a valid class can be ignored.

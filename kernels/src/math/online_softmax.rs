@@ -183,7 +183,7 @@ impl RowSoftmax {
     }
 }
 
-/// `upstream · (e^(z − lse) − target)`, the gradient of a logit.
+/// `upstream · (e^(z − lse) − target)`, the gradient of a logit; 0 where nothing arrives, whatever the logit is.
 #[cube]
 pub(crate) fn logit_gradient<N: Size>(
     logits: Vector<f32, N>,
@@ -195,6 +195,8 @@ pub(crate) fn logit_gradient<N: Size>(
 ) -> Vector<f32, N> {
     let uniform = Vector::<f32, N>::new(smoothing / f32::cast_from(active));
     let peak = Vector::<f32, N>::new(1.0 - smoothing);
-    let target = uniform + select_many(hit, peak, Vector::<f32, N>::new(0.0));
-    upstream * ((logits - lse).exp() - target)
+    let zero = Vector::<f32, N>::new(0.0);
+    let target = uniform + select_many(hit, peak, zero);
+    let gradient = upstream * ((logits - lse).exp() - target);
+    select_many(upstream.equal(&zero), zero, gradient)
 }

@@ -14,8 +14,10 @@ pub(crate) struct Span {
 pub(crate) fn share(start: usize, count: usize) -> Span {
     let unit = UNIT_POS as usize;
     let units = CUBE_DIM as usize;
+    // Not `count · unit / units`, which passes 32 bits long before `count` does.
+    let (each, rest) = (count / units, count % units);
     Span {
-        start: start + count * unit / units,
-        end: start + count * (unit + 1) / units,
+        start: start + each * unit + min(unit, rest),
+        end: start + each * (unit + 1) + min(unit + 1, rest),
     }
 }

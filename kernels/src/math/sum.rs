@@ -1,4 +1,5 @@
-//! Kahan's compensated sum: the rounding error of each addition is carried into the next.
+//! Kahan's compensated sum: the rounding error of each addition is carried into the next; that of a sum that is no longer finite
+//! is not, so that a sum with an infinity is that infinity.
 
 use cubecl::prelude::*;
 
@@ -14,7 +15,9 @@ impl<N: Size> KahanLanes<N> {
     pub(crate) fn add(&mut self, value: Vector<f32, N>) {
         let corrected = value - self.carry;
         let next = self.sum + corrected;
-        self.carry = (next - self.sum) - corrected;
+        let carry = (next - self.sum) - corrected;
+        let finite = carry.abs().less_equal(&Vector::<f32, N>::new(f32::MAX));
+        self.carry = select_many(finite, carry, Vector::<f32, N>::new(0.0));
         self.sum = next;
     }
 }
@@ -37,7 +40,8 @@ impl Kahan {
     pub(crate) fn add(&mut self, value: f32) {
         let corrected = value - self.carry;
         let next = self.sum + corrected;
-        self.carry = (next - self.sum) - corrected;
+        let carry = (next - self.sum) - corrected;
+        self.carry = select(carry.abs() <= f32::MAX, carry, 0.0);
         self.sum = next;
     }
 

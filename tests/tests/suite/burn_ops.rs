@@ -142,12 +142,15 @@ fn the_module_gives_the_references_loss_gradients_and_prototypes() {
         let mut sums = reference::ClassSums::zeros(SIZES);
         sums.add(&wide(&x), &LABELS, SIZES, false);
         let means = reference::class_means(&sums, &wide(&w), SIZES);
-        let (replaced, counts) = module
+        let (replaced, means_and_counts) = module
             .replace_prototypes(embeddings, labels(&device), 4)
             .expect("valid");
         near("prototypes", &read(replaced.weight.val()), &means);
         assert_eq!(
-            counts.try_into_vec_as::<u32>().expect("the device works"),
+            means_and_counts
+                .counts
+                .try_into_vec_as::<u32>()
+                .expect("the device works"),
             sums.counts
         );
     }
@@ -231,9 +234,10 @@ fn a_label_is_judged_before_it_is_narrowed() {
     let loss = cosine_cross_entropy_by_row(embeddings, weights, far, &fused::Options::default());
     assert_eq!(
         loss.expect("shapes fit").check(),
-        Err(Error::BadLabel {
+        Err(Error::Label {
             row: 4,
-            classes: 5,
+            label: Some(1 << 32),
+            active: 5,
             rows: 1
         })
     );
@@ -391,10 +395,25 @@ fn what_does_not_fit_is_refused_at_the_call() {
         .expect("shapes fit");
     assert_eq!(
         loss.heads.check(),
-        Err(Error::BadLabel {
+        Err(Error::Label {
             row: 4,
-            classes: 4,
+            label: Some(9),
+            active: 4,
             rows: 1
+        })
+    );
+    let embeddings = tensor(&numbers(126, 1), [3, 7, 6], &device);
+    let bad = Tensor::from_data(TensorData::new(vec![0i32, -1, 2, 7, 1, 0, 0], [7]), &device);
+    let (_, means) = module
+        .replace_prototypes(embeddings, bad, 4)
+        .expect("shapes fit");
+    assert_eq!(
+        means.check(),
+        Err(Error::Label {
+            row: 1,
+            label: Some(-1),
+            active: 4,
+            rows: 2
         })
     );
 }

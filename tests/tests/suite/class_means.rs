@@ -49,7 +49,7 @@ fn means(
         ignore_index: problem.ignore_index,
         strategy: run.strategy,
     };
-    let fresh = || ClassSums::new(client, heads, active, dim).map_err(said);
+    let fresh = || ClassSums::new(client, heads, active, dim, &options).map_err(said);
     let mut sums = fresh()?;
     let mut other = fresh()?;
     for (first, last) in [(0, split), (split, rows)] {
@@ -68,16 +68,14 @@ fn means(
         } else {
             &mut sums
         };
-        into.accumulate(client, &embeddings, &labels, &options)
+        into.accumulate(client, &embeddings, &labels)
             .map_err(said)?;
     }
     if merged {
-        sums.merge(client, &other, run.strategy).map_err(said)?;
+        sums.merge(client, &other).map_err(said)?;
     }
     let weights = problem.upload(client, &data.weights, &[heads, classes, dim]);
-    let means = sums
-        .write_means(client, &weights, run.strategy)
-        .map_err(said)?;
+    let means = sums.write_means(client, &weights).map_err(said)?;
     Ok((
         download(client, &means),
         sums.read_counts(client).map_err(said)?,
@@ -107,6 +105,7 @@ fn check(run: &Run, problem: &Problem, unit: bool, split: usize) -> Result<(), S
             dtype: problem.dtype,
             magnitude: 0.0,
             kept: 0.0,
+            lengths: &[],
         }
         .check()?;
     }

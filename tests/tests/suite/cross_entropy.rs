@@ -4,8 +4,8 @@ use cubecl::ir::{ElemType, IntKind};
 use cubecl::prelude::CubeElement;
 use cubecl::std::tensor::TensorHandle;
 use proptest::prelude::*;
-use protohead::Upstream;
 use protohead::cross_entropy::{Inputs, Options, backward, forward};
+use protohead::{LossOptions, Reduction, Upstream};
 use protohead_reference as reference;
 use protohead_tests::close::Comparison;
 use protohead_tests::devices::{Run, runs};
@@ -64,10 +64,15 @@ fn check(
             dtype,
             magnitude,
             kept: 0.0,
+            lengths: &[],
         }
         .check()
     };
     let size = f64::from(problem.scale.abs());
+    let summed = match problem.reduction {
+        Reduction::Sum => rows as f64,
+        Reduction::Mean | Reduction::None => 1.0,
+    };
     let (t, w) = (&truth.forward, &working.forward);
     float(
         "loss",
@@ -75,12 +80,25 @@ fn check(
         &t.loss,
         &w.loss,
         Dtype::F32,
-        size * rows as f64,
+        size * summed,
+    )?;
+    float(
+        "total",
+        &output.total,
+        &[t.total],
+        &[w.total],
+        Dtype::F32,
+        size * rows as f64 * heads as f64,
     )?;
     float("lse", &output.lse, &t.lse, &w.lse, Dtype::F32, size)?;
     if output.read_predictions(client).map_err(said)? != t.predictions {
         return Err("predictions differ".into());
     }
+    // A logit's gradient is at most the row's part in the loss, times what arrives.
+    let share = match problem.reduction {
+        Reduction::Mean => 1.0 / rows as f64,
+        Reduction::Sum | Reduction::None => 1.0,
+    };
     let loss_gradient = TensorHandle::new_contiguous(
         output.loss.shape().to_vec(),
         client.create_from_slice(f32::as_bytes(&data.upstream)),
@@ -95,7 +113,7 @@ fn check(
         ),
     ] {
         let dz = backward(client, &inputs, &options, &output, &upstream).map_err(said)?;
-        float("dz", &dz, truth, working, problem.dtype, 2.0)?;
+        float("dz", &dz, truth, working, problem.dtype, 2.0 * share)?;
     }
     Ok(())
 }
@@ -154,6 +172,52 @@ fn a_masked_class_takes_no_part() {
         let other = 1.0 / (1.0 + 1f64.exp());
         for (ours, truth) in grad.iter().zip([other, -other, 0.0]) {
             assert!((ours - truth).abs() < 1e-6, "on {run}: {grad:?}");
+        }
+    }
+}
+
+/// A loss beyond every number is infinite, as in torch, and not NaN; a row that is ignored has no gradient, whatever it holds.
+#[test]
+fn an_infinite_loss_and_an_ignored_row_without_a_softmax() {
+    let infinity = f32::INFINITY;
+    for run in runs() {
+        let client = run.client;
+        let logits = [0.0, -infinity, 0.0, 0.0, -infinity, -infinity];
+        let inputs = Inputs {
+            logits: TensorHandle::new_contiguous(
+                [1, 3, 2],
+                client.create_from_slice(f32::as_bytes(&logits)),
+                Dtype::F32.elem(),
+            ),
+            labels: TensorHandle::new_contiguous(
+                [3],
+                client.create_from_slice(i32::as_bytes(&[1, 0, -100])),
+                ElemType::Int(IntKind::I32),
+            ),
+        };
+        for reduction in [Reduction::Sum, Reduction::Mean] {
+            let options = Options {
+                loss: LossOptions {
+                    reduction,
+                    ..LossOptions::default()
+                },
+                strategy: run.strategy,
+            };
+            let output = forward(client, &inputs, &options).expect("the operands are valid");
+            let total = output.read_total(client).expect("the labels are valid");
+            assert_eq!(total, infinity, "{reduction:?} on {run}");
+            let grad = backward(client, &inputs, &options, &output, &Upstream::Total(1.0))
+                .expect("the operands are valid");
+            let grad = download(client, &grad);
+            let part = if reduction == Reduction::Mean {
+                0.5
+            } else {
+                1.0
+            };
+            let expected = [part, -part, -part / 2.0, part / 2.0, 0.0, 0.0];
+            for (ours, truth) in grad.iter().zip(expected) {
+                assert!((ours - truth).abs() < 1e-6, "on {run}: {grad:?}");
+            }
         }
     }
 }

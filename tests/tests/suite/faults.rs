@@ -137,7 +137,7 @@ fn what_the_host_can_see_is_a_typed_error() {
             with(|o| o.loss.head_weights = Some(vec![1.0])),
             "1 head weights for 2 heads"
         );
-        assert!(ClassSums::new(client, 0, 3, 5).is_err());
+        assert!(ClassSums::new(client, 0, 3, 5, &Default::default()).is_err());
     }
 }
 
@@ -356,7 +356,7 @@ fn a_bad_label_is_reported_and_its_row_counts_as_ignored() {
             bad.read_total(client),
             Err(Error::Label {
                 row: 1,
-                label: 3,
+                label: Some(3),
                 active: 3,
                 rows: 2
             }),
@@ -380,12 +380,11 @@ fn a_bad_label_leaves_class_means_untouched_and_is_reported() {
             strategy: run.strategy,
             ..Default::default()
         };
-        let mut sums = ClassSums::new(client, 2, 3, 5).expect("valid");
+        let mut sums = ClassSums::new(client, 2, 3, 5, &options).expect("valid");
         sums.accumulate(
             client,
             &floats(client, &[2, 4, 5]),
             &labels(client, &[7, -1, 3, -100]),
-            &options,
         )
         .expect("the host sees nothing wrong");
         assert!(
@@ -394,12 +393,22 @@ fn a_bad_label_leaves_class_means_untouched_and_is_reported() {
         );
         assert_eq!(
             sums.read_counts(client),
-            Err(Error::BadLabel {
+            Err(Error::Label {
                 row: 0,
-                classes: 3,
+                label: None,
+                active: 3,
                 rows: 3
             }),
             "on {run}"
+        );
+        let unit_rows = protohead::class_means::Options {
+            normalize: true,
+            ..options.clone()
+        };
+        let other = ClassSums::new(client, 2, 3, 5, &unit_rows).expect("valid");
+        assert_eq!(
+            sums.merge(client, &other),
+            Err(Error::MixedSums { normalized: true })
         );
     }
 }

@@ -100,7 +100,8 @@ fn relative(
     }
     let largest = group_max(largest, group);
     let mut inverse = 0.0f32.runtime();
-    if largest > 0.0 {
+    // What is next to nothing has no inverse, and counts as nothing.
+    if largest > 0.0 && unit / largest <= f32::MAX {
         inverse = unit / largest;
     }
     row = UNIT_POS as usize;

@@ -25,12 +25,13 @@ use cubecl::std::tensor::TensorHandle;
 
 use super::launch::{Call, Results};
 use crate::Gradients;
+use crate::error::Error;
 use crate::loss::Reduction;
 use crate::loss::reduce::reduce_heads;
 use crate::loss::rows::Arriving;
 use crate::loss::target::{LabelRule, label_rule};
 use crate::math::span::{Span, share};
-use crate::operand::{F32, RowStrides, whole};
+use crate::operand::{F32, RowStrides, addressable, whole};
 use crate::packing::unit::TILE_VECTORS;
 use plan::{HostPlan, Phases, Plan, Problem};
 use rows::ClassBlock;
@@ -46,12 +47,15 @@ pub(super) struct Step<'a> {
 
 impl<'a> Step<'a> {
     /// Plans the loss, the gradients, or both; none if both are better done in two launches.
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`] if what each unit needs at least passes 32-bit addresses.
     pub(super) fn new(
         call: &'a Call,
         loss: bool,
         arriving: Option<&'a Arriving>,
         gradients: &'a Gradients,
-    ) -> Option<Self> {
+    ) -> Result<Option<Self>, Error> {
         let sizes = &call.problem.sizes;
         let phases = Phases {
             loss,
@@ -72,13 +76,17 @@ impl<'a> Step<'a> {
             tile_rows: call.blueprint.tile_rows,
             full: call.problem.embeddings.dtype() == F32,
         };
-        Some(Self {
+        let Some(host) = HostPlan::new(&problem, phases) else {
+            return Ok(None);
+        };
+        addressable("the workspace", host.floats as u128)?;
+        Ok(Some(Self {
             call,
             arriving,
             gradients,
             phases,
-            host: HostPlan::new(&problem, phases)?,
-        })
+            host,
+        }))
     }
 
     /// Launches it. Without the loss, lse and status of `results` are read, and nothing of it is written.
@@ -200,10 +208,14 @@ fn step<F: Float, I: Int, N: Size, M: Size>(
     let blocks = plan.classes.div_ceil(plan.class_block);
     let mut start = 0usize.runtime();
     while start < plan.items {
-        let chunk = Span {
-            start,
-            end: min(start + plan.chunk_items, plan.items),
-        };
+        let mut end = min(start + plan.chunk_items, plan.items);
+        if comptime!(phases.weights && !carry_in_gradient)
+            && end > (plan.head(start) + 1) * plan.panels
+        {
+            // What is carried has the place of one head: the chunk that takes it from there leaves none of the next there.
+            end = end / plan.panels * plan.panels;
+        }
+        let chunk = Span { start, end };
         let mine = share(chunk.start, chunk.end - chunk.start);
         let first_head = plan.head(chunk.start);
         let end_head = plan.head(chunk.end - 1) + 1;

@@ -202,8 +202,11 @@ pub(super) fn subtract_targets<F: Float, N: Size, M: Size>(
                 if comptime!(phases.smooth) {
                     value = fma(space[totals + d], of_all, value);
                 }
-                let w = Vector::<f32, M>::cast_from(weights[from + d]);
-                space[at] = fma(w, of_target, value);
+                if target < INVALID {
+                    let w = Vector::<f32, M>::cast_from(weights[from + d]);
+                    value = fma(w, of_target, value);
+                }
+                space[at] = value;
             }
         }
     }

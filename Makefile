@@ -4,6 +4,8 @@ cargo_flags := --release --workspace
 
 cpu = $(shell sed -n 's/^model name.*: //p' /proc/cpuinfo 2>/dev/null | head -1)
 
+gpu = $(shell nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -1)
+
 demo_flags := --synthetic --keywords 21 --voices 30 --tau 1 --epochs 20 --batch 24 --out runs/demo
 
 .PHONY: demo help setup setup-tests build test check bench bench-table kernel-table clean
@@ -38,9 +40,10 @@ bench: setup ## throughput of every op at every shape beside its peers: about a 
 
 bench-table: build ## the last bench as a table in benches/results
 	@mkdir -p benches/results
-	$${CARGO_TARGET_DIR:-target}/release/table $${CARGO_TARGET_DIR:-target} "$(cpu), $$(nproc) cores, $$(date +%F)" > bench-table.tmp
-	@mv bench-table.tmp benches/results/$$(date +%F)-cpu.md
-	@cat benches/results/$$(date +%F)-cpu.md
+	@set -e; table=$${CARGO_TARGET_DIR:-target}/release/table; device=$$($$table device); \
+	if [ $$device = cuda ]; then name="$(gpu)"; else name="$(cpu), $$(nproc) cores"; fi; \
+	$$table $${CARGO_TARGET_DIR:-target} "$$name, $$(date +%F)" > bench-table.tmp; \
+	mv bench-table.tmp benches/results/$$(date +%F)-$$device.md; cat benches/results/$$(date +%F)-$$device.md
 
 kernel-table: setup-tests ## registers, shared memory and instructions of every kernel on NVIDIA GPUs, in benches/results
 	cargo build $(cargo_flags) --bins --tests

@@ -9,7 +9,7 @@ use cubecl::prelude::CubeElement;
 use cubecl::std::tensor::TensorHandle;
 use half::{bf16, f16};
 use protohead::class_means::ClassSums;
-use protohead::{Strategy, Upstream};
+use protohead::{Upstream, Wanted};
 use protohead::{
     class_means, cosine_cross_entropy as fused, cosine_logits, cross_entropy, reconstruction,
 };
@@ -30,6 +30,11 @@ pub(crate) fn client() -> &'static Client {
 /// Whether that is a CPU.
 pub(crate) fn on_cpu() -> bool {
     client().properties().hardware.num_cpu_cores.is_some()
+}
+
+/// What is measured, as files are named after it.
+pub fn device_name() -> &'static str {
+    if on_cpu() { "cpu" } else { "cuda" }
 }
 
 /// The dtype of the operands.
@@ -172,7 +177,8 @@ pub(crate) fn run(group: Group, shape: &Shape, data: &Data, dtype: Dtype, keep: 
             let start = ready(&[&inputs.embeddings, &inputs.weights, &inputs.labels]);
             let one = Upstream::default();
             let (output, gradients) =
-                fused::forward_backward(client, &inputs, &options, &one, true, true).expect(valid);
+                fused::forward_backward(client, &inputs, &options, &one, Wanted::BOTH)
+                    .expect(valid);
             let dx = gradients.embeddings.expect("asked for");
             let dw = gradients.weights.expect("asked for");
             finish(start, &[&output.total, &dx, &dw], keep)
@@ -202,10 +208,16 @@ pub(crate) fn run(group: Group, shape: &Shape, data: &Data, dtype: Dtype, keep: 
             };
             let one = upload(&[1.0], [1]);
             let start = ready(&[&inputs.whole, &inputs.first, &inputs.second, &one]);
-            let output = reconstruction::forward(client, &inputs, Strategy::Inferred).expect(valid);
-            let gradients =
-                reconstruction::backward(client, &inputs, &one, Strategy::Inferred, true, true)
-                    .expect(valid);
+            let output =
+                reconstruction::forward(client, &inputs, &Default::default()).expect(valid);
+            let gradients = reconstruction::backward(
+                client,
+                &inputs,
+                &Default::default(),
+                &one,
+                reconstruction::Wanted::ALL,
+            )
+            .expect(valid);
             let whole = gradients.whole.expect("asked for");
             let parts = gradients.part.expect("asked for");
             finish(start, &[&output.loss, &whole, &parts], keep)
@@ -221,7 +233,7 @@ pub(crate) fn run_captured(shape: &Shape, data: &Data, keep: bool) -> Ran {
         ..fused::Options::default()
     };
     let one = Upstream::default();
-    let mut step = fused::Captured::new(client, &inputs, &options, &one, true, true)
+    let mut step = fused::Captured::new(client, &inputs, &options, &one, Wanted::BOTH)
         .expect("the operands are valid");
     let start = ready(&[&inputs.embeddings, &inputs.weights, &inputs.labels]);
     step.replay().expect("the device replays it");
@@ -257,7 +269,7 @@ pub(crate) fn run_unfused(group: Group, shape: &Shape, data: &Data, keep: bool) 
     let dz =
         cross_entropy::backward(client, &on_logits, &loss_options, &output, &one).expect(valid);
     let gradients =
-        cosine_logits::backward(client, &inputs, &options, &dz, true, true).expect(valid);
+        cosine_logits::backward(client, &inputs, &options, &dz, Wanted::BOTH).expect(valid);
     let dx = gradients.embeddings.expect("asked for");
     let dw = gradients.weights.expect("asked for");
     finish(start, &[&output.total, &dx, &dw], keep)

@@ -5,6 +5,9 @@ use std::time::Instant;
 use burn::tensor::activation::log_softmax;
 use burn::tensor::{Device, IndexingUpdateOp, Int, Tensor, TensorData};
 
+use protohead::burn::cosine_cross_entropy;
+use protohead::cosine_cross_entropy::Options;
+
 use crate::{Answer, Data, Group, Ran, Shape};
 
 /// The device that our ops run on.
@@ -172,6 +175,40 @@ pub(crate) fn run(device: &Device, group: Group, shape: &Shape, data: &Data, kee
     let answer = keep.then(|| {
         let mut answer: Answer = loss.map(read).into_iter().collect();
         answer.extend(gradients.into_iter().map(joined));
+        answer
+    });
+    Ran { time, answer }
+}
+
+/// This library's loss of Burn tensors and its gradients, and waits for them.
+pub(crate) fn run_module(shape: &Shape, data: &Data, keep: bool) -> Ran {
+    let device = cube().autodiff();
+    let tensor = |values: &[f32], rows: usize| {
+        let shape = [shape.heads, rows, shape.dim];
+        Tensor::<3>::from_data(TensorData::new(values.to_vec(), shape), &device).require_grad()
+    };
+    let embeddings = tensor(&data.embeddings, shape.rows);
+    let weights = tensor(&data.weights, shape.classes);
+    let labels = TensorData::new(data.labels.clone(), [shape.rows]);
+    let labels: Tensor<1, Int> = Tensor::from_data(labels, &device);
+    let options = Options {
+        scale: 16.0,
+        active: Some(shape.active),
+        ..Options::default()
+    };
+    device.sync().expect("the device works");
+
+    let start = Instant::now();
+    let loss = cosine_cross_entropy(embeddings.clone(), weights.clone(), labels, &options);
+    let loss = loss.expect("the operands are valid").loss.sum();
+    let gradients = loss.clone().backward();
+    let grad = |of: &Tensor<3>| of.grad(&gradients).expect("tracked");
+    let gradients = [grad(&embeddings), grad(&weights)];
+    device.sync().expect("the device works");
+    let time = start.elapsed();
+    let answer = keep.then(|| {
+        let mut answer: Answer = vec![read(loss.inner())];
+        answer.extend(gradients.map(read));
         answer
     });
     Ran { time, answer }

@@ -10,7 +10,7 @@ use cubecl::prelude::*;
 use cubecl::std::tensor::TensorHandle;
 use protohead::class_means::{self, ClassSums};
 use protohead::cosine_cross_entropy::{Inputs, Options, forward_backward};
-use protohead::{Error, Upstream};
+use protohead::{Error, Upstream, Wanted};
 
 const HEADS: usize = 3;
 const ROWS: usize = 64;
@@ -59,7 +59,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         // The total of the heads' mean losses, with an upstream gradient of 1. No gradient of the embeddings is asked for.
         let upstream = Upstream::Total(1.0);
         let (output, gradients) =
-            forward_backward(&client, &inputs, &options, &upstream, false, true)?;
+            forward_backward(&client, &inputs, &options, &upstream, Wanted::WEIGHTS)?;
         // Waits for the device, and tells of labels that are no class.
         println!("step {step:2}: loss {:.4}", output.read_total(&client)?);
         if let Some(gradient) = gradients.weights {

@@ -32,6 +32,7 @@ pub mod burn;
 mod blueprint;
 mod cmma;
 mod error;
+mod gradients;
 mod loss;
 mod math;
 mod operand;
@@ -39,5 +40,5 @@ mod packing;
 
 pub use blueprint::{Strategy, Variant};
 pub use error::Error;
+pub use gradients::{Gradients, Wanted};
 pub use loss::{LossOptions, LossOutput, Reduction, Upstream};
-pub use packing::Gradients;

@@ -8,7 +8,7 @@ use std::process::Command;
 use cubecl::client::Client;
 use cubecl::ir::{ElemType, FloatKind, IntKind};
 use cubecl::std::tensor::TensorHandle;
-use protohead::{Reduction, Strategy, Upstream, Variant};
+use protohead::{Reduction, Strategy, Upstream, Variant, Wanted};
 use protohead::{class_means, cosine_cross_entropy, cosine_logits, cross_entropy, reconstruction};
 use serde::{Deserialize, Serialize};
 
@@ -154,7 +154,7 @@ fn fused(client: &Client, dtype: FloatKind, strategy: Strategy, allow_tf32: bool
         options.loss.reduction = reduction;
         let output = cosine_cross_entropy::forward(client, &inputs, &options).expect(VALID);
         let upstream = Upstream::Total(1.0);
-        cosine_cross_entropy::backward(client, &inputs, &options, &output, &upstream, true, true)
+        cosine_cross_entropy::backward(client, &inputs, &options, &output, &upstream, Wanted::BOTH)
             .expect(VALID);
     }
 }
@@ -173,7 +173,7 @@ fn small(client: &Client, dtype: FloatKind) {
         };
         options.loss.reduction = reduction;
         let upstream = Upstream::Total(1.0);
-        cosine_cross_entropy::forward_backward(client, &inputs, &options, &upstream, true, true)
+        cosine_cross_entropy::forward_backward(client, &inputs, &options, &upstream, Wanted::BOTH)
             .expect(VALID);
     }
 }
@@ -195,7 +195,7 @@ fn many_classes(client: &Client, dtype: FloatKind) {
     };
     let output = cosine_cross_entropy::forward(client, &inputs, &options).expect(VALID);
     let upstream = Upstream::Total(1.0);
-    cosine_cross_entropy::backward(client, &inputs, &options, &output, &upstream, true, true)
+    cosine_cross_entropy::backward(client, &inputs, &options, &output, &upstream, Wanted::BOTH)
         .expect(VALID);
 }
 
@@ -207,7 +207,7 @@ fn logits(client: &Client, dtype: FloatKind) {
     };
     let options = cosine_logits::Options::default();
     let z = cosine_logits::forward(client, &inputs, &options).expect(VALID);
-    cosine_logits::backward(client, &inputs, &options, &z, true, true).expect(VALID);
+    cosine_logits::backward(client, &inputs, &options, &z, Wanted::BOTH).expect(VALID);
 }
 
 fn on_logits(client: &Client, dtype: FloatKind) {
@@ -244,9 +244,16 @@ fn reconstruct(client: &Client, dtype: FloatKind) {
         first: part(),
         second: part(),
     };
-    reconstruction::forward(client, &inputs, Strategy::Inferred).expect(VALID);
+    reconstruction::forward(client, &inputs, &Default::default()).expect(VALID);
     let one = tensor(client, &[1], ElemType::Float(FloatKind::F32));
-    reconstruction::backward(client, &inputs, &one, Strategy::Inferred, true, true).expect(VALID);
+    reconstruction::backward(
+        client,
+        &inputs,
+        &Default::default(),
+        &one,
+        reconstruction::Wanted::ALL,
+    )
+    .expect(VALID);
 }
 
 fn row(op: &str, dtype: FloatKind, compiled: &Compiled, ptxas: Option<&Path>) -> Row {

@@ -1,4 +1,5 @@
-//! Criterion's output as a table in Markdown: `table TARGET_FOLDER TITLE`, medians and ratios to protohead.
+//! Criterion's output as a table in Markdown: `table TARGET_FOLDER TITLE`, medians and ratios to protohead. `table device` says what
+//! the benches measure on this machine: `cpu` or `cuda`.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -29,8 +30,13 @@ fn time(nanoseconds: f64) -> String {
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut arguments = std::env::args().skip(1);
-    let (Some(target), Some(title)) = (arguments.next(), arguments.next()) else {
-        return Err("usage: table TARGET_FOLDER TITLE".into());
+    let (target, title) = match (arguments.next(), arguments.next()) {
+        (Some(target), Some(title)) => (target, title),
+        (Some(word), None) if word == "device" => {
+            println!("{}", protohead_benches::device_name());
+            return Ok(());
+        }
+        _ => return Err("usage: table TARGET_FOLDER TITLE, or table device".into()),
     };
     let criterion = PathBuf::from(target).join("criterion");
     let fma =

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use protohead::cosine_cross_entropy::{Inputs, Options, forward_backward};
-use protohead::{LossOptions, Reduction, Upstream};
+use protohead::{LossOptions, Reduction, Upstream, Wanted};
 
 use crate::device::DeviceName;
 use crate::error::Error;
@@ -73,7 +73,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Error> {
         ..Options::default()
     };
     let upstream = Upstream::Total(1.0);
-    let (output, gradients) = forward_backward(&client, &inputs, &options, &upstream, true, true)?;
+    let (output, gradients) =
+        forward_backward(&client, &inputs, &options, &upstream, Wanted::BOTH)?;
     let total = output.read_total(&client)?;
     let mut written = Written::default();
     written.floats(&client, "loss", &output.loss, output.loss.shape())?;

@@ -13,8 +13,8 @@ use super::ops::{MaybeGrad, ProtoheadGradOps, ProtoheadOps};
 use crate::class_means::{self, ClassSums};
 use crate::loss::LossOutput;
 use crate::{
-    Error, Strategy, Upstream, cosine_cross_entropy as fused, cosine_logits as logits,
-    cross_entropy, reconstruction,
+    Error, Upstream, Wanted, cosine_cross_entropy as fused, cosine_logits as logits, cross_entropy,
+    reconstruction,
 };
 
 /// The public functions have checked shapes, dtypes, options and sizes before Burn took the op down here, where nothing can be
@@ -76,6 +76,13 @@ fn results(
         tensor(like, output.predictions, DType::U32),
         tensor(like, output.status, DType::U32),
     )
+}
+
+fn wanted([embeddings, weights]: [bool; 2]) -> Wanted {
+    Wanted {
+        embeddings,
+        weights,
+    }
 }
 
 fn gradient(like: &CubeTensor, handle: Option<TensorHandle>) -> MaybeGrad<CubeBackend> {
@@ -150,7 +157,7 @@ impl ProtoheadOps for CubeBackend {
         let output = checked(reconstruction::forward(
             &whole.client,
             &inputs,
-            Strategy::Inferred,
+            &Default::default(),
         ));
         tensor(&whole, output.loss, DType::F32)
     }
@@ -201,8 +208,7 @@ impl ProtoheadGradOps for CubeBackend {
             &inputs,
             &options,
             &Upstream::Total(1.0),
-            need[0],
-            need[1],
+            wanted(need),
         ));
         let (loss, lse, predictions, status) = results(&embeddings, output);
         (
@@ -237,8 +243,7 @@ impl ProtoheadGradOps for CubeBackend {
             &options,
             &output,
             &Upstream::Loss(handle(into_contiguous(grad))),
-            need[0],
-            need[1],
+            wanted(need),
         ));
         (
             gradient(&embeddings, gradients.embeddings),
@@ -282,8 +287,7 @@ impl ProtoheadGradOps for CubeBackend {
             &inputs,
             &options,
             &operand(grad),
-            need[0],
-            need[1],
+            wanted(need),
         ));
         (
             gradient(&embeddings, gradients.embeddings),
@@ -306,10 +310,12 @@ impl ProtoheadGradOps for CubeBackend {
         let gradients = checked(reconstruction::backward(
             &whole.client,
             &inputs,
+            &Default::default(),
             &handle(into_contiguous(grad)),
-            Strategy::Inferred,
-            need[0],
-            need[1],
+            reconstruction::Wanted {
+                whole: need[0],
+                parts: need[1],
+            },
         ));
         (
             gradient(&whole, gradients.whole),

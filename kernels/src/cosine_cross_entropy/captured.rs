@@ -8,8 +8,8 @@ use cubecl::future::block_on;
 use cubecl::server::Handle;
 
 use super::launch::{Call, Inputs, Options, forward_backward};
-use crate::Gradients;
 use crate::error::Error;
+use crate::gradients::{Gradients, Wanted};
 use crate::loss::{LossOutput, Upstream};
 
 /// A [`forward_backward`] over the same buffers again and again, without the host's part of its launches: on CUDA and HIP one
@@ -27,12 +27,12 @@ use crate::loss::{LossOutput, Upstream};
 /// ```no_run
 /// use cubecl::bytes::Bytes;
 /// use cubecl::client::Client;
-/// use protohead::Upstream;
+/// use protohead::{Upstream, Wanted};
 /// use protohead::cosine_cross_entropy::{Captured, Inputs, Options};
 ///
 /// # fn train(client: &Client, inputs: &Inputs, batches: Vec<Vec<f32>>) -> Result<(), protohead::Error> {
 /// let upstream = Upstream::Total(1.0);
-/// let mut step = Captured::new(client, inputs, &Options::default(), &upstream, true, true)?;
+/// let mut step = Captured::new(client, inputs, &Options::default(), &upstream, Wanted::BOTH)?;
 /// for embeddings in batches {
 ///     client.write(&step.inputs().embeddings.handle, Bytes::from_elems(embeddings));
 ///     step.replay()?;
@@ -45,8 +45,7 @@ pub struct Captured {
     inputs: Inputs,
     options: Options,
     upstream: Upstream,
-    embeddings: bool,
-    weights: bool,
+    wanted: Wanted,
     output: LossOutput,
     gradients: Gradients,
     recording: Option<Recording>,
@@ -78,14 +77,13 @@ impl Captured {
         inputs: &Inputs,
         options: &Options,
         upstream: &Upstream,
-        embeddings: bool,
-        weights: bool,
+        wanted: Wanted,
     ) -> Result<Self, Error> {
         let call = Call::new(client, inputs, options)?;
         // Nothing is uploaded while a graph is recorded, so this is done before.
         let arriving = call.arriving(upstream)?;
         client.graph_prepare().map_err(Error::device)?;
-        let step = || call.forward_backward(&arriving, embeddings, weights);
+        let step = || call.forward_backward(&arriving, wanted);
         // Nothing is allocated either: what the first run leaves in the pools, the recorded one takes.
         let first = step().and_then(|first| {
             block_on(client.sync()).map_err(Error::device)?;
@@ -113,8 +111,7 @@ impl Captured {
             inputs: inputs.clone(),
             options: options.clone(),
             upstream: upstream.clone(),
-            embeddings,
-            weights,
+            wanted,
             output,
             gradients,
             recording,
@@ -159,8 +156,7 @@ impl Captured {
                     &self.inputs,
                     &self.options,
                     &self.upstream,
-                    self.embeddings,
-                    self.weights,
+                    self.wanted,
                 )?;
                 Ok(())
             }

@@ -7,10 +7,10 @@ use cubecl::std::tensor::TensorHandle;
 use serde::{Deserialize, Serialize};
 
 use super::{cmma, plane, small, unit};
-use crate::Gradients;
 use crate::blueprint::{Blueprint, Strategy, Variant};
 use crate::cosine_logits::CosineProblem;
 use crate::error::Error;
+use crate::gradients::{Gradients, Wanted};
 use crate::loss::reduce::{self, Reduced};
 use crate::loss::rows::{self, Arriving};
 use crate::loss::{LossOptions, LossOutput, Upstream};
@@ -68,12 +68,12 @@ impl Default for Options {
 /// `examples/step.rs` runs.
 /// ```no_run
 /// use protohead::cosine_cross_entropy::{Inputs, Options, backward, forward};
-/// use protohead::Upstream;
+/// use protohead::{Upstream, Wanted};
 ///
 /// # fn step(client: &cubecl::client::Client, inputs: &Inputs) -> Result<(), protohead::Error> {
 /// let options = Options { scale: 16.0, active: Some(20), ..Options::default() };
 /// let output = forward(client, inputs, &options)?;
-/// let gradients = backward(client, inputs, &options, &output, &Upstream::Total(1.0), true, true)?;
+/// let gradients = backward(client, inputs, &options, &output, &Upstream::Total(1.0), Wanted::BOTH)?;
 /// println!("loss {}", output.read_total(client)?);
 /// # Ok(()) }
 /// ```
@@ -81,7 +81,7 @@ pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<Lo
     let call = Call::new(client, inputs, options)?;
     Ok(match call.blueprint.variant {
         Variant::Unit => call.unit_forward()?,
-        Variant::Small => call.small(None, false, false).0,
+        Variant::Small => call.small(None).0,
         _ => call.gpu_forward(),
     })
 }
@@ -98,20 +98,19 @@ pub fn backward(
     options: &Options,
     output: &LossOutput,
     upstream: &Upstream,
-    embeddings: bool,
-    weights: bool,
+    wanted: Wanted,
 ) -> Result<Gradients, Error> {
     let call = Call::new(client, inputs, options)?;
     let sizes = call.problem.sizes;
     output.check(sizes.heads, sizes.rows)?;
     let arriving = call.arriving(upstream)?;
-    if !embeddings && !weights {
+    if !wanted.any() {
         return Ok(Gradients::default());
     }
     Ok(match call.blueprint.variant {
-        Variant::Unit => call.unit_backward(output, &arriving, embeddings, weights)?,
-        Variant::Small => call.small(Some(&arriving), embeddings, weights).1,
-        _ => call.gpu_backward(output, &arriving, embeddings, weights),
+        Variant::Unit => call.unit_backward(output, &arriving, wanted)?,
+        Variant::Small => call.small(Some((&arriving, wanted))).1,
+        _ => call.gpu_backward(output, &arriving, wanted),
     })
 }
 
@@ -128,12 +127,11 @@ pub fn forward_backward(
     inputs: &Inputs,
     options: &Options,
     upstream: &Upstream,
-    embeddings: bool,
-    weights: bool,
+    wanted: Wanted,
 ) -> Result<(LossOutput, Gradients), Error> {
     let call = Call::new(client, inputs, options)?;
     let arriving = call.arriving(upstream)?;
-    call.forward_backward(&arriving, embeddings, weights)
+    call.forward_backward(&arriving, wanted)
 }
 
 /// A call whose operands are proved.
@@ -219,8 +217,8 @@ impl<'a> Call<'a> {
         empty(self.client, [sizes.heads, sizes.rows], dtype)
     }
 
-    fn gradients(&self, embeddings: bool, weights: bool) -> Gradients {
-        self.problem.gradients(self.client, embeddings, weights)
+    fn gradients(&self, wanted: Wanted) -> Gradients {
+        self.problem.gradients(self.client, wanted)
     }
 
     fn output(&self, results: Results) -> LossOutput {
@@ -253,35 +251,31 @@ impl<'a> Call<'a> {
     pub(super) fn forward_backward(
         &self,
         arriving: &Arriving,
-        embeddings: bool,
-        weights: bool,
+        wanted: Wanted,
     ) -> Result<(LossOutput, Gradients), Error> {
         Ok(match self.blueprint.variant {
             Variant::Unit => {
-                if let Some(both) = self.unit_forward_backward(arriving, embeddings, weights)? {
+                if let Some(both) = self.unit_forward_backward(arriving, wanted)? {
                     return Ok(both);
                 }
                 let output = self.unit_forward()?;
-                let gradients = self.unit_backward(&output, arriving, embeddings, weights)?;
+                let gradients = self.unit_backward(&output, arriving, wanted)?;
                 (output, gradients)
             }
-            Variant::Small => self.small(Some(arriving), embeddings, weights),
+            Variant::Small => self.small(Some((arriving, wanted))),
             _ => {
                 let output = self.gpu_forward();
-                let gradients = self.gpu_backward(&output, arriving, embeddings, weights);
+                let gradients = self.gpu_backward(&output, arriving, wanted);
                 (output, gradients)
             }
         })
     }
 
     /// Both passes, or the first without gradients: the second alone would have to compute all of the first.
-    fn small(
-        &self,
-        arriving: Option<&Arriving>,
-        embeddings: bool,
-        weights: bool,
-    ) -> (LossOutput, Gradients) {
-        let gradients = self.gradients(embeddings, weights);
+    fn small(&self, backward: Option<(&Arriving, Wanted)>) -> (LossOutput, Gradients) {
+        let gradients = backward.map(|(_, wanted)| self.gradients(wanted));
+        let gradients = gradients.unwrap_or_default();
+        let arriving = backward.map(|(arriving, _)| arriving);
         let results = self.results();
         small::launch(self, arriving, &results.rows, &results.reduced, &gradients);
         (self.output(results), gradients)
@@ -299,10 +293,9 @@ impl<'a> Call<'a> {
         &self,
         output: &LossOutput,
         arriving: &Arriving,
-        embeddings: bool,
-        weights: bool,
+        wanted: Wanted,
     ) -> Result<Gradients, Error> {
-        let gradients = self.gradients(embeddings, weights);
+        let gradients = self.gradients(wanted);
         let read = Results {
             rows: RowResults {
                 loss: output.lse.clone(),
@@ -324,10 +317,9 @@ impl<'a> Call<'a> {
     fn unit_forward_backward(
         &self,
         arriving: &Arriving,
-        embeddings: bool,
-        weights: bool,
+        wanted: Wanted,
     ) -> Result<Option<(LossOutput, Gradients)>, Error> {
-        let gradients = self.gradients(embeddings, weights);
+        let gradients = self.gradients(wanted);
         let Some(step) = unit::Step::new(self, true, Some(arriving), &gradients)? else {
             return Ok(None);
         };
@@ -358,13 +350,7 @@ impl<'a> Call<'a> {
         self.output(Results { rows, reduced })
     }
 
-    fn gpu_backward(
-        &self,
-        output: &LossOutput,
-        arriving: &Arriving,
-        embeddings: bool,
-        weights: bool,
-    ) -> Gradients {
+    fn gpu_backward(&self, output: &LossOutput, arriving: &Arriving, wanted: Wanted) -> Gradients {
         let sizes = &self.problem.sizes;
         let rows = rows::launch(
             self.client,
@@ -377,9 +363,9 @@ impl<'a> Call<'a> {
             arriving,
             sizes.rows_padded,
         );
-        let gradients = self.gradients(embeddings, weights);
+        let gradients = self.gradients(wanted);
         if let Some(tile) = self.blueprint.product {
-            if embeddings || weights {
+            if wanted.any() {
                 cmma::launch_backward(self, tile, &rows, &gradients);
             }
             return gradients;

@@ -24,8 +24,8 @@
 //! - cmma: a copy of the embeddings in their dtype, their gradient in f32, `20·H·N` bytes for each of the parts that a row's softmax
 //!   is found in (some a chunk of classes), and 160 MiB for what has a class axis, a chunk of classes at a time; more only where a
 //!   single tile of classes with all rows is more.
-//! - unit: a workspace of 60 MiB, through which the operands go in chunks; more only where a panel of rows and 32 classes for each
-//!   core are more (f16 and bf16 gradients of a head with more rows than fit are carried in f32 beside it).
+//! - unit: a workspace of 60 MiB, or 8 MiB a core where there are many, through which the operands go in chunks; more only where a
+//!   panel of rows and 32 classes for each core are more (f16 and bf16 gradients of a head with more rows than fit are carried in f32 beside it).
 //! - small: the logit gradients, at most 32 MiB.
 //!
 //! Nothing else grows with `N·K`. Every output element has one owner that adds in a fixed order, so the same input gives the same

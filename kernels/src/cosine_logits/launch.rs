@@ -5,9 +5,9 @@ use cubecl::std::tensor::TensorHandle;
 use serde::{Deserialize, Serialize};
 
 use super::{CosineProblem, cmma, plane, unit};
-use crate::Gradients;
 use crate::blueprint::{Blueprint, Strategy, Variant};
 use crate::error::Error;
+use crate::gradients::{Gradients, Wanted};
 use crate::operand::{Strided, addressable, empty};
 use crate::packing::{Operand, Packed};
 
@@ -87,8 +87,7 @@ pub fn backward(
     inputs: &Inputs,
     options: &Options,
     grad_logits: &TensorHandle,
-    embeddings: bool,
-    weights: bool,
+    wanted: Wanted,
 ) -> Result<Gradients, Error> {
     let call = Call::new(client, inputs, options)?;
     let problem = &call.problem;
@@ -113,8 +112,8 @@ pub fn backward(
             expected: format!("{}, like the embeddings", problem.embeddings.dtype()),
         });
     }
-    let gradients = problem.gradients(client, embeddings, weights);
-    if gradients.embeddings.is_none() && gradients.weights.is_none() {
+    let gradients = problem.gradients(client, wanted);
+    if !wanted.any() {
         return Ok(gradients);
     }
     if let Some(tile) = call.blueprint.product {

@@ -4,9 +4,9 @@ use cubecl::client::Client;
 use cubecl::ir::ElemType;
 use cubecl::std::tensor::TensorHandle;
 
-use crate::Gradients;
 use crate::blueprint::{Blueprint, Variant};
 use crate::error::Error;
+use crate::gradients::{Gradients, Wanted};
 use crate::operand::{Strided, addressable, count, empty};
 use crate::packing::{Packed, PackedSizes};
 
@@ -78,11 +78,15 @@ impl CosineProblem {
     }
 
     /// Room for the gradients that are asked for.
-    pub(crate) fn gradients(&self, client: &Client, embeddings: bool, weights: bool) -> Gradients {
+    pub(crate) fn gradients(&self, client: &Client, wanted: Wanted) -> Gradients {
         let dtype = self.embeddings.dtype();
         Gradients {
-            embeddings: embeddings.then(|| empty(client, self.embeddings.shape(), dtype)),
-            weights: weights.then(|| empty(client, self.weights.shape(), dtype)),
+            embeddings: wanted
+                .embeddings
+                .then(|| empty(client, self.embeddings.shape(), dtype)),
+            weights: wanted
+                .weights
+                .then(|| empty(client, self.weights.shape(), dtype)),
         }
     }
 }

@@ -15,7 +15,6 @@ pub(crate) use layout::{Layout, LayoutLaunch, Operand};
 use cubecl::client::Client;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
-use cubecl::std::tensor::TensorHandle;
 
 use crate::blueprint::{Blueprint, Variant};
 use crate::operand::Strided;
@@ -136,13 +135,4 @@ impl Packed {
         // SAFETY: `new` allocated exactly this many elements.
         unsafe { BufferArg::from_raw_parts(self.norms.clone(), self.sizes.packed_rows()) }
     }
-}
-
-/// The gradients of a cosine head's operands that were asked for, contiguous and of the operands' dtype.
-#[derive(Clone, Debug, Default)]
-pub struct Gradients {
-    /// `[heads, rows, dim]`; rows that are ignored have zeros.
-    pub embeddings: Option<TensorHandle>,
-    /// `[heads, classes, dim]`; the rows `K..classes` have zeros.
-    pub weights: Option<TensorHandle>,
 }

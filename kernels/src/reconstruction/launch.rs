@@ -21,6 +21,30 @@ pub struct Inputs {
     pub second: TensorHandle,
 }
 
+/// How it runs.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Options {
+    /// Which variant runs.
+    pub strategy: Strategy,
+}
+
+/// The operands whose gradients are computed; what is left out costs nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wanted {
+    /// That of the whole.
+    pub whole: bool,
+    /// That of the parts.
+    pub parts: bool,
+}
+
+impl Wanted {
+    /// Of all three.
+    pub const ALL: Self = Self {
+        whole: true,
+        parts: true,
+    };
+}
+
 /// The result of a forward pass, on the device.
 #[derive(Clone, Debug)]
 pub struct Output {
@@ -56,8 +80,8 @@ pub struct Gradients {
 ///
 /// # Errors
 /// A typed [`Error`], before anything is launched.
-pub fn forward(client: &Client, inputs: &Inputs, strategy: Strategy) -> Result<Output, Error> {
-    let blueprint = Blueprint::new(client, strategy)?;
+pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<Output, Error> {
+    let blueprint = Blueprint::new(client, options.strategy)?;
     let call = Call::new(client, &blueprint, inputs)?;
     let output = Output {
         loss: empty(client, [1], F32),
@@ -78,21 +102,20 @@ pub fn forward(client: &Client, inputs: &Inputs, strategy: Strategy) -> Result<O
 pub fn backward(
     client: &Client,
     inputs: &Inputs,
+    options: &Options,
     upstream: &TensorHandle,
-    strategy: Strategy,
-    whole: bool,
-    part: bool,
+    wanted: Wanted,
 ) -> Result<Gradients, Error> {
-    let blueprint = Blueprint::new(client, strategy)?;
+    let blueprint = Blueprint::new(client, options.strategy)?;
     let call = Call::new(client, &blueprint, inputs)?;
     contiguous("upstream gradient", upstream, &[1], F32)?;
     let shape = [call.rows, call.dim];
     let dtype = call.whole.dtype();
     let gradients = Gradients {
-        whole: whole.then(|| empty(client, shape, dtype)),
-        part: part.then(|| empty(client, shape, dtype)),
+        whole: wanted.whole.then(|| empty(client, shape, dtype)),
+        part: wanted.parts.then(|| empty(client, shape, dtype)),
     };
-    if whole || part {
+    if wanted.whole || wanted.parts {
         let call = BackwardCall {
             of: &call,
             upstream,

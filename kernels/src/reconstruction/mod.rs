@@ -9,4 +9,4 @@ mod plane;
 mod row;
 mod unit;
 
-pub use launch::{Gradients, Inputs, Output, backward, forward};
+pub use launch::{Gradients, Inputs, Options, Output, Wanted, backward, forward};

@@ -4,8 +4,8 @@ use burn::module::Module;
 use burn::store::ModuleRecord;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use protohead::burn::{
-    CosineHeads, CosineHeadsConfig, cosine_cross_entropy_by_row, cross_entropy_by_row,
-    reconstruction,
+    CosineHeads, CosineHeadsConfig, cosine_cross_entropy, cosine_cross_entropy_by_row,
+    cosine_logits, cross_entropy_by_row, reconstruction,
 };
 use protohead::{Error, LossOptions, cosine_cross_entropy as fused};
 use protohead_reference as reference;
@@ -60,6 +60,10 @@ fn read<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
 
 /// f32 against f64: a few rounding errors of sums of this length.
 fn near(name: &str, ours: &[f32], truth: &[f64]) {
+    near_by(name, ours, truth, 4e-6);
+}
+
+fn near_by(name: &str, ours: &[f32], truth: &[f64], relative: f64) {
     assert_eq!(ours.len(), truth.len(), "{name}");
     let size = truth.iter().map(|v| v * v).sum::<f64>().sqrt();
     let error = ours
@@ -69,7 +73,7 @@ fn near(name: &str, ours: &[f32], truth: &[f64]) {
         .sum::<f64>()
         .sqrt();
     assert!(
-        error <= 4e-6 * size + 1e-7,
+        error <= relative * size + 1e-7,
         "{name}: error {error:e} of {size:e}"
     );
 }
@@ -195,6 +199,140 @@ fn an_upstream_gradient_by_row_and_frozen_embeddings_are_honoured() {
             .backward();
         near("dW", &read(weights.grad(&gradients).expect("tracked")), &dw);
         assert!(embeddings.grad(&gradients).is_none());
+    }
+}
+
+/// Loss by head, weighed by what arrives: of each dtype, reduction and smoothing, with operands frozen, and in any layout.
+#[test]
+fn gradients_of_the_loss_by_head_reach_what_is_tracked() {
+    use protohead::Reduction;
+    let (x, w, upstream) = (numbers(126, 3), numbers(90, 4), numbers(3, 5));
+    for device in devices() {
+        let plain = device.clone();
+        let device = device.autodiff();
+        for (dtype, reduction, smoothing, tracked, transposed) in [
+            (DType::F32, Reduction::Sum, 0.1, [true, true], false),
+            (DType::F32, Reduction::Mean, 0.0, [true, false], true),
+            (DType::F32, Reduction::Mean, 0.2, [false, true], true),
+            (DType::F16, Reduction::Mean, 0.0, [true, true], false),
+            (DType::BF16, Reduction::Sum, 0.1, [true, false], true),
+        ] {
+            if !plain.supports_dtype(dtype) {
+                continue;
+            }
+            let case = format!("{dtype:?} {reduction:?} {tracked:?}");
+            let rounded = |values: &[f32]| -> Vec<f64> {
+                let round = |&v: &f32| match dtype {
+                    DType::F16 => half::f16::from_f32(v).to_f64(),
+                    DType::BF16 => half::bf16::from_f32(v).to_f64(),
+                    _ => f64::from(v),
+                };
+                values.iter().map(round).collect()
+            };
+            let options = reference::LossOptions {
+                reduction: match reduction {
+                    Reduction::Sum => reference::Reduction::Sum,
+                    _ => reference::Reduction::Mean,
+                },
+                label_smoothing: f64::from(smoothing as f32),
+                ignore_index: -100,
+                head_weights: vec![1.0; 3],
+            };
+            let truth = reference::cosine_cross_entropy_backward(
+                &rounded(&x),
+                &rounded(&w),
+                &LABELS,
+                SIZES,
+                16.0,
+                &options,
+                &reference::Upstream::Loss(upstream.iter().map(|&v| f64::from(v)).collect()),
+            );
+            let leaf = |values: &[f32], rows: usize, tracked: bool| {
+                let values = tensor(values, [3, rows, 6], &device);
+                let values = match transposed {
+                    // The same numbers, of which Burn holds another order.
+                    true => values.swap_dims(0, 1).add_scalar(0.0).swap_dims(0, 1),
+                    false => values,
+                };
+                values.detach().set_require_grad(tracked)
+            };
+            let embeddings = leaf(&x, 7, tracked[0]);
+            let weights = leaf(&w, 5, tracked[1]);
+            let fused_options = fused::Options {
+                active: Some(4),
+                loss: LossOptions {
+                    reduction,
+                    label_smoothing: smoothing as f32,
+                    ..LossOptions::default()
+                },
+                ..fused::Options::default()
+            };
+            let loss = cosine_cross_entropy(
+                embeddings.clone().cast(dtype),
+                weights.clone().cast(dtype),
+                labels(&device),
+                &fused_options,
+            )
+            .expect("valid");
+            let gradients = (loss.loss * tensor(&upstream, [3], &device))
+                .sum()
+                .backward();
+            // Beside f32's, one rounding of each element to the operands' dtype.
+            let relative = match dtype {
+                DType::F16 => 1e-3,
+                DType::BF16 => 8e-3,
+                _ => 4e-6,
+            };
+            for (name, leaf, truth, tracked) in [
+                ("dX", &embeddings, &truth.0, tracked[0]),
+                ("dW", &weights, &truth.1, tracked[1]),
+            ] {
+                let gradient = leaf.grad(&gradients);
+                assert_eq!(gradient.is_some(), tracked, "{name} of {case}");
+                if let Some(gradient) = gradient {
+                    near_by(
+                        &format!("{name} of {case}"),
+                        &read(gradient),
+                        truth,
+                        relative,
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn gradients_of_logits_reach_both_operands() {
+    let (x, w, upstream) = (numbers(126, 3), numbers(90, 4), numbers(84, 5));
+    let wide = |values: &[f32]| values.iter().map(|&v| f64::from(v)).collect::<Vec<f64>>();
+    let (dx, dw) =
+        reference::cosine_logits_backward(&wide(&x), &wide(&w), &wide(&upstream), SIZES, 16.0);
+    for device in devices() {
+        let device = device.autodiff();
+        for tracked in [[true, true], [true, false], [false, true]] {
+            let embeddings = tensor(&x, [3, 7, 6], &device).set_require_grad(tracked[0]);
+            let weights = tensor(&w, [3, 5, 6], &device).set_require_grad(tracked[1]);
+            let options = protohead::cosine_logits::Options {
+                active: Some(4),
+                ..Default::default()
+            };
+            let logits =
+                cosine_logits(embeddings.clone(), weights.clone(), &options).expect("valid");
+            let gradients = (logits * tensor(&upstream, [3, 7, 4], &device))
+                .sum()
+                .backward();
+            for (name, leaf, truth, tracked) in [
+                ("dX", &embeddings, &dx, tracked[0]),
+                ("dW", &weights, &dw, tracked[1]),
+            ] {
+                let gradient = leaf.grad(&gradients);
+                assert_eq!(gradient.is_some(), tracked, "{name}");
+                if let Some(gradient) = gradient {
+                    near(name, &read(gradient), truth);
+                }
+            }
+        }
     }
 }
 

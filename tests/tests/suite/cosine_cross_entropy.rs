@@ -7,7 +7,7 @@ use proptest::test_runner::TestCaseError;
 use protohead::cosine_cross_entropy::{
     Captured, Inputs, Options, backward, forward, forward_backward,
 };
-use protohead::{Gradients, LossOutput, Reduction, Strategy, Upstream, Variant};
+use protohead::{Gradients, LossOutput, Reduction, Strategy, Upstream, Variant, Wanted};
 use protohead_reference as reference;
 use protohead_tests::close::{Comparison, lengths};
 use protohead_tests::devices::{Run, fused_runs};
@@ -165,7 +165,7 @@ fn check(
         ),
     ] {
         let both =
-            backward(client, &inputs, &options, &output, &upstream, true, true).map_err(said)?;
+            backward(client, &inputs, &options, &output, &upstream, Wanted::BOTH).map_err(said)?;
         let (dx, dw) = (
             both.embeddings.ok_or("no dX")?,
             both.weights.ok_or("no dW")?,
@@ -173,10 +173,24 @@ fn check(
         float("dX", &dx, &truth.0, &working.0, problem.dtype, x_size)?;
         float("dW", &dw, &truth.1, &working.1, problem.dtype, w_size)?;
         // A frozen operand changes nothing for the other, and a second backward gives the same bits.
-        let only_x =
-            backward(client, &inputs, &options, &output, &upstream, true, false).map_err(said)?;
-        let only_w =
-            backward(client, &inputs, &options, &output, &upstream, false, true).map_err(said)?;
+        let only_x = backward(
+            client,
+            &inputs,
+            &options,
+            &output,
+            &upstream,
+            Wanted::EMBEDDINGS,
+        )
+        .map_err(said)?;
+        let only_w = backward(
+            client,
+            &inputs,
+            &options,
+            &output,
+            &upstream,
+            Wanted::WEIGHTS,
+        )
+        .map_err(said)?;
         if only_x.weights.is_some() || only_w.embeddings.is_some() {
             return Err("a gradient nobody asked for".into());
         }
@@ -188,10 +202,10 @@ fn check(
         }
     }
     // Both in one call: the same within rounding, and the same bits with an operand frozen or in another run.
-    let together = |x, w| {
-        forward_backward(client, &inputs, &options, &Upstream::Total(0.7), x, w).map_err(said)
+    let together = |wanted| {
+        forward_backward(client, &inputs, &options, &Upstream::Total(0.7), wanted).map_err(said)
     };
-    let (output, both) = together(true, true)?;
+    let (output, both) = together(Wanted::BOTH)?;
     float("loss", &output.loss, &t.loss, &w.loss, f32s, scale * summed)?;
     float("lse", &output.lse, &t.lse, &w.lse, f32s, scale)?;
     let (dx, dw) = (
@@ -201,8 +215,8 @@ fn check(
     let (x, w) = (&truth.of_total, &working.of_total);
     float("dX at once", &dx, &x.0, &w.0, problem.dtype, x_size)?;
     float("dW at once", &dw, &x.1, &w.1, problem.dtype, w_size)?;
-    let only_x = together(true, false)?.1.embeddings.ok_or("no dX")?;
-    let only_w = together(false, true)?.1.weights.ok_or("no dW")?;
+    let only_x = together(Wanted::EMBEDDINGS)?.1.embeddings.ok_or("no dX")?;
+    let only_w = together(Wanted::WEIGHTS)?.1.weights.ok_or("no dW")?;
     for (name, once, again) in [("dX", &dx, &only_x), ("dW", &dw, &only_w)] {
         if download(client, once) != download(client, again) {
             return Err(format!("{name} at once differs with the other frozen"));
@@ -279,7 +293,7 @@ fn a_captured_step_replays_on_what_its_inputs_hold() {
         let client = run.client;
         let (inputs, options) = arguments(&run, &recorded, &recorded.data());
         let upstream = Upstream::Total(0.5);
-        let mut step = Captured::new(client, &inputs, &options, &upstream, true, true)
+        let mut step = Captured::new(client, &inputs, &options, &upstream, Wanted::BOTH)
             .expect("the operands are valid");
         assert_eq!(step.is_graph(), run.device != "cpu", "on {run}");
         let (other, _) = arguments(&run, &fresh, &data);
@@ -305,7 +319,7 @@ fn a_captured_step_replays_on_what_its_inputs_hold() {
         };
         write(&data, &labels);
         let (output, gradients) =
-            forward_backward(client, &other, &options, &upstream, true, true).expect("valid");
+            forward_backward(client, &other, &options, &upstream, Wanted::BOTH).expect("valid");
         let expected = once(&output, &gradients);
         // What the pools give back must not be what the graph writes to.
         drop((output, gradients, other, inputs));
@@ -340,9 +354,14 @@ fn one_class_has_no_loss_and_no_gradient() {
         assert_eq!(loss, vec![0.0; 38], "on {run}");
         let upstream = Upstream::Total(2.0);
         let apart = backward(
-            run.client, &inputs, &options, &output, &upstream, true, true,
+            run.client,
+            &inputs,
+            &options,
+            &output,
+            &upstream,
+            Wanted::BOTH,
         );
-        let together = forward_backward(run.client, &inputs, &options, &upstream, true, true);
+        let together = forward_backward(run.client, &inputs, &options, &upstream, Wanted::BOTH);
         let (_, together) = together.expect("the operands are valid");
         for gradients in [apart.expect("the operands are valid"), together] {
             for gradient in [gradients.embeddings, gradients.weights] {

@@ -1,6 +1,7 @@
 //! Logits and their gradients against the reference.
 
 use proptest::prelude::*;
+use protohead::Wanted;
 use protohead::cosine_logits::{Inputs, Options, backward, forward};
 use protohead_reference as reference;
 use protohead_tests::close::{Comparison, lengths};
@@ -63,7 +64,7 @@ fn check(
     }
     .check()?;
     let upstream = problem.upload(client, upstream, &[heads, rows, active]);
-    let both = backward(client, &inputs, &options, &upstream, true, true).map_err(said)?;
+    let both = backward(client, &inputs, &options, &upstream, Wanted::BOTH).map_err(said)?;
     for (name, ours, truth, working, values, terms) in [
         (
             "dX",

@@ -7,7 +7,7 @@ use cubecl::std::tensor::TensorHandle;
 use protohead::class_means::ClassSums;
 use protohead::cosine_cross_entropy::{Inputs, Options, backward, forward};
 use protohead::{
-    Error, LossOptions, LossOutput, Reduction, Strategy, Upstream, Variant, reconstruction,
+    Error, LossOptions, LossOutput, Reduction, Strategy, Upstream, Variant, Wanted, reconstruction,
 };
 use protohead_tests::devices::{devices, fused_runs, runs};
 use protohead_tests::problem::{Dtype, download};
@@ -163,7 +163,7 @@ fn a_handle_shorter_than_its_shape_says_is_refused() {
         };
         let step = |inputs: &Inputs, options: &Options, upstream: &Upstream| {
             let output = forward(client, inputs, options)?;
-            backward(client, inputs, options, &output, upstream, true, true).map(|_| ())
+            backward(client, inputs, options, &output, upstream, Wanted::BOTH).map(|_| ())
         };
         let upstream = Upstream::Loss(short(&[2, 4], Dtype::F32));
         refused(step(&good, &by_row, &upstream), "in a buffer of 1 elements");
@@ -176,7 +176,7 @@ fn a_handle_shorter_than_its_shape_says_is_refused() {
         let lse = std::mem::replace(&mut output.lse, short(&[2, 4], Dtype::F32));
         let back = |output: &LossOutput| {
             let upstream = Upstream::default();
-            backward(client, &good, &options, output, &upstream, true, true).map(|_| ())
+            backward(client, &good, &options, output, &upstream, Wanted::BOTH).map(|_| ())
         };
         refused(back(&output), "lse has strides");
         output.lse = lse;
@@ -193,8 +193,13 @@ fn a_handle_shorter_than_its_shape_says_is_refused() {
             second: whole,
         };
         let upstream = TensorHandle::new_contiguous([1], client.empty(0), Dtype::F32.elem());
-        let gradients =
-            reconstruction::backward(client, &parts, &upstream, Strategy::Inferred, true, true);
+        let gradients = reconstruction::backward(
+            client,
+            &parts,
+            &Default::default(),
+            &upstream,
+            reconstruction::Wanted::ALL,
+        );
         refused(gradients.map(|_| ()), "upstream gradient has strides");
 
         for offset in [2, 20, 1000] {
@@ -342,8 +347,7 @@ fn a_bad_label_is_reported_and_its_row_counts_as_ignored() {
                 &options,
                 &output,
                 &Upstream::default(),
-                true,
-                true,
+                Wanted::BOTH,
             )
             .expect("the host sees nothing wrong");
             let [dx, dw] = [gradients.embeddings, gradients.weights]
@@ -448,8 +452,7 @@ fn a_nan_stays_in_its_row() {
                 &options,
                 &output,
                 &Upstream::default(),
-                true,
-                false,
+                Wanted::EMBEDDINGS,
             )
             .expect("valid");
             (

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use cubecl::prelude::CubeElement;
 use cubecl::std::tensor::TensorHandle;
-use protohead::{LossOptions, Reduction, Upstream, cosine_cross_entropy};
+use protohead::{LossOptions, Reduction, Upstream, Wanted, cosine_cross_entropy};
 use protohead_reference as reference;
 use protohead_tests::close::{Comparison, lengths};
 use protohead_tests::devices::fused_runs;
@@ -202,8 +202,7 @@ fn the_fused_op_does_what_pytorch_does() {
                 &options,
                 &output,
                 &Upstream::default(),
-                true,
-                true,
+                Wanted::BOTH,
             )
             .expect("valid");
             let size = scale * shape[1] as f64;

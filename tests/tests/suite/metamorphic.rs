@@ -3,7 +3,7 @@
 use cubecl::MemoryScope;
 use proptest::prelude::*;
 use protohead::cosine_cross_entropy::{Inputs, Options, backward, forward, forward_backward};
-use protohead::{LossOptions, Reduction, Strategy, Upstream, Variant};
+use protohead::{LossOptions, Reduction, Strategy, Upstream, Variant, Wanted};
 use protohead_tests::devices::{Run, devices, fused_runs, product_runs};
 use protohead_tests::problem::{Dtype, LabelKind, Problem, Values, download, problem};
 
@@ -47,10 +47,10 @@ fn answer(
     };
     let upstream = Upstream::default();
     let (output, gradients) = if together {
-        forward_backward(client, &inputs, &options, &upstream, true, true).expect("valid")
+        forward_backward(client, &inputs, &options, &upstream, Wanted::BOTH).expect("valid")
     } else {
         let output = forward(client, &inputs, &options).expect("valid");
-        let gradients = backward(client, &inputs, &options, &output, &upstream, true, true);
+        let gradients = backward(client, &inputs, &options, &output, &upstream, Wanted::BOTH);
         (output, gradients.expect("valid"))
     };
     Answer {

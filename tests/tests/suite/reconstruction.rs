@@ -3,7 +3,7 @@
 use cubecl::prelude::CubeElement;
 use cubecl::std::tensor::TensorHandle;
 use proptest::prelude::*;
-use protohead::reconstruction::{Inputs, backward, forward};
+use protohead::reconstruction::{Inputs, Options, Wanted, backward, forward};
 use protohead_reference as reference;
 use protohead_tests::close::{Comparison, lengths};
 use protohead_tests::devices::{Run, runs};
@@ -40,13 +40,16 @@ fn check(
         second,
     };
     let said = |error: protohead::Error| error.to_string();
-    let output = forward(client, &inputs, run.strategy).map_err(said)?;
+    let options = Options {
+        strategy: run.strategy,
+    };
+    let output = forward(client, &inputs, &options).map_err(said)?;
     let upstream = TensorHandle::new_contiguous(
         [1],
         client.create_from_slice(f32::as_bytes(&[1.5])),
         Dtype::F32.elem(),
     );
-    let gradients = backward(client, &inputs, &upstream, run.strategy, true, true).map_err(said)?;
+    let gradients = backward(client, &inputs, &options, &upstream, Wanted::ALL).map_err(said)?;
     let sum: Vec<f32> = parts[1].iter().zip(&parts[2]).map(|(a, b)| a + b).collect();
     let none: &[f64] = &[];
     let of_whole = lengths(&parts[0], dim);

@@ -50,9 +50,10 @@ pub(super) const SKEW: usize = 16;
 const HEADS_TOGETHER: usize = 8;
 /// Floats that the packed class weights may take: 8 MiB, however many heads there are.
 const PACKED_FLOATS: usize = 2 << 20;
-/// Floats of the whole workspace, 60 MiB, whatever `N·K` is; a panel of rows and the owned classes of each unit are there even
-/// where they take more.
+/// Floats of the whole workspace, 60 MiB, whatever `N·K` is, and 8 MiB a unit where there are many; a panel of rows and the
+/// owned classes of each unit are there even where they take more.
 const WORKSPACE_FLOATS: usize = 15 << 20;
+const UNIT_FLOATS: usize = 2 << 20;
 
 /// The pieces, and where they are in the workspace (in f32 elements). An *item* is a panel of `width` rows of one head;
 /// a *chunk* is the items, or the classes, that are in the workspace at once.
@@ -152,6 +153,7 @@ impl HostPlan {
         let own = class_block * width
             + OWNED_CLASSES * (dim_padded + OWNED_PANELS * width + SKEW).next_multiple_of(width);
         let room = WORKSPACE_FLOATS
+            .max(problem.units.saturating_mul(UNIT_FLOATS))
             .saturating_sub(packed + problem.heads * dim_padded + problem.units * own);
         let least = most.min(problem.units);
 

@@ -85,7 +85,7 @@ pub enum Who {
     /// This library, a step recorded before and replayed on fresh operands.
     Captured,
     /// This library's function on Burn tensors, through Burn's autodiff.
-    Module,
+    ThroughBurn,
     /// This library's logits, then its cross-entropy.
     Unfused,
     /// Burn's tensor ops on the same device, fusion and autotune on, head by head in contiguous matrices.
@@ -102,7 +102,7 @@ impl Who {
         Self::Bf16,
         Self::F16,
         Self::Captured,
-        Self::Module,
+        Self::ThroughBurn,
         Self::Unfused,
         Self::Burn,
         Self::Flex,
@@ -116,7 +116,7 @@ impl Who {
             Self::Bf16 => "protohead_bf16",
             Self::F16 => "protohead_f16",
             Self::Captured => "protohead_captured",
-            Self::Module => "protohead_burn",
+            Self::ThroughBurn => "protohead_burn",
             Self::Unfused => "unfused",
             Self::Burn => "burn",
             Self::Flex => "flex",
@@ -176,7 +176,7 @@ impl Case {
         match self.who {
             Who::Unfused => fused,
             Who::Captured => self.group == Group::Fused && !ours::on_cpu(),
-            Who::Bf16 | Who::F16 | Who::Module => self.group == Group::Fused,
+            Who::Bf16 | Who::F16 | Who::ThroughBurn => self.group == Group::Fused,
             Who::Burn => self.shape.name == "seed" || !ours::on_cpu(),
             Who::Naive => self.shape.name == "seed" || self.shape.name == "proto",
             _ => true,
@@ -202,7 +202,7 @@ impl Case {
             Who::Bf16 => ours::run(self.group, &self.shape, &data, Dtype::Bf16, keep),
             Who::F16 => ours::run(self.group, &self.shape, &data, Dtype::F16, keep),
             Who::Captured => ours::run_captured(&self.shape, &data, keep),
-            Who::Module => tensors::run_module(&self.shape, &data, keep),
+            Who::ThroughBurn => tensors::run_through_burn(&self.shape, &data, keep),
             Who::Unfused => ours::run_unfused(self.group, &self.shape, &data, keep),
             Who::Burn => tensors::run(&tensors::cube(), self.group, &self.shape, &data, keep),
             Who::Flex => tensors::run(&tensors::flex(), self.group, &self.shape, &data, keep),

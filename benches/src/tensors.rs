@@ -1,4 +1,5 @@
-//! The same maths in Burn's tensor ops, as Burn runs them fastest: head by head, in contiguous matrices.
+//! On Burn tensors: the same maths in Burn's ops, as Burn runs them fastest (head by head, in contiguous matrices), and this library's
+//! loss through Burn's autodiff.
 
 use std::time::Instant;
 
@@ -181,7 +182,7 @@ pub(crate) fn run(device: &Device, group: Group, shape: &Shape, data: &Data, kee
 }
 
 /// This library's loss of Burn tensors and its gradients, and waits for them.
-pub(crate) fn run_module(shape: &Shape, data: &Data, keep: bool) -> Ran {
+pub(crate) fn run_through_burn(shape: &Shape, data: &Data, keep: bool) -> Ran {
     let device = cube().autodiff();
     let tensor = |values: &[f32], rows: usize| {
         let shape = [shape.heads, rows, shape.dim];

@@ -132,9 +132,11 @@ impl TensorFile {
         Ok(integers)
     }
 
-    /// The highest of the labels, if it can be a class.
-    pub(crate) fn highest_label(&self, name: &str) -> Result<usize, Error> {
-        let highest = self.integers(name)?.into_iter().max().unwrap_or(-1);
+    /// The highest of the labels that are not ignored, if it can be a class.
+    pub(crate) fn highest_label(&self, name: &str, ignore_index: i32) -> Result<usize, Error> {
+        let labels = self.integers(name)?.into_iter();
+        let counted = labels.filter(|&label| label != i64::from(ignore_index));
+        let highest = counted.max().unwrap_or(-1);
         match u32::try_from(highest) {
             Ok(label) => Ok(label as usize),
             Err(_) => Err(self.wrong(format!("the highest of `{name}` is {highest}: not a class"))),

@@ -39,17 +39,14 @@ pub enum Strategy {
 }
 
 impl Strategy {
-    /// Which variant runs on the device, for f32 operands of an op that has it.
+    /// Which variant runs on the device, of an op with a product of operands of this dtype that is not small.
     ///
     /// # Errors
     /// [`Error::Variant`] with what the device lacks, or [`Error::NoCpu`].
-    pub fn check(self, client: &Client) -> Result<Variant, Error> {
+    pub fn check(self, client: &Client, dtype: ElemType) -> Result<Variant, Error> {
         let blueprint = match self {
-            Self::Forced(Variant::Cmma) => {
-                Blueprint::of_product(client, self, crate::operand::F32, false)?
-            }
             Self::Forced(Variant::Small) => Blueprint::small(client)?,
-            _ => Blueprint::new(client, self)?,
+            _ => Blueprint::of_product(client, self, dtype, false)?,
         };
         Ok(blueprint.variant)
     }

@@ -65,7 +65,10 @@ pub fn devices() -> &'static [Tested] {
 fn tested(name: &'static str, client: Client) -> Tested {
     let variants = [Variant::Unit, Variant::Plane, Variant::Cmma, Variant::Small]
         .into_iter()
-        .filter(|&variant| Strategy::Forced(variant).check(&client).is_ok())
+        .filter(|&variant| {
+            let dtype = Dtype::F32.elem();
+            Strategy::Forced(variant).check(&client, dtype).is_ok()
+        })
         .collect();
     Tested {
         name,

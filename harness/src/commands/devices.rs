@@ -1,6 +1,7 @@
 //! `protohead devices`
 
-use protohead::{Strategy, Variant};
+use cubecl::ir::{ElemType, FloatKind};
+use protohead::Strategy;
 
 use crate::device::DeviceName;
 use crate::error::Error;
@@ -10,13 +11,15 @@ pub(crate) fn run() -> Result<(), Error> {
     for name in [DeviceName::Cpu, DeviceName::Cuda(0), DeviceName::Wgpu] {
         match name.client() {
             Ok(client) => {
-                let variants = [Variant::Unit, Variant::Plane, Variant::Small, Variant::Cmma]
-                    .into_iter()
-                    .filter(|&variant| Strategy::Forced(variant).check(&client).is_ok())
-                    .map(|variant| format!("{variant:?}").to_lowercase());
+                let kinds = [FloatKind::F32, FloatKind::F16, FloatKind::BF16];
+                let variants = kinds.map(ElemType::Float).into_iter().filter_map(|dtype| {
+                    let variant = Strategy::Inferred.check(&client, dtype).ok()?;
+                    let has = client.properties().supports_type(dtype);
+                    has.then(|| format!("{dtype} {variant:?}").to_lowercase())
+                });
                 let variants: Vec<String> = variants.collect();
                 say(format_args!(
-                    "{name}: works; variants {}",
+                    "{name}: works; variants: {}",
                     variants.join(", ")
                 ));
             }

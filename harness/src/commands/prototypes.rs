@@ -19,7 +19,7 @@ pub(crate) struct Arguments {
     /// Where to write `prototypes [H,K,D]` and `counts [K]`.
     #[arg(long)]
     out: PathBuf,
-    /// K; one more than the highest label if absent.
+    /// K; one more than the highest label that is not ignored, if absent.
     #[arg(long, value_name = "K")]
     classes: Option<usize>,
     /// Rows with this label are left out.
@@ -37,7 +37,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Error> {
     let file = TensorFile::open(&arguments.input)?;
     let classes = match arguments.classes {
         Some(classes) => classes,
-        None => file.highest_label("labels")? + 1,
+        None => file.highest_label("labels", arguments.ignore_index)? + 1,
     };
     let client = arguments.device.client()?;
     let embeddings = file.floats(&client, "embeddings")?;

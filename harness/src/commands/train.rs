@@ -95,6 +95,13 @@ fn configuration(arguments: &Train, given: &dyn Fn(&str) -> bool) -> Result<RunC
             voices: pick(given("voices"), arguments.voices, Some(*voices)),
         },
         (None, Some(Source::Folder(folder))) if !arguments.synthetic => {
+            if given("keywords") || given("voices") {
+                return Err(Error::Usage(format!(
+                    "--keywords and --voices are of synthesised keywords, but the run in {} is on {}",
+                    out.display(),
+                    folder.display()
+                )));
+            }
             Source::Folder(folder.clone())
         }
         (None, _) if arguments.synthetic => Source::Synthetic {

@@ -69,17 +69,34 @@ impl RunConfig {
 
     /// The first option in which the run that was begun differs, as the user is told.
     pub(crate) fn difference(&self, begun: &Self) -> Option<String> {
-        let json = |config| serde_json::to_value(config).expect("numbers and paths in UTF-8");
-        let (asked, begun) = (json(self), json(begun));
-        let options = asked.as_object()?.iter();
+        let begun = begun.options();
+        self.options().into_iter().find_map(|(option, asked)| {
+            let (_, begun) = begun.iter().find(|(name, _)| *name == option)?;
+            let differ = *begun != asked;
+            differ.then(|| format!("holds a run with --{option} {begun}, not {asked}"))
+        })
+    }
+
+    /// As they are on the command line.
+    fn options(&self) -> Vec<(&'static str, String)> {
+        let mut options = match &self.source {
+            Source::Folder(folder) => vec![("data", folder.display().to_string())],
+            Source::Synthetic { keywords, voices } => vec![
+                ("data", "of synthesised keywords".into()),
+                ("keywords", keywords.to_string()),
+                ("voices", voices.to_string()),
+            ],
+        };
+        options.extend([
+            ("epochs", self.epochs.to_string()),
+            ("batch", self.batch.to_string()),
+            ("tau", self.tau.to_string()),
+            ("scale", self.scale.to_string()),
+            ("learning-rate", self.learning_rate.to_string()),
+            ("lambda", self.lambda.to_string()),
+            ("lambda-shuffled", self.lambda_shuffled.to_string()),
+            ("seed", self.seed.to_string()),
+        ]);
         options
-            .map(|(option, value)| (option, value, &begun[option]))
-            .find(|(_, value, begun)| value != begun)
-            .map(|(option, value, begun)| {
-                format!(
-                    "holds a run whose {} is {begun}, not {value}",
-                    option.replace('_', "-")
-                )
-            })
     }
 }

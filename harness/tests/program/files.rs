@@ -146,6 +146,28 @@ fn prototypes_are_class_means_and_counts() {
     assert_eq!(file.tensor("counts").expect("promised").data(), counts);
 }
 
+/// An ignored label counts nowhere, not even as the highest.
+#[test]
+fn prototypes_leave_out_what_is_ignored() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let [input, out] =
+        ["in", "out"].map(|name| folder.path().join(name).to_string_lossy().into_owned());
+    write(
+        Path::new(&input),
+        &[floats("embeddings", &[2, 4, 2]), labels(&[0, 255, 1, 0])],
+    );
+    let ignoring = ["--ignore-index", "255", "--device", "cpu"];
+    let output = protohead(&[&["prototypes", &input, "--out", &out], &ignoring[..]].concat());
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{stderr}");
+    let bytes = fs::read(&out).expect("the output is there");
+    let file = SafeTensors::deserialize(&bytes).expect("the output is safetensors");
+    let prototypes = file.tensor("prototypes").expect("promised");
+    assert_eq!(prototypes.shape(), [2, 2, 2]);
+    let counts: Vec<u8> = [2i64, 1].iter().flat_map(|v| v.to_le_bytes()).collect();
+    assert_eq!(file.tensor("counts").expect("promised").data(), counts);
+}
+
 #[test]
 fn damaged_input_of_loss_gets_one_line_and_leaves_nothing() {
     let with = |name: &str, tensor: Tensor<'static>| -> Vec<Tensor<'static>> {

@@ -164,8 +164,8 @@ fn a_run_that_was_killed_resumes_to_the_same_weights_to_the_bit() {
     let name = broken.to_string_lossy();
     let resume = ["train", "--device", "cpu", "--resume", "--out", &name];
     for (option, value, says) in [
-        ("--epochs", "4", "holds a run whose epochs is 3, not 4"),
-        ("--voices", "5", "\"voices\":4}}, not"),
+        ("--epochs", "4", "holds a run with --epochs 3, not 4"),
+        ("--voices", "5", "--voices 4, not 5"),
     ] {
         let output = protohead(&[&resume[..], &[option, value]].concat());
         let stderr = String::from_utf8_lossy(&output.stderr);

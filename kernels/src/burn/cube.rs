@@ -18,7 +18,7 @@ use crate::{
 };
 
 /// The public functions have checked shapes, dtypes, options and sizes before Burn took the op down here, where nothing can be
-/// returned; what is left is a bug of this crate.
+/// returned; what is left is a bug of this crate, or rows so long that the workspaces of a CPU's many cores pass 32-bit addresses.
 fn checked<T>(result: Result<T, Error>) -> T {
     result.unwrap_or_else(|error| panic!("refused after it was checked: {error}"))
 }
@@ -314,7 +314,7 @@ impl ProtoheadGradOps for CubeBackend {
             &handle(into_contiguous(grad)),
             reconstruction::Wanted {
                 whole: need[0],
-                parts: need[1],
+                part: need[1],
             },
         ));
         (

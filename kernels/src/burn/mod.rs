@@ -1,10 +1,10 @@
 //! The ops as functions on [Burn](https://burn.dev) tensors, differentiable on an autodiff device, and a module to put
 //! in a model.
 //!
-//! They run on every CubeCL device (with the crate's features `cpu`, `cuda` and `wgpu`), under Burn's fusion with
-//! the feature `fusion`, which has to be on where Burn's is. Shapes and options are checked at the call and returned as an [`Error`]; labels are data on the
-//! device, so a bad one is counted and reported by [`CrossEntropy::check`]. The device picks the variant: an option's
-//! strategy takes no part.
+//! They run on CubeCL's devices (with the crate's features `cpu`, `cuda` and `wgpu`), under Burn's fusion with the feature
+//! `fusion`, which has to be on where Burn's is. Shapes and options are checked at the call and returned as an [`Error`]; an
+//! operand has at most 2³² elements, the padding that kernels add included. Labels are data on the device, so a bad one is counted
+//! and reported by [`CrossEntropy::check`] and [`ClassMeans::check`]. The device picks the variant: an option's strategy takes no part.
 
 mod autodiff;
 mod cube;

@@ -42,11 +42,11 @@ pub struct ClassSums {
     pub(super) carries: TensorHandle, // f32, of the same shape: what rounding has taken, to be subtracted
     pub(super) counts: TensorHandle,  // u32, [classes]
     pub(super) status: TensorHandle, // u32, [2]: rows with a bad label, the first of them in its batch
-    options: Options,
-    /// That came so far, with and without a class.
+    pub(super) options: Options,
+    /// Rows that came so far, whether or not they had a class.
     pub(super) rows: usize,
     /// Nothing was added yet: sums and carries are unspecified, and stand for zeros.
-    fresh: bool,
+    pub(super) fresh: bool,
 }
 
 impl ClassSums {
@@ -159,11 +159,9 @@ impl ClassSums {
             embeddings: &embeddings,
             labels: &labels,
             sums: self,
-            fresh: self.fresh,
-            options: &self.options,
         };
         match blueprint.variant {
-            Variant::Unit => unit::launch(&call),
+            Variant::Unit => unit::launch(&call)?,
             _ => plane::launch(&call),
         }
         self.rows = self.rows.saturating_add(rows);
@@ -298,9 +296,6 @@ pub(super) struct AccumulateCall<'a> {
     pub embeddings: &'a Strided, // [heads, rows, dim]
     pub labels: &'a Labels,
     pub sums: &'a ClassSums,
-    /// The sums begin with zeros, whatever is in them.
-    pub fresh: bool,
-    pub options: &'a Options,
 }
 
 fn elementwise(client: &Client, blueprint: &Blueprint, work: usize) -> (CubeCount, CubeDim) {

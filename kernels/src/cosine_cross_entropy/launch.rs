@@ -65,7 +65,6 @@ impl Default for Options {
 /// its row counts as ignored, and reading the output returns [`Error::Label`].
 ///
 /// # Examples
-/// `examples/step.rs` runs.
 /// ```no_run
 /// use protohead::cosine_cross_entropy::{Inputs, Options, backward, forward};
 /// use protohead::{Upstream, Wanted};
@@ -118,7 +117,7 @@ pub fn backward(
 /// is minimized.
 ///
 /// On a CPU it saves the second computation of the logits: exponentials wait in the workspace, a chunk of rows at a time. The
-/// gradients agree with those of the two calls to f32's rounding, not to the bit.
+/// gradients agree with those of the two calls to f32's rounding, not to the bit. `examples/step.rs` is a whole program around it.
 ///
 /// # Errors
 /// As [`forward`] and [`backward`].

@@ -3,6 +3,7 @@
 use cubecl::client::Client;
 use cubecl::prelude::*;
 use cubecl::std::tensor::TensorHandle;
+use serde::{Deserialize, Serialize};
 
 use super::row::PerOperandLaunch;
 use super::{plane, unit};
@@ -22,9 +23,11 @@ pub struct Inputs {
 }
 
 /// How it runs.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Options {
     /// Which variant runs.
+    #[serde(skip)]
     pub strategy: Strategy,
 }
 
@@ -33,15 +36,15 @@ pub struct Options {
 pub struct Wanted {
     /// That of the whole.
     pub whole: bool,
-    /// That of the parts.
-    pub parts: bool,
+    /// That of either part.
+    pub part: bool,
 }
 
 impl Wanted {
     /// Of all three.
     pub const ALL: Self = Self {
         whole: true,
-        parts: true,
+        part: true,
     };
 }
 
@@ -113,9 +116,9 @@ pub fn backward(
     let dtype = call.whole.dtype();
     let gradients = Gradients {
         whole: wanted.whole.then(|| empty(client, shape, dtype)),
-        part: wanted.parts.then(|| empty(client, shape, dtype)),
+        part: wanted.part.then(|| empty(client, shape, dtype)),
     };
-    if wanted.whole || wanted.parts {
+    if wanted.whole || wanted.part {
         let call = BackwardCall {
             of: &call,
             upstream,

@@ -127,6 +127,9 @@ fn many_blocks_of_rows_and_of_classes_agree_with_the_reference() {
         ((1, 9_001, 12, 1_000, 999), true),
         ((3, 300, 8, 2_000, 2_000), false),
         ((1, 2_500, 40, 1, 1), true),
+        // Sums that no cache holds; columns that fill no vector, and no part of the work.
+        ((1, 500, 335, 300, 299), true),
+        ((2, 400, 1_040, 70, 64), false),
     ] {
         let problem = Problem {
             sizes,

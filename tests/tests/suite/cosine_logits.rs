@@ -64,7 +64,22 @@ fn check(
     }
     .check()?;
     let upstream = problem.upload(client, upstream, &[heads, rows, active]);
-    let both = backward(client, &inputs, &options, &upstream, Wanted::BOTH).map_err(said)?;
+    let wanted = |wanted| backward(client, &inputs, &options, &upstream, wanted).map_err(said);
+    let both = wanted(Wanted::BOTH)?;
+    // A frozen operand changes nothing for the other, and a second backward gives the same bits.
+    let (only_x, only_w) = (wanted(Wanted::EMBEDDINGS)?, wanted(Wanted::WEIGHTS)?);
+    if only_x.weights.is_some() || only_w.embeddings.is_some() {
+        return Err("a gradient nobody asked for".into());
+    }
+    for (name, once, again) in [
+        ("dX", &both.embeddings, &only_x.embeddings),
+        ("dW", &both.weights, &only_w.weights),
+    ] {
+        let (once, again) = (once.as_ref().ok_or(name)?, again.as_ref().ok_or(name)?);
+        if download(client, once) != download(client, again) {
+            return Err(format!("{name} differs in a second backward"));
+        }
+    }
     for (name, ours, truth, working, values, terms) in [
         (
             "dX",

@@ -114,6 +114,10 @@ fn check(
     ] {
         let dz = backward(client, &inputs, &options, &output, &upstream).map_err(said)?;
         float("dz", &dz, truth, working, problem.dtype, 2.0 * share)?;
+        let again = backward(client, &inputs, &options, &output, &upstream).map_err(said)?;
+        if download(client, &dz) != download(client, &again) {
+            return Err("dz differs in a second backward".into());
+        }
     }
     Ok(())
 }

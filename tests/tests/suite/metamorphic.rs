@@ -3,7 +3,7 @@
 use cubecl::MemoryScope;
 use proptest::prelude::*;
 use protohead::cosine_cross_entropy::{Inputs, Options, backward, forward, forward_backward};
-use protohead::{LossOptions, Reduction, Strategy, Upstream, Variant, Wanted};
+use protohead::{LossOptions, Reduction, Upstream, Wanted};
 use protohead_tests::devices::{Run, devices, fused_runs, product_runs};
 use protohead_tests::problem::{Dtype, LabelKind, Problem, Values, download, problem};
 
@@ -159,9 +159,16 @@ fn the_fused_op_needs_no_memory_that_grows_with_rows_times_classes() {
         // In the unit variant a bounded workspace may hold a chunk of logits: [N, K] in f32 is 1.5 GiB here, operands and
         // gradients together 4 MiB. The plane variant keeps no logits at all, the cmma variant
         // those of a chunk of classes; software Vulkan asks for a smaller shape.
-        let (size, workspace) = match run.strategy {
-            Strategy::Forced(Variant::Unit) => (20_000, 64 << 20),
-            _ => (2048, 0),
+        let (size, workspace) = match run.client.properties().hardware.num_cpu_cores {
+            // 60 MiB, or 8 a core.
+            Some(cores) => {
+                let more = (u64::from(cores) / 8).max(1);
+                (
+                    (20_000.0 * (more as f64).sqrt()) as usize,
+                    more * (64 << 20),
+                )
+            }
+            None => (2048, 0),
         };
         let dim = 12;
         let logits = (size * size * size_of::<f32>()) as u64;
@@ -198,6 +205,27 @@ fn the_fused_op_needs_no_memory_that_grows_with_rows_times_classes() {
             grown < 2 * workspace + 30 * operands && grown < logits,
             "on {run}: {grown} bytes more, [N, K] is {logits}"
         );
+    }
+}
+
+/// Of classes with the very same weights the first is predicted, in every tile.
+#[test]
+fn of_equal_classes_the_first_is_predicted() {
+    let problem = Problem::plain((2, 75, 40, 123, 123));
+    let data = problem.data();
+    let (classes, dim, unlike) = (123, 40, 41);
+    let w: Vec<f32> = (0..2 * classes)
+        .flat_map(|row| {
+            let like = row / classes * classes + row % classes % unlike;
+            data.weights[like * dim..][..dim].to_vec()
+        })
+        .collect();
+    for run in fused_runs(problem.sizes) {
+        for together in [false, true] {
+            let answer = answer(&run, &problem, &data.embeddings, &w, &data.labels, together);
+            let last = answer.predictions.iter().max();
+            assert!(last < Some(&(unlike as u32)), "on {run}: {answer:?}");
+        }
     }
 }
 

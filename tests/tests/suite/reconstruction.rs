@@ -50,6 +50,21 @@ fn check(
         Dtype::F32.elem(),
     );
     let gradients = backward(client, &inputs, &options, &upstream, Wanted::ALL).map_err(said)?;
+    // With some frozen, the others get the same bits.
+    for (whole, part) in [(true, false), (false, true)] {
+        let wanted = Wanted { whole, part };
+        let some = backward(client, &inputs, &options, &upstream, wanted).map_err(said)?;
+        for (asked, once, again) in [
+            (whole, &gradients.whole, &some.whole),
+            (part, &gradients.part, &some.part),
+        ] {
+            let bits = |gradient: &TensorHandle| download(client, gradient);
+            let expected = once.as_ref().filter(|_| asked).map(bits);
+            if again.as_ref().map(bits) != expected {
+                return Err(format!("other gradients where {wanted:?}"));
+            }
+        }
+    }
     let sum: Vec<f32> = parts[1].iter().zip(&parts[2]).map(|(a, b)| a + b).collect();
     let none: &[f64] = &[];
     let of_whole = lengths(&parts[0], dim);

@@ -38,7 +38,7 @@ pub(super) fn launch(call: &AccumulateCall) {
     let cube = CubeDim::new_1d(PLANE_UNITS as u32);
     let sorted = sort::launch(call);
     // One norm a row, where rows are normalized; a single element otherwise.
-    let norms = if call.options.normalize {
+    let norms = if call.sums.options.normalize {
         heads * rows
     } else {
         1
@@ -46,7 +46,7 @@ pub(super) fn launch(call: &AccumulateCall) {
     let inverse = client.empty(norms * size_of::<f32>());
     // SAFETY: every buffer has the length named beside it in the kernels; `Strided` proved the embeddings.
     unsafe {
-        if call.options.normalize {
+        if call.sums.options.normalize {
             inverse_norms::launch_unchecked(
                 client,
                 group.cubes(client, norms),
@@ -81,8 +81,8 @@ pub(super) fn launch(call: &AccumulateCall) {
             rows,
             dim,
             classes,
-            call.options.normalize,
-            call.fresh,
+            call.sums.options.normalize,
+            call.sums.fresh,
             call.embeddings.dtype(),
         );
     }

@@ -61,7 +61,7 @@ pub(super) fn launch(call: &AccumulateCall) -> Sorted {
             rows,
             classes,
             block,
-            label_rule(call.labels.dtype(), classes, call.options.ignore_index),
+            label_rule(call.labels.dtype(), classes, call.sums.options.ignore_index),
             group,
             call.labels.dtype(),
         );

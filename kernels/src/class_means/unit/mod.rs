@@ -1,5 +1,5 @@
-//! Where the sums stay in a core's cache, rows are [`streamed`] past them, each core into sums of its own; where there are too
-//! many classes for that, rows are [`sorted`] by class first, and each class is summed by one core.
+//! Where a head's sums stay in a core's cache, rows are [`streamed`] past them, each core into sums of its own; where there are too
+//! many classes or heads for that, rows are [`sorted`] by class first, and each class is summed by one core.
 
 mod sorted;
 mod streamed;
@@ -7,37 +7,52 @@ mod streamed;
 use cubecl::prelude::*;
 
 use super::launch::AccumulateCall;
+use crate::error::Error;
 use crate::loss::target::{INVALID, LabelRule, is_class, target_of};
 
 /// Elements of a head's sums, at most, that stay in a core's cache with their carries and the rows that pass: 256 KiB.
 const CACHED: usize = 1 << 15;
-/// Elements of all cores' sums, at most: beyond, clearing and adding them is no longer little.
+/// Elements of all lanes' sums, at most: beyond, clearing and adding them is no longer little.
 const MOST: usize = 1 << 20;
 
-/// Lanes of the sums: one for each unit where rows are streamed, otherwise one.
-pub(super) fn lanes(units: usize, [heads, classes, dim]: [usize; 3]) -> usize {
-    if streams(units, [heads, classes, dim]) {
-        units
-    } else {
-        1
-    }
+/// Lanes of the sums: one for each unit where rows are streamed, as far as there may be so many; otherwise one.
+pub(super) fn lanes(units: usize, shape: [usize; 3]) -> usize {
+    streaming_units(units, shape).unwrap_or(1)
 }
 
-fn streams(units: usize, [heads, classes, dim]: [usize; 3]) -> bool {
+/// How many units stream, if not so few that all of them had better sort.
+fn streaming_units(units: usize, [heads, classes, dim]: [usize; 3]) -> Option<usize> {
     let head = classes.saturating_mul(dim);
-    head <= CACHED && head.saturating_mul(heads).saturating_mul(units) <= MOST
+    let streaming = units.min(MOST / head.saturating_mul(heads));
+    (head <= CACHED && 2 * streaming >= units).then_some(streaming)
 }
 
-pub(super) fn launch(call: &AccumulateCall) {
+pub(super) fn launch(call: &AccumulateCall) -> Result<(), Error> {
     let [_, heads, classes, dim] = call.sums.shape();
-    if streams(call.blueprint.units, [heads, classes, dim]) {
-        streamed::launch(call);
-    } else {
-        sorted::launch(call);
+    match streaming_units(call.blueprint.units, [heads, classes, dim]) {
+        Some(_) => streamed::launch(call),
+        None => {
+            sorted::launch(call);
+            Ok(())
+        }
     }
 }
 
-/// The target of each row, and to `histogram` how many rows each class has; counts the bad labels. Each label is read once: a
+/// What unit 0 has found, told to all; every unit must call.
+///
+/// Shared memory also has the runtime wait for the launches before this one, so that no two launches with barriers, of different
+/// streams, can each hold cores that the other is waiting for.
+#[cube]
+fn told(found: u32) -> u32 {
+    let mut shared = Shared::<[u32]>::new_slice(1usize);
+    if UNIT_POS == 0 {
+        shared[0] = found;
+    }
+    sync_cube();
+    shared[0]
+}
+
+/// The target of each row, and to `histogram` how many rows each class has; counts the bad labels, and gives how many are good. Each label is read once: a
 /// second reading could find another, if someone writes them.
 #[cube]
 fn classify<I: Int>(
@@ -47,12 +62,14 @@ fn classify<I: Int>(
     status: &mut [u32],
     rows: usize,
     rule: &LabelRule,
-) {
+) -> u32 {
+    let mut good = 0u32.runtime();
     for row in 0..rows {
         let target = target_of::<I>(labels[row], rule);
         targets[row] = target;
         if is_class(target) {
             histogram[target as usize] += 1;
+            good += 1;
         } else if target == INVALID {
             if status[0] == 0 {
                 status[1] = row as u32;
@@ -60,4 +77,5 @@ fn classify<I: Int>(
             status[0] += 1;
         }
     }
+    good
 }

@@ -5,7 +5,7 @@
 
 use cubecl::prelude::*;
 
-use super::classify;
+use super::{classify, told};
 use crate::class_means::launch::AccumulateCall;
 use crate::loss::target::{LabelRule, is_class, label_rule};
 use crate::math::norm::{add_squares, inverse_norm, no_squares, norm_of};
@@ -23,10 +23,10 @@ pub(super) fn launch(call: &AccumulateCall) {
     let [heads, rows, dim] = call.embeddings.dims3();
     let classes = call.sums.counts.shape()[0];
     let vector = call.embeddings.vector_size(call.blueprint);
-    let rule = label_rule(call.labels.dtype(), classes, call.options.ignore_index);
+    let rule = label_rule(call.labels.dtype(), classes, call.sums.options.ignore_index);
     let (count, cube) = call.blueprint.unit_grid();
     // One norm a row, where rows are normalized; a single element otherwise.
-    let norms = if call.options.normalize {
+    let norms = if call.sums.options.normalize {
         heads * rows
     } else {
         1
@@ -37,7 +37,7 @@ pub(super) fn launch(call: &AccumulateCall) {
     let ends = client.empty(classes * size_of::<u32>());
     // SAFETY: `Strided` proved the embeddings, labels have `rows` elements, the sums are [heads, classes, dim].
     unsafe {
-        if call.options.normalize {
+        if call.sums.options.normalize {
             inverse_norms::launch_unchecked(
                 client,
                 count.clone(),
@@ -73,8 +73,8 @@ pub(super) fn launch(call: &AccumulateCall) {
             dim,
             classes,
             rule,
-            call.options.normalize,
-            call.fresh,
+            call.sums.options.normalize,
+            call.sums.fresh,
             call.embeddings.dtype(),
             call.labels.dtype(),
         );
@@ -123,17 +123,17 @@ fn accumulate<F: Float, I: Int, N: Size>(
     #[define(F)] _dtype: ElemType,
     #[define(I)] _label: ElemType,
 ) {
-    let mut sorted = Shared::<[u32]>::new_slice(1usize);
+    let mut found = 0u32.runtime();
     if UNIT_POS == 0 {
-        sorted[0] = sort::<I>(
+        found = sort::<I>(
             labels, targets, order, ends, counts, status, rows, classes, &rule,
         );
     }
-    sync_cube();
+    let sorted = told(found) as usize;
     let columns = dim / N::value();
     let parts = columns.div_ceil(PART);
     // The work of a class is its rows, and one more for its sums; each unit takes an equal share of it all.
-    let work = sorted[0] as usize + classes;
+    let work = sorted + classes;
     let mine = share(0, heads * parts * work);
     for part in 0..heads * parts {
         let base = part * work;
@@ -141,7 +141,7 @@ fn accumulate<F: Float, I: Int, N: Size>(
             let head = part / parts;
             let first = part % parts * PART;
             let last = min(first + PART, columns);
-            let whole = first + (last - first) / WIDTH * WIDTH;
+            let together = first + (last - first) / WIDTH * WIDTH;
             let mut begin = 0usize.runtime();
             for class in 0..classes {
                 let end = ends[class] as usize;
@@ -149,14 +149,14 @@ fn accumulate<F: Float, I: Int, N: Size>(
                 if at >= mine.start && at < mine.end && (comptime!(fresh) || begin < end) {
                     let sum = (head * classes + class) * columns;
                     let mut column = first;
-                    while column < whole {
+                    while column < together {
                         add_rows::<F, N>(
                             embeddings, &strides, inverse, &*order, sums, carries, head, column,
                             sum, begin, end, rows, normalize, fresh, WIDTH,
                         );
                         column += WIDTH;
                     }
-                    for column in whole..last {
+                    for column in together..last {
                         add_rows::<F, N>(
                             embeddings, &strides, inverse, &*order, sums, carries, head, column,
                             sum, begin, end, rows, normalize, fresh, 1usize,
@@ -186,7 +186,7 @@ fn sort<I: Int>(
     for class in 0..classes {
         ends[class] = 0;
     }
-    classify::<I>(labels, targets, ends, status, rows, rule);
+    let _good = classify::<I>(labels, targets, ends, status, rows, rule);
     let mut place = 0u32.runtime();
     for class in 0..classes {
         let here = ends[class];

@@ -2,34 +2,38 @@
 //! come from memory in one stream, and the sums stay in the cache.
 //!
 //! A chunk is read twice, first for its norms, which only load and multiply: that brings it to the cache as fast as memory
-//! can, where adding row by row would wait for each. Chunks are counted from the first row that the state has ever seen, so that
-//! it makes no difference how rows came in batches.
+//! can, where adding row by row would wait for each; so it is done even where nobody asks for norms. Chunks are counted from the
+//! first row that the state has ever seen, so that it makes no difference how rows came in batches.
 //!
 //! Bytes, for embeddings of `b` bytes an element: `b·H·N·D` once from memory, and `16·U·H·K·D` of sums and carries, for `U` units.
 
 use cubecl::prelude::*;
 
 use crate::class_means::launch::AccumulateCall;
+use crate::error::Error;
 use crate::loss::target::{LabelRule, is_class, label_rule};
 use crate::math::norm::{add_squares, inverse_norm, no_squares, norm_of};
 use crate::math::sum::KahanLanes;
-use crate::operand::{RowStrides, whole};
+use crate::operand::{RowStrides, addressable, whole};
 
-use super::classify;
+use super::{classify, told};
 
-/// Elements of a chunk's rows, which stay in the cache between their two readings.
+/// Elements of a chunk's rows, which stay in the cache between their two readings; fewer where many units want some.
 const CHUNK: usize = 1 << 16;
+const CHUNKS: usize = 1 << 19;
 /// Vectors that are added side by side.
 const WIDTH: usize = 4;
 
-pub(super) fn launch(call: &AccumulateCall) {
+pub(super) fn launch(call: &AccumulateCall) -> Result<(), Error> {
     let client = call.client;
     let [heads, rows, dim] = call.embeddings.dims3();
     let [lanes, _, classes, _] = call.sums.shape();
     let vector = call.embeddings.vector_size(call.blueprint);
-    let chunk = (CHUNK / dim).clamp(32, 4096);
+    let chunk = (CHUNK.min(CHUNKS / lanes) / dim).clamp(32, 1024);
+    // The first chunk of a batch may be one that was begun.
+    addressable("a batch", rows as u128 + (chunk * lanes) as u128)?;
     let (count, cube) = call.blueprint.unit_grid();
-    // SAFETY: `Strided` proved the embeddings, labels have `rows` elements, the sums are [units, heads, classes, dim].
+    // SAFETY: `Strided` proved the embeddings, labels have `rows` elements, the sums are [lanes, heads, classes, dim].
     unsafe {
         accumulate::launch_unchecked(
             client,
@@ -53,14 +57,16 @@ pub(super) fn launch(call: &AccumulateCall) {
             dim / vector,
             classes,
             chunk,
+            lanes,
             call.sums.rows % (chunk * lanes),
-            label_rule(call.labels.dtype(), classes, call.options.ignore_index),
-            call.options.normalize,
-            call.fresh,
+            label_rule(call.labels.dtype(), classes, call.sums.options.ignore_index),
+            call.sums.options.normalize,
+            call.sums.fresh,
             call.embeddings.dtype(),
             call.labels.dtype(),
         );
     }
+    Ok(())
 }
 
 #[cube(launch_unchecked)]
@@ -69,9 +75,9 @@ fn accumulate<F: Float, I: Int, N: Size>(
     strides: RowStrides,
     labels: &[I],
     targets: &mut [u32],            // [rows]
-    inverse: &mut [f32],            // [units, chunk]
-    sums: &mut [Vector<f32, N>],    // [units, heads, classes, columns]
-    carries: &mut [Vector<f32, N>], // [units, heads, classes, columns]
+    inverse: &mut [f32],            // [lanes, chunk]
+    sums: &mut [Vector<f32, N>],    // [lanes, heads, classes, columns]
+    carries: &mut [Vector<f32, N>], // [lanes, heads, classes, columns]
     counts: &mut [u32],             // [classes]
     status: &mut [u32],             // [2]
     heads: usize,
@@ -79,6 +85,7 @@ fn accumulate<F: Float, I: Int, N: Size>(
     columns: usize, // vectors of a row
     classes: usize,
     chunk: usize,  // rows
+    lanes: usize,  // units that stream
     before: usize, // rows since unit 0 began a chunk
     rule: LabelRule,
     #[comptime] normalize: bool,
@@ -88,21 +95,27 @@ fn accumulate<F: Float, I: Int, N: Size>(
 ) {
     let unit = UNIT_POS as usize;
     let lane = unit * heads * classes * columns;
-    if comptime!(fresh) {
+    if comptime!(fresh) && unit < lanes {
         for i in lane..lane + heads * classes * columns {
             sums[i] = Vector::<f32, N>::new(0.0);
             carries[i] = Vector::<f32, N>::new(0.0);
         }
     }
+    let mut found = 0u32.runtime();
     if unit == 0 {
-        classify::<I>(labels, targets, counts, status, rows, &rule);
+        found = classify::<I>(labels, targets, counts, status, rows, &rule);
     }
-    sync_cube();
-    // In rows since unit 0 began a chunk.
-    let mut start = unit * chunk;
-    while start < before + rows {
+    // Places are counted in rows since unit 0 began a chunk.
+    let last = before + rows;
+    let mut chunks = 0usize.runtime();
+    if told(found) > 0 && unit < lanes {
+        chunks = last.div_ceil(chunk);
+    }
+    let mut number = unit;
+    while number < chunks {
+        let start = number * chunk;
         let first = max(start, before) - before;
-        let end = max(min(start + chunk, before + rows), before) - before;
+        let end = max(start + min(chunk, last - start), before) - before;
         for head in 0..heads {
             let source = head * strides.head;
             let mut squares = no_squares::<N>();
@@ -131,9 +144,9 @@ fn accumulate<F: Float, I: Int, N: Size>(
                     if comptime!(normalize) {
                         factor = inverse[unit * chunk + row - first];
                     }
-                    let whole = columns / WIDTH * WIDTH;
+                    let together = columns / WIDTH * WIDTH;
                     let mut column = 0usize.runtime();
-                    while column < whole {
+                    while column < together {
                         #[unroll]
                         for d in 0..WIDTH {
                             add::<F, N>(
@@ -148,7 +161,7 @@ fn accumulate<F: Float, I: Int, N: Size>(
                         }
                         column += WIDTH;
                     }
-                    for d in whole..columns {
+                    for d in together..columns {
                         add::<F, N>(
                             embeddings,
                             sums,
@@ -162,7 +175,7 @@ fn accumulate<F: Float, I: Int, N: Size>(
                 }
             }
         }
-        start += chunk * CUBE_DIM as usize;
+        number += lanes;
     }
 }
 

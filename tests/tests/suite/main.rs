@@ -12,3 +12,4 @@ mod metamorphic;
 mod nvidia;
 mod reconstruction;
 mod support;
+mod threads;

@@ -6,7 +6,7 @@ use criterion::measurement::WallTime;
 use criterion::{
     BenchmarkGroup, Criterion, SamplingMode, Throughput, criterion_group, criterion_main,
 };
-use protohead_benches::{Case, Group, ceiling};
+use protohead_benches::{Case, Group, Who, ceiling};
 
 fn measure(
     group: &mut BenchmarkGroup<WallTime>,
@@ -40,8 +40,17 @@ fn ceilings(criterion: &mut Criterion) {
     group.finish();
 }
 
+/// Burn's ops last: what its matmul leaves behind on CubeCL's CPU runtime makes every launch that waits for another slow, in
+/// the whole process.
 fn heads(criterion: &mut Criterion) {
-    let cases = Case::all();
+    let (burn, cases): (Vec<Case>, Vec<Case>) = Case::all()
+        .into_iter()
+        .partition(|case| case.who == Who::Burn);
+    measure_all(criterion, &cases);
+    measure_all(criterion, &burn);
+}
+
+fn measure_all(criterion: &mut Criterion, cases: &[Case]) {
     for group in Group::ALL {
         let mut bench = criterion.benchmark_group(group.name());
         for case in cases.iter().filter(|case| case.group == group) {

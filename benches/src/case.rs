@@ -84,7 +84,7 @@ pub enum Who {
     F16,
     /// This library, a step recorded before and replayed on fresh operands.
     Captured,
-    /// This library's function on Burn tensors, through Burn's autodiff.
+    /// This library's module `CosineHeads`, through Burn's autodiff.
     ThroughBurn,
     /// This library's logits, then its cross-entropy.
     Unfused,

@@ -1,13 +1,13 @@
 //! On Burn tensors: the same maths in Burn's ops, as Burn runs them fastest (head by head, in contiguous matrices), and this library's
-//! loss through Burn's autodiff.
+//! module through Burn's autodiff.
 
 use std::time::Instant;
 
 use burn::tensor::activation::log_softmax;
 use burn::tensor::{Device, IndexingUpdateOp, Int, Tensor, TensorData};
 
-use protohead::burn::cosine_cross_entropy;
-use protohead::cosine_cross_entropy::Options;
+use protohead::LossOptions;
+use protohead::burn::CosineHeadsConfig;
 
 use crate::{Answer, Data, Group, Ran, Shape};
 
@@ -181,7 +181,7 @@ pub(crate) fn run(device: &Device, group: Group, shape: &Shape, data: &Data, kee
     Ran { time, answer }
 }
 
-/// This library's loss of Burn tensors and its gradients, and waits for them.
+/// The loss of this library's module and its gradients, and waits for them.
 pub(crate) fn run_through_burn(shape: &Shape, data: &Data, keep: bool) -> Ran {
     let device = cube().autodiff();
     let tensor = |values: &[f32], rows: usize| {
@@ -189,22 +189,21 @@ pub(crate) fn run_through_burn(shape: &Shape, data: &Data, keep: bool) -> Ran {
         Tensor::<3>::from_data(TensorData::new(values.to_vec(), shape), &device).require_grad()
     };
     let embeddings = tensor(&data.embeddings, shape.rows);
+    let mut heads = CosineHeadsConfig::new(shape.heads, shape.classes, shape.dim)
+        .with_active(Some(shape.active))
+        .init(&device);
     let weights = tensor(&data.weights, shape.classes);
+    heads.weight = heads.weight.map(|_| weights);
     let labels = TensorData::new(data.labels.clone(), [shape.rows]);
     let labels: Tensor<1, Int> = Tensor::from_data(labels, &device);
-    let options = Options {
-        scale: 16.0,
-        active: Some(shape.active),
-        ..Options::default()
-    };
     device.sync().expect("the device works");
 
     let start = Instant::now();
-    let loss = cosine_cross_entropy(embeddings.clone(), weights.clone(), labels, &options);
-    let loss = loss.expect("the operands are valid").loss.sum();
+    let loss = heads.loss(embeddings.clone(), labels, &LossOptions::default());
+    let loss = loss.expect("the operands are valid").total;
     let gradients = loss.clone().backward();
     let grad = |of: &Tensor<3>| of.grad(&gradients).expect("tracked");
-    let gradients = [grad(&embeddings), grad(&weights)];
+    let gradients = [grad(&embeddings), grad(&heads.weight.val())];
     device.sync().expect("the device works");
     let time = start.elapsed();
     let answer = keep.then(|| {

@@ -204,6 +204,17 @@ impl Blueprint {
         }
     }
 
+    /// The grid of a kernel that strides over `work` items, each for itself.
+    pub(crate) fn elementwise(&self, client: &Client, work: usize) -> (CubeCount, CubeDim) {
+        match self.variant {
+            Variant::Unit => self.unit_grid(),
+            _ => (
+                cubes_for(client, work.div_ceil(PLANE_UNITS).min(65_535)),
+                CubeDim::new_1d(PLANE_UNITS as u32),
+            ),
+        }
+    }
+
     /// The grid of a unit variant: one cube, a unit a core, striding over the work. Its units meet at barriers.
     pub(crate) fn unit_grid(&self) -> (CubeCount, CubeDim) {
         (CubeCount::new_single(), CubeDim::new_1d(self.units as u32))

@@ -1,6 +1,13 @@
 //! Which gradients of a cosine head's operands are computed, and what comes of it.
 
+use cubecl::client::Client;
+use cubecl::ir::ElemType;
+use cubecl::prelude::*;
 use cubecl::std::tensor::TensorHandle;
+
+use crate::blueprint::{Blueprint, Strategy};
+use crate::error::Error;
+use crate::operand::{F32, addressable, contiguous, count, empty, whole, widest};
 
 /// The operands whose gradients are computed; what is left out costs nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,4 +47,77 @@ pub struct Gradients {
     pub embeddings: Option<TensorHandle>,
     /// `[heads, classes, dim]`; the rows `K..classes` have zeros.
     pub weights: Option<TensorHandle>,
+}
+
+impl Gradients {
+    /// New gradients, each head's times its factor in `by_head [heads]`, f32: of a loss of which only later is known how it
+    /// counts.
+    ///
+    /// # Errors
+    /// A typed [`Error`] if the factors do not fit, or a gradient is not contiguous or passes 32-bit addresses.
+    pub fn scaled(&self, client: &Client, by_head: &TensorHandle) -> Result<Self, Error> {
+        let scaled = |operand, gradient: &Option<TensorHandle>| match gradient {
+            Some(gradient) => scaled(client, operand, gradient, by_head).map(Some),
+            None => Ok(None),
+        };
+        Ok(Self {
+            embeddings: scaled("gradient of the embeddings", &self.embeddings)?,
+            weights: scaled("gradient of the class weights", &self.weights)?,
+        })
+    }
+}
+
+fn scaled(
+    client: &Client,
+    operand: &'static str,
+    gradient: &TensorHandle,
+    by_head: &TensorHandle,
+) -> Result<TensorHandle, Error> {
+    let shape = gradient.shape().to_vec();
+    let [heads, rows, dim] = shape[..] else {
+        return Err(Error::Shape {
+            operand,
+            got: shape,
+            expected: "3 axes".into(),
+        });
+    };
+    contiguous(operand, gradient, &shape, gradient.dtype)?;
+    contiguous("factors", by_head, &[heads], F32)?;
+    addressable(operand, count(&shape))?;
+    let blueprint = Blueprint::new(client, Strategy::Inferred)?;
+    let vector = widest(blueprint.vector(gradient.dtype), [dim]);
+    let out = empty(client, [heads, rows, dim], gradient.dtype);
+    let of_head = rows * dim / vector;
+    let (cubes, cube) = blueprint.elementwise(client, heads * of_head);
+    // SAFETY: `contiguous` proved the gradient and the factors, and `out` is as large.
+    unsafe {
+        scale::launch_unchecked(
+            client,
+            cubes,
+            cube,
+            vector,
+            whole(gradient, vector),
+            whole(by_head, 1),
+            whole(&out, vector),
+            of_head,
+            gradient.dtype,
+        );
+    }
+    Ok(out)
+}
+
+#[cube(launch_unchecked)]
+fn scale<F: Float, N: Size>(
+    gradient: &[Vector<F, N>], // [heads, of_head]
+    by_head: &[f32],           // [heads]
+    out: &mut [Vector<F, N>],  // [heads, of_head]
+    of_head: usize,
+    #[define(F)] _dtype: ElemType,
+) {
+    let mut i = ABSOLUTE_POS;
+    while i < out.len() {
+        let factor = Vector::<f32, N>::new(by_head[i / of_head]);
+        out[i] = Vector::<F, N>::cast_from(Vector::<f32, N>::cast_from(gradient[i]) * factor);
+        i += CUBE_COUNT * CUBE_DIM as usize;
+    }
 }

@@ -173,8 +173,17 @@ fn small(client: &Client, dtype: FloatKind) {
         };
         options.loss.reduction = reduction;
         let upstream = Upstream::Total(1.0);
-        cosine_cross_entropy::forward_backward(client, &inputs, &options, &upstream, Wanted::BOTH)
-            .expect(VALID);
+        let (output, gradients) = cosine_cross_entropy::forward_backward(
+            client,
+            &inputs,
+            &options,
+            &upstream,
+            Wanted::BOTH,
+        )
+        .expect(VALID);
+        if reduction == Reduction::Mean {
+            gradients.scaled(client, &output.loss).expect(VALID);
+        }
     }
 }
 

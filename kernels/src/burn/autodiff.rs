@@ -8,7 +8,7 @@ use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{AutodiffBackend, Backend, TensorMetadata};
-use burn::tensor::{DType, Shape};
+use burn::tensor::DType;
 
 use super::ops::{MaybeGrad, ProtoheadGradOps, ProtoheadOps};
 use crate::{
@@ -46,10 +46,11 @@ impl<B: Backend + ProtoheadGradOps> Backward<B, 2> for FusedBackward {
         let grad = grads.consume::<B>(&ops.node);
         let gradients = match ops.state {
             FusedState::Gradients(gradients) => {
-                let heads = grad.shape()[0];
-                let by_head = B::float_reshape(grad, Shape::new([heads, 1, 1]));
+                // Not by Burn's multiplication, which tunes itself for seconds, and may end up slow on a CPU.
                 gradients.map(|gradient| match gradient {
-                    Some(gradient) => MaybeGrad::Computed(B::float_mul(gradient, by_head.clone())),
+                    Some(gradient) => {
+                        MaybeGrad::Computed(B::protohead_scaled(gradient, grad.clone()))
+                    }
                     None => MaybeGrad::Skipped,
                 })
             }
@@ -85,6 +86,27 @@ impl<B: Backend + ProtoheadGradOps> Backward<B, 2> for FusedBackward {
 /// less than f32, whose gradients might vanish for want of that factor.
 fn at_once(dtype: DType, options: &fused::Options) -> bool {
     dtype == DType::F32 && options.loss.reduction != Reduction::None
+}
+
+#[derive(Debug)]
+struct TotalBackward;
+
+impl<B: Backend + ProtoheadGradOps> Backward<B, 1> for TotalBackward {
+    type State = Vec<f32>;
+
+    fn backward(
+        self,
+        ops: Ops<Self::State, 1>,
+        grads: &mut Gradients,
+        _checkpointer: &mut Checkpointer,
+    ) {
+        let grad = grads.consume::<B>(&ops.node);
+        let [parent] = ops.parents;
+        if let Some(node) = parent {
+            let by_head = B::protohead_total_backward(grad, ops.state);
+            grads.register::<B>(node.id, by_head);
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -250,6 +272,20 @@ impl<B: Backend + ProtoheadOps + ProtoheadGradOps, C: CheckpointStrategy> Protoh
         };
         let lse = <Self as AutodiffBackend>::from_inner(lse);
         (loss, lse, predictions, status)
+    }
+
+    fn protohead_total(loss: FloatTensor<Self>, alphas: Vec<f32>) -> FloatTensor<Self> {
+        let prepared =
+            <TotalBackward as Backward<B, 1>>::prepare::<C>(TotalBackward, [loss.node()]);
+        match prepared.compute_bound().stateful() {
+            OpsKind::Tracked(prepared) => {
+                let total = B::protohead_total(loss.into_primitive(), alphas.clone());
+                prepared.finish(alphas, total)
+            }
+            OpsKind::UnTracked(prepared) => {
+                prepared.finish(B::protohead_total(loss.into_primitive(), alphas))
+            }
+        }
     }
 
     fn protohead_cross_entropy(

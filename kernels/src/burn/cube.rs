@@ -10,11 +10,12 @@ use cubecl::ir::Type;
 use cubecl::std::tensor::TensorHandle;
 
 use super::ops::{MaybeGrad, ProtoheadGradOps, ProtoheadOps};
+use super::total;
 use crate::class_means::{self, ClassSums};
 use crate::loss::LossOutput;
 use crate::{
-    Error, Upstream, Wanted, cosine_cross_entropy as fused, cosine_logits as logits, cross_entropy,
-    reconstruction,
+    Error, Gradients, Upstream, Wanted, cosine_cross_entropy as fused, cosine_logits as logits,
+    cross_entropy, reconstruction,
 };
 
 /// The public functions have checked shapes, dtypes, options and sizes before Burn took the op down here, where nothing can be
@@ -111,6 +112,12 @@ impl ProtoheadOps for CubeBackend {
         };
         let output = checked(fused::forward(&embeddings.client, &inputs, &options));
         results(&embeddings, output)
+    }
+
+    fn protohead_total(loss: FloatTensor<Self>, alphas: Vec<f32>) -> FloatTensor<Self> {
+        let by_head = handle(into_contiguous(loss.clone()));
+        let sum = checked(total::forward(&loss.client, &by_head, &alphas));
+        tensor(&loss, sum, DType::F32)
     }
 
     fn protohead_cross_entropy(
@@ -249,6 +256,26 @@ impl ProtoheadGradOps for CubeBackend {
             gradient(&embeddings, gradients.embeddings),
             gradient(&embeddings, gradients.weights),
         )
+    }
+
+    fn protohead_total_backward(grad: FloatTensor<Self>, alphas: Vec<f32>) -> FloatTensor<Self> {
+        let arrived = handle(into_contiguous(grad.clone()));
+        let by_head = checked(total::backward(&grad.client, &arrived, &alphas));
+        tensor(&grad, by_head, DType::F32)
+    }
+
+    fn protohead_scaled(
+        gradient: FloatTensor<Self>,
+        by_head: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        let gradients = Gradients {
+            embeddings: Some(handle(into_contiguous(gradient.clone()))),
+            weights: None,
+        };
+        let by_head = handle(into_contiguous(by_head));
+        let scaled = checked(gradients.scaled(&gradient.client, &by_head));
+        let scaled = scaled.embeddings.expect("it was given");
+        tensor(&gradient, scaled, gradient.dtype)
     }
 
     fn protohead_cross_entropy_backward(

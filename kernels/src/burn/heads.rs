@@ -2,9 +2,9 @@
 
 use burn::config::Config;
 use burn::module::{Initializer, Module, Param};
-use burn::tensor::{DType, Device, Int, Tensor};
+use burn::tensor::{Device, Int, Tensor};
 
-use super::{ClassMeans, class_means, cosine_cross_entropy, cosine_logits};
+use super::{ClassMeans, class_means, cosine_cross_entropy, cosine_logits, total};
 use crate::{
     Error, LossOptions, class_means as means, cosine_cross_entropy as fused,
     cosine_logits as logits,
@@ -141,15 +141,8 @@ impl CosineHeads {
             },
             ..fused::Options::default()
         };
-        let device = embeddings.device();
         let heads = cosine_cross_entropy(embeddings, self.weight.val(), labels, &unweighted)?;
-        let total = match &options.head_weights {
-            None => heads.loss.clone().sum(),
-            Some(alphas) => {
-                let alphas = Tensor::<1>::from_data(alphas.as_slice(), (&device, DType::F32));
-                (heads.loss.clone() * alphas).sum()
-            }
-        };
+        let total = total(heads.loss.clone(), options.weights(count));
         Ok(HeadsLoss { total, heads })
     }
 

@@ -12,6 +12,7 @@ mod heads;
 mod ops;
 #[cfg(feature = "fusion")]
 mod specs;
+mod total;
 
 pub use heads::{CosineHeads, CosineHeadsConfig, HeadsLoss};
 
@@ -134,6 +135,14 @@ pub fn cosine_cross_entropy(
         });
     }
     fused_loss(embeddings, weights, labels, options)
+}
+
+/// The weighted sum of the heads' losses, `[1]`, of `loss [heads]`.
+fn total(loss: Tensor<1>, alphas: Vec<f32>) -> Tensor<1> {
+    Tensor::from_dispatch(<Dispatch as ProtoheadOps>::protohead_total(
+        loss.into_dispatch(),
+        alphas,
+    ))
 }
 
 /// The loss of each row of each head, `[heads, rows]`; the options' reduction takes no part.

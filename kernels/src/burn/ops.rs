@@ -7,7 +7,7 @@ use burn::backend::{Backend, ExtensionType, backend_extension};
 use super::specs::{
     class_means_spec, cross_entropy_grad_spec, cross_entropy_spec, fused_at_once_spec,
     fused_grad_spec, fused_spec, logits_grad_spec, logits_spec, reconstruction_grad_spec,
-    reconstruction_spec,
+    reconstruction_spec, scaled_spec, total_grad_spec, total_spec,
 };
 use crate::{class_means, cosine_cross_entropy as fused, cosine_logits as logits, cross_entropy};
 
@@ -49,6 +49,11 @@ pub(super) trait ProtoheadOps: Backend {
         IntTensor<Self>,
         IntTensor<Self>,
     );
+
+    /// The weighted sum of the losses by head.
+    #[fusion(meta = total_spec)]
+    #[allow(unused_variables)]
+    fn protohead_total(loss: FloatTensor<Self>, alphas: Vec<f32>) -> FloatTensor<Self>;
 
     /// Loss, lse, predictions, status of given logits.
     #[fusion(meta = cross_entropy_spec)]
@@ -125,6 +130,18 @@ pub(super) trait ProtoheadGradOps: Backend {
         options: fused::Options,
         need: [bool; 2],
     ) -> (MaybeGrad<Self>, MaybeGrad<Self>);
+
+    #[fusion(meta = total_grad_spec)]
+    #[allow(unused_variables)]
+    fn protohead_total_backward(grad: FloatTensor<Self>, alphas: Vec<f32>) -> FloatTensor<Self>;
+
+    /// A gradient `[heads, rows, dim]`, each head's times its factor.
+    #[fusion(meta = scaled_spec)]
+    #[allow(unused_variables)]
+    fn protohead_scaled(
+        gradient: FloatTensor<Self>,
+        by_head: FloatTensor<Self>,
+    ) -> FloatTensor<Self>;
 
     #[fusion(meta = cross_entropy_grad_spec)]
     #[allow(unused_variables)]

@@ -154,3 +154,15 @@ pub(super) fn reconstruction_grad_spec(
 ) -> (MaybeGradMetadata, MaybeGradMetadata) {
     (maybe(need[0], whole), maybe(need[1], first))
 }
+
+pub(super) fn scaled_spec(gradient: &TensorSpec, _by_head: &TensorSpec) -> TensorSpec {
+    gradient.clone()
+}
+
+pub(super) fn total_spec(_loss: &TensorSpec, _alphas: &[f32]) -> TensorSpec {
+    TensorSpec::new(Shape::new([1]), DType::F32)
+}
+
+pub(super) fn total_grad_spec(_grad: &TensorSpec, alphas: &[f32]) -> TensorSpec {
+    TensorSpec::new(Shape::new([alphas.len()]), DType::F32)
+}

@@ -6,7 +6,7 @@ use cubecl::std::tensor::TensorHandle;
 use serde::{Deserialize, Serialize};
 
 use super::{plane, unit};
-use crate::blueprint::{Blueprint, PLANE_UNITS, Strategy, Variant, cubes_for};
+use crate::blueprint::{Blueprint, Strategy, Variant};
 use crate::error::Error;
 use crate::math::group::Group;
 use crate::math::sum::KahanLanes;
@@ -191,7 +191,7 @@ impl ClassSums {
         let blueprint = self.blueprint(client)?;
         let [lanes, heads, classes, dim] = self.shape();
         let vector = widest(blueprint.vector(F32), [dim]);
-        let (count, cube) = elementwise(client, &blueprint, lanes * heads * classes * dim / vector);
+        let (count, cube) = blueprint.elementwise(client, lanes * heads * classes * dim / vector);
         // SAFETY: `new` allocated both states, and their shapes are equal.
         unsafe {
             merge::launch_unchecked(
@@ -242,7 +242,7 @@ impl ClassSums {
             Variant::Unit => 1,
             _ => Group::of(&blueprint, dim / vector).size,
         };
-        let (count, cube) = elementwise(client, &blueprint, heads * stored * sharing);
+        let (count, cube) = blueprint.elementwise(client, heads * stored * sharing);
         // SAFETY: `Strided` proved the weights, the sums are [lanes, heads, classes ≤ stored, dim].
         unsafe {
             write_means::launch_unchecked(
@@ -296,16 +296,6 @@ pub(super) struct AccumulateCall<'a> {
     pub embeddings: &'a Strided, // [heads, rows, dim]
     pub labels: &'a Labels,
     pub sums: &'a ClassSums,
-}
-
-fn elementwise(client: &Client, blueprint: &Blueprint, work: usize) -> (CubeCount, CubeDim) {
-    match blueprint.variant {
-        Variant::Unit => blueprint.unit_grid(),
-        _ => (
-            cubes_for(client, work.div_ceil(PLANE_UNITS).min(65_535)),
-            CubeDim::new_1d(PLANE_UNITS as u32),
-        ),
-    }
 }
 
 #[cube(launch_unchecked)]

@@ -215,6 +215,20 @@ fn check(
     let (x, w) = (&truth.of_total, &working.of_total);
     float("dX at once", &dx, &x.0, &w.0, problem.dtype, x_size)?;
     float("dW at once", &dw, &x.1, &w.1, problem.dtype, w_size)?;
+    if problem.dtype == Dtype::F32 {
+        // A factor that comes later.
+        let scaled = both_scaled(client, &dx, &dw, heads).map_err(said)?;
+        let wide = |values: &[f64]| values.iter().map(|v| v * -3.0).collect::<Vec<f64>>();
+        let narrow = |values: &[f32]| values.iter().map(|v| v * -3.0).collect::<Vec<f32>>();
+        for (name, scaled, truth, working, size) in [
+            ("dX", scaled.embeddings, &x.0, &w.0, x_size),
+            ("dW", scaled.weights, &x.1, &w.1, w_size),
+        ] {
+            let scaled = scaled.ok_or("a gradient is missing")?;
+            let (truth, working) = (wide(truth), narrow(working));
+            float(name, &scaled, &truth, &working, f32s, 3.0 * size)?;
+        }
+    }
     let only_x = together(Wanted::EMBEDDINGS)?.1.embeddings.ok_or("no dX")?;
     let only_w = together(Wanted::WEIGHTS)?.1.weights.ok_or("no dW")?;
     for (name, once, again) in [("dX", &dx, &only_x), ("dW", &dw, &only_w)] {
@@ -234,6 +248,26 @@ fn check(
         return Err("the operands were modified".into());
     }
     Ok(())
+}
+
+/// Both gradients times −3.
+fn both_scaled(
+    client: &cubecl::client::Client,
+    dx: &TensorHandle,
+    dw: &TensorHandle,
+    heads: usize,
+) -> Result<Gradients, protohead::Error> {
+    let factors = vec![-3.0f32; heads];
+    let factors = TensorHandle::new_contiguous(
+        [heads],
+        client.create_from_slice(cubecl::prelude::CubeElement::as_bytes(&factors[..])),
+        Dtype::F32.elem(),
+    );
+    let both = Gradients {
+        embeddings: Some(dx.clone()),
+        weights: Some(dw.clone()),
+    };
+    both.scaled(client, &factors)
 }
 
 fn agrees(problem: &Problem) -> Result<(), TestCaseError> {

@@ -1,0 +1,75 @@
+//! The weighted sum of the heads' losses. Burn's own sum would tune itself for ten seconds at its first call.
+
+use cubecl::client::Client;
+use cubecl::prelude::*;
+use cubecl::std::tensor::TensorHandle;
+
+use crate::Error;
+use crate::math::sum::Kahan;
+use crate::operand::{F32, contiguous, empty, whole};
+
+/// `Σ_h α_h · loss_h`, `[1]`, of `loss [heads]` and as many weights.
+pub(super) fn forward(
+    client: &Client,
+    loss: &TensorHandle,
+    alphas: &[f32],
+) -> Result<TensorHandle, Error> {
+    contiguous("loss", loss, &[alphas.len()], F32)?;
+    let out = empty(client, [1], F32);
+    // SAFETY: the loss is proved, and there is a weight for each head.
+    unsafe {
+        total::launch_unchecked(
+            client,
+            CubeCount::new_single(),
+            CubeDim::new_single(),
+            whole(loss, 1),
+            upload(client, alphas),
+            whole(&out, 1),
+        );
+    }
+    Ok(out)
+}
+
+/// The gradient of the loss by head, `α_h · grad`, of `grad [1]`.
+pub(super) fn backward(
+    client: &Client,
+    grad: &TensorHandle,
+    alphas: &[f32],
+) -> Result<TensorHandle, Error> {
+    contiguous("gradient of the total", grad, &[1], F32)?;
+    let out = empty(client, [alphas.len()], F32);
+    // SAFETY: the gradient is proved, and `out` has an element for each weight.
+    unsafe {
+        spread::launch_unchecked(
+            client,
+            CubeCount::new_single(),
+            CubeDim::new_single(),
+            whole(grad, 1),
+            upload(client, alphas),
+            whole(&out, 1),
+        );
+    }
+    Ok(out)
+}
+
+fn upload(client: &Client, alphas: &[f32]) -> BufferArg {
+    let handle = client.create_from_slice(f32::as_bytes(alphas));
+    // SAFETY: that is what was uploaded.
+    unsafe { BufferArg::from_raw_parts(handle, alphas.len()) }
+}
+
+#[cube(launch_unchecked)]
+fn total(loss: &[f32], alphas: &[f32], out: &mut [f32]) {
+    let mut sum = Kahan::new();
+    for head in 0..loss.len() {
+        sum.add(alphas[head] * loss[head]);
+    }
+    out[0] = sum.total();
+}
+
+#[cube(launch_unchecked)]
+fn spread(grad: &[f32], alphas: &[f32], out: &mut [f32]) {
+    for head in 0..out.len() {
+        out[head] = alphas[head] * grad[0];
+    }
+}

@@ -115,6 +115,23 @@ fn all_runs() -> Vec<Run<'static>> {
 }
 
 impl Run<'_> {
+    /// How far the square of a unit row's length may be off, which a gradient through the normalization has as a factor of what it
+    /// takes away. IEEE's norm, inverse and product are off by half a unit in the last place (6e-8) each; WGSL's square root and
+    /// division may be off by 2.5.
+    pub fn unit_rows(&self) -> f64 {
+        let units = if self.device == "wgpu" { 5.5 } else { 1.5 };
+        2.0 * units * 6e-8
+    }
+
+    /// How far two sums of the same `terms` may be apart. The small variant takes from a gradient what another sum over the
+    /// classes (or rows) gave, each off by half a unit in the last place a term at most; the others use one sum twice.
+    pub fn sums_apart(&self, terms: usize) -> f64 {
+        match self.strategy {
+            Strategy::Forced(Variant::Small) => terms as f64 * 6e-8,
+            _ => 0.0,
+        }
+    }
+
     /// The unit roundoff of what the variant keeps between products: unit rows and logit gradients, which the cmma variant
     /// rounds to the operands' dtype.
     pub fn kept(&self, dtype: Dtype) -> f64 {

@@ -100,7 +100,12 @@ fn check(
                 dtype,
                 magnitude,
                 kept: match name {
-                    "dX" | "dW" | "dX at once" | "dW at once" => (scale + 3.0) * kept,
+                    "dX" | "dX at once" => {
+                        (scale + 3.0) * kept + run.unit_rows() + run.sums_apart(active)
+                    }
+                    "dW" | "dW at once" => {
+                        (scale + 3.0) * kept + run.unit_rows() + run.sums_apart(rows)
+                    }
                     _ => 2.0 * kept,
                 },
                 lengths: match name {

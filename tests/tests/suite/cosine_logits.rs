@@ -105,7 +105,7 @@ fn check(
             working,
             dtype: problem.dtype,
             magnitude: scale * (terms as f64).sqrt(),
-            kept: 2.0 * kept,
+            kept: 2.0 * kept + run.unit_rows(),
             lengths: &lengths(values, dim),
         }
         .check()?;

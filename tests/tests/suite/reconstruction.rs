@@ -114,7 +114,7 @@ fn check(
             working,
             dtype,
             magnitude,
-            kept: 0.0,
+            kept: run.unit_rows(),
             lengths,
         }
         .check()?;

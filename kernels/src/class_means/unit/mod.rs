@@ -52,8 +52,8 @@ fn told(found: u32) -> u32 {
     shared[0]
 }
 
-/// The target of each row, and to `histogram` how many rows each class has; counts the bad labels, and gives how many are good. Each label is read once: a
-/// second reading could find another, if someone writes them.
+/// The target of each row, and to `histogram` how many rows each class has; counts the bad labels, and gives how many are good.
+/// Each label is read once: a second reading could find another, if someone writes them.
 #[cube]
 fn classify<I: Int>(
     labels: &[I],

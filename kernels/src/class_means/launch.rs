@@ -298,6 +298,17 @@ pub(super) struct AccumulateCall<'a> {
     pub sums: &'a ClassSums,
 }
 
+impl AccumulateCall<'_> {
+    /// Norms that are kept beside sorted rows: one a row, where rows are normalized; a single element otherwise.
+    pub(super) fn norms(&self) -> usize {
+        let [heads, rows, _] = self.embeddings.dims3();
+        match self.sums.options.normalize {
+            true => heads * rows,
+            false => 1,
+        }
+    }
+}
+
 #[cube(launch_unchecked)]
 fn merge<N: Size>(
     sums: &mut [Vector<f32, N>],

@@ -11,7 +11,7 @@ use protohead_tests::problem::{Problem, download};
 
 /// Launches on the way at once.
 const LAUNCHES: usize = 200;
-/// A hundred times what they take.
+/// Far longer than they take.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// The units of a launch meet at barriers, so two launches must never each hold a core that the other is waiting for.

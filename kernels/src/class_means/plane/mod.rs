@@ -37,12 +37,7 @@ pub(super) fn launch(call: &AccumulateCall) {
     let group = Group::of(call.blueprint, dim / vector);
     let cube = CubeDim::new_1d(PLANE_UNITS as u32);
     let sorted = sort::launch(call);
-    // One norm a row, where rows are normalized; a single element otherwise.
-    let norms = if call.sums.options.normalize {
-        heads * rows
-    } else {
-        1
-    };
+    let norms = call.norms();
     let inverse = client.empty(norms * size_of::<f32>());
     // SAFETY: every buffer has the length named beside it in the kernels; `Strided` proved the embeddings.
     unsafe {

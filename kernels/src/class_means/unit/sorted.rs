@@ -25,12 +25,7 @@ pub(super) fn launch(call: &AccumulateCall) {
     let vector = call.embeddings.vector_size(call.blueprint);
     let rule = label_rule(call.labels.dtype(), classes, call.sums.options.ignore_index);
     let (count, cube) = call.blueprint.unit_grid();
-    // One norm a row, where rows are normalized; a single element otherwise.
-    let norms = if call.sums.options.normalize {
-        heads * rows
-    } else {
-        1
-    };
+    let norms = call.norms();
     let inverse = client.empty(norms * size_of::<f32>());
     let targets = client.empty(rows * size_of::<u32>());
     let order = client.empty(rows * size_of::<u32>());

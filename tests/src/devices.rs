@@ -123,15 +123,6 @@ impl Run<'_> {
         2.0 * units * 6e-8
     }
 
-    /// How far two sums of the same `terms` may be apart. The small variant takes from a gradient what another sum over the
-    /// classes (or rows) gave, each off by half a unit in the last place a term at most; the others use one sum twice.
-    pub fn sums_apart(&self, terms: usize) -> f64 {
-        match self.strategy {
-            Strategy::Forced(Variant::Small) => terms as f64 * 6e-8,
-            _ => 0.0,
-        }
-    }
-
     /// The unit roundoff of what the variant keeps between products: unit rows and logit gradients, which the cmma variant
     /// rounds to the operands' dtype.
     pub fn kept(&self, dtype: Dtype) -> f64 {

@@ -100,11 +100,8 @@ fn check(
                 dtype,
                 magnitude,
                 kept: match name {
-                    "dX" | "dX at once" => {
-                        (scale + 3.0) * kept + run.unit_rows() + run.sums_apart(active)
-                    }
-                    "dW" | "dW at once" => {
-                        (scale + 3.0) * kept + run.unit_rows() + run.sums_apart(rows)
+                    "dX" | "dX at once" | "dW" | "dW at once" => {
+                        (scale + 3.0) * kept + run.unit_rows()
                     }
                     _ => 2.0 * kept,
                 },

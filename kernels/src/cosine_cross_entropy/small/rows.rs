@@ -27,6 +27,8 @@ struct Plan {
     of_row: Group,
     /// All of them.
     all: Group,
+    /// Vectors of columns of a row that a unit keeps while the row's gradient is computed.
+    held: usize,
     /// Whether logit gradients are wanted, and whether the rows' own are.
     backward: bool,
     of_embeddings: bool,
@@ -45,12 +47,14 @@ pub(super) fn launch(
     let sizes = &call.problem.sizes;
     let loss = &call.options.loss;
     let all = Group::cube(&call.blueprint);
+    let of_row = Group {
+        size: PLANE_UNITS / OWNED,
+        exchange: all.exchange,
+    };
     let plan = Plan {
         of_class: Group::of(&call.blueprint, sizes.dim / step.vector),
-        of_row: Group {
-            size: PLANE_UNITS / OWNED,
-            exchange: all.exchange,
-        },
+        of_row,
+        held: (sizes.dim / step.vector).div_ceil(of_row.size),
         all,
         backward: arriving.is_some(),
         of_embeddings: grad.is_some(),
@@ -127,7 +131,6 @@ fn rows<F: Float, I: Int, N: Size>(
     let mut logits = Shared::<[f32]>::new_slice(comptime!(OWNED * CLASSES));
     let mut weight_inverses = Shared::<[f32]>::new_slice(CLASSES);
     let mut norms = Shared::<[f32]>::new_slice(OWNED);
-    let mut projections = Shared::<[f32]>::new_slice(OWNED);
 
     // The rows' norms.
     let here = member(plan.of_row);
@@ -237,13 +240,11 @@ fn rows<F: Float, I: Int, N: Size>(
             }
         }
         let row_lse = Vector::<f32, One>::new(softmax.lse());
-        let mut along = 0.0f32.runtime();
         let mut class = here.lane;
         while class < active {
             let at = own * CLASSES + class;
-            let cosine = logits[at];
             let gradient = logit_gradient::<One>(
-                Vector::<f32, One>::new(cosine * scale),
+                Vector::<f32, One>::new(logits[at] * scale),
                 row_lse,
                 Vector::<f32, One>::new(upstream),
                 Vector::<u32, One>::new(class as u32).equal(&Vector::<u32, One>::new(target)),
@@ -251,44 +252,49 @@ fn rows<F: Float, I: Int, N: Size>(
                 smoothing,
             );
             let value = gradient.extract(0usize) * scale;
-            along += value * cosine;
             if is_there {
                 scratch[out * active + class] = value;
             }
             logits[at] = value * weight_inverses[class];
             class += plan.of_row.size;
         }
-        let along = group_sum(along, plan.of_row);
-        if here.lane == 0 {
-            projections[own] = projection(along, row_norm);
-        }
         sync_cube();
     }
 
-    // The rows' gradients: a unit takes a vector of columns of a row.
+    // The rows' gradients: a unit keeps the sums of a few vectors of columns, from which the row's own direction is taken.
     if comptime!(plan.of_embeddings) {
-        let mut item = unit;
-        while item < OWNED * columns {
-            let r = item / columns;
-            let d = item % columns;
-            let row = first + r;
-            if row < sizes.rows {
-                let mut sum = Vector::<f32, N>::new(0.0);
+        let mut sums = Array::<Vector<f32, N>>::new(comptime!(plan.held));
+        let mut along = 0.0f32.runtime();
+        #[unroll]
+        for i in 0..plan.held {
+            let d = here.lane + i * plan.of_row.size;
+            let mut sum = Vector::<f32, N>::new(0.0);
+            if d < columns {
                 for class in 0..active {
                     let w = Vector::<f32, N>::cast_from(
                         weights[of_weights + class * weight_strides.row + d],
                     );
-                    sum = fma(Vector::<f32, N>::new(logits[r * CLASSES + class]), w, sum);
+                    sum = fma(Vector::<f32, N>::new(logits[own * CLASSES + class]), w, sum);
                 }
-                let inverse = inverse_norm(norms[r]);
                 let x = Vector::<f32, N>::cast_from(
-                    embeddings[of_embeddings + row * embedding_strides.row + d],
+                    embeddings[of_embeddings + own_row * embedding_strides.row + d],
                 );
-                let along = Vector::<f32, N>::new(-projections[r] * inverse);
-                let value = fma(along, x, sum) * Vector::<f32, N>::new(inverse);
-                grad[(head * sizes.rows + row) * columns + d] = Vector::<F, N>::cast_from(value);
+                along += (x * sum).vector_sum();
             }
-            item += PLANE_UNITS;
+            sums[i] = sum;
+        }
+        let along = projection(group_sum(along, plan.of_row), row_norm) * row_inverse * row_inverse;
+        #[unroll]
+        for i in 0..plan.held {
+            let d = here.lane + i * plan.of_row.size;
+            if is_there && d < columns {
+                let x = Vector::<f32, N>::cast_from(
+                    embeddings[of_embeddings + own_row * embedding_strides.row + d],
+                );
+                let value = fma(Vector::<f32, N>::new(-along), x, sums[i])
+                    * Vector::<f32, N>::new(row_inverse);
+                grad[out * columns + d] = Vector::<F, N>::cast_from(value);
+            }
         }
     }
 }

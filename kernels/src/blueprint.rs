@@ -5,6 +5,8 @@
 //! many cubes of many units with shared memory, which is the *plane* variants' shape; where it has tensor cores for the
 //! operands, ops with a product run their *cmma* variants.
 
+use std::cell::Cell;
+
 use cubecl::client::Client;
 use cubecl::ir::ElemType;
 use cubecl::ir::features::Plane;
@@ -207,7 +209,7 @@ impl Blueprint {
     /// The grid of a kernel that strides over `work` items, each for itself.
     pub(crate) fn elementwise(&self, client: &Client, work: usize) -> (CubeCount, CubeDim) {
         match self.variant {
-            Variant::Unit => self.unit_grid(),
+            Variant::Unit => self.unit_grid(client),
             _ => (
                 cubes_for(client, work.div_ceil(PLANE_UNITS).min(65_535)),
                 CubeDim::new_1d(PLANE_UNITS as u32),
@@ -216,9 +218,30 @@ impl Blueprint {
     }
 
     /// The grid of a unit variant: one cube, a unit a core, striding over the work. Its units meet at barriers.
-    pub(crate) fn unit_grid(&self) -> (CubeCount, CubeDim) {
+    pub(crate) fn unit_grid(&self, client: &Client) -> (CubeCount, CubeDim) {
+        keep_close(client);
         (CubeCount::new_single(), CubeDim::new_1d(self.units as u32))
     }
+}
+
+/// Launches that a thread may be ahead of a CPU. CubeCL's two queues of 32 tasks have room for four; a thread that finds them
+/// full spins on a core that a unit needs, and the units that wait for it at a barrier wait milliseconds. Waiting at every
+/// launch would cost a loop that reads its results a second way to the device and back.
+const AHEAD: u32 = 4;
+
+thread_local! {
+    /// Launches of unit variants since this thread waited for one.
+    static LAUNCHED: Cell<u32> = const { Cell::new(0) };
+}
+
+/// Waits for the device if this thread has got too far ahead of it.
+fn keep_close(client: &Client) {
+    let launched = LAUNCHED.get();
+    if launched == AHEAD {
+        // What failed stays with the buffers that it left unwritten, and is told where they are read.
+        let _ = client.flush();
+    }
+    LAUNCHED.set(launched % AHEAD + 1);
 }
 
 /// Units of a plane that can exchange registers, where every plane is whole and of one size.

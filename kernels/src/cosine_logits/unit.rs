@@ -19,7 +19,7 @@ pub(super) fn launch_forward(
     logits: &TensorHandle,
     scale: f32,
 ) {
-    let (count, dim) = blueprint.unit_grid();
+    let (count, dim) = blueprint.unit_grid(client);
     // SAFETY: `Packed` holds whole tiles, `logits` is [heads, rows, active].
     unsafe {
         forward::launch_unchecked(
@@ -44,7 +44,7 @@ pub(super) fn scratch(blueprint: &Blueprint, sizes: &PackedSizes) -> u128 {
 }
 
 pub(super) fn launch_backward(call: &BackwardCall) {
-    let (count, dim) = call.blueprint.unit_grid();
+    let (count, dim) = call.blueprint.unit_grid(call.client);
     let sizes = &call.packed.sizes;
     let lanes = call.blueprint.lanes;
     let vector = widest(lanes, [sizes.dim]);

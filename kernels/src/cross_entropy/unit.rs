@@ -9,7 +9,7 @@ use crate::math::online_softmax::{OnlineSoftmax, logit_gradient};
 use crate::operand::{RowStrides, whole};
 
 pub(super) fn launch_forward(call: &ForwardCall) {
-    let (count, dim) = call.blueprint.unit_grid();
+    let (count, dim) = call.blueprint.unit_grid(call.client);
     let [heads, rows, classes] = call.logits.dims3();
     let vector = call.logits.vector_size(call.blueprint);
     // SAFETY: `Strided` proved the logits, the outputs are [heads, rows], labels have `rows` elements.
@@ -37,7 +37,7 @@ pub(super) fn launch_forward(call: &ForwardCall) {
 }
 
 pub(super) fn launch_backward(call: &BackwardCall) {
-    let (count, dim) = call.blueprint.unit_grid();
+    let (count, dim) = call.blueprint.unit_grid(call.client);
     let [heads, rows, classes] = call.logits.dims3();
     let vector = call.logits.vector_size(call.blueprint);
     // SAFETY: `Strided` proved the logits, `Rows` holds every row, `grad` is [heads, rows, classes].

@@ -108,7 +108,7 @@ pub(crate) fn launch(
         rows_padded,
     };
     let (count, dim) = match blueprint.variant {
-        Variant::Unit => blueprint.unit_grid(),
+        Variant::Unit => blueprint.unit_grid(client),
         _ => (
             cubes_for(client, rows_padded.div_ceil(PLANE_UNITS)),
             CubeDim::new_1d(PLANE_UNITS as u32),

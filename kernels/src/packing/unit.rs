@@ -21,7 +21,7 @@ pub(super) fn launch(
     blueprint: &Blueprint,
 ) {
     let sizes = &packed.sizes;
-    let (count, dim) = blueprint.unit_grid();
+    let (count, dim) = blueprint.unit_grid(client);
     // SAFETY: `Strided` proved that its strides stay inside its buffer, `Packed::new` allocated whole panels.
     unsafe {
         pack::launch_unchecked(

@@ -9,7 +9,7 @@ use crate::math::sum::Kahan;
 use crate::operand::whole;
 
 pub(super) fn launch_forward(call: &Call, cosines: &TensorHandle, loss: &TensorHandle) {
-    let (count, cube) = call.blueprint.unit_grid();
+    let (count, cube) = call.blueprint.unit_grid(call.client);
     let vector = call.vector;
     // SAFETY: `Strided` proved the operands, the cosines are [rows], the loss is [1].
     unsafe {
@@ -38,7 +38,7 @@ pub(super) fn launch_forward(call: &Call, cosines: &TensorHandle, loss: &TensorH
 }
 
 pub(super) fn launch_backward(call: &BackwardCall) {
-    let (count, cube) = call.of.blueprint.unit_grid();
+    let (count, cube) = call.of.blueprint.unit_grid(call.of.client);
     let vector = call.of.vector;
     // SAFETY: `Strided` proved the operands, the gradients that are written are [rows, dim].
     unsafe {

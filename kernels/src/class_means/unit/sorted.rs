@@ -24,7 +24,7 @@ pub(super) fn launch(call: &AccumulateCall) {
     let classes = call.sums.counts.shape()[0];
     let vector = call.embeddings.vector_size(call.blueprint);
     let rule = label_rule(call.labels.dtype(), classes, call.sums.options.ignore_index);
-    let (count, cube) = call.blueprint.unit_grid();
+    let (count, cube) = call.blueprint.unit_grid(call.client);
     let norms = call.norms();
     let inverse = client.empty(norms * size_of::<f32>());
     let targets = client.empty(rows * size_of::<u32>());

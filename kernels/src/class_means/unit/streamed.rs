@@ -32,7 +32,7 @@ pub(super) fn launch(call: &AccumulateCall) -> Result<(), Error> {
     let chunk = (CHUNK.min(CHUNKS / lanes) / dim).clamp(32, 1024);
     // The first chunk of a batch may be one that was begun.
     addressable("a batch", rows as u128 + (chunk * lanes) as u128)?;
-    let (count, cube) = call.blueprint.unit_grid();
+    let (count, cube) = call.blueprint.unit_grid(call.client);
     // SAFETY: `Strided` proved the embeddings, labels have `rows` elements, the sums are [lanes, heads, classes, dim].
     unsafe {
         accumulate::launch_unchecked(

@@ -97,7 +97,7 @@ impl<'a> Step<'a> {
         let sizes = &call.problem.sizes;
         let (embeddings, weights) = (&call.problem.embeddings, &call.problem.weights);
         let loss = &call.options.loss;
-        let (count, dim) = blueprint.unit_grid();
+        let (count, dim) = blueprint.unit_grid(client);
         let vector = call.problem.vector_size(blueprint);
         let workspace = client.empty(self.host.floats * size_of::<f32>());
         let head_weights = &call.head_weights;

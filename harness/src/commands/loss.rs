@@ -1,9 +1,13 @@
 //! `protohead loss`
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
-use protohead::cosine_cross_entropy::{Inputs, Options, forward_backward};
+use cubecl::client::Client;
+use cubecl::future::block_on;
+use protohead::cosine_cross_entropy::{Captured, Inputs, Options, forward_backward};
 use protohead::{LossOptions, Reduction, Upstream, Wanted};
 
 use crate::device::DeviceName;
@@ -44,6 +48,9 @@ pub(crate) struct Arguments {
     /// One weight a head, for `total` and the gradients.
     #[arg(long, value_delimiter = ',', allow_negative_numbers = true)]
     head_weights: Option<Vec<f32>>,
+    /// Also times so many steps of loss and gradients: launched as a recorded graph where the device records graphs.
+    #[arg(long, value_name = "N")]
+    repeat: Option<NonZeroUsize>,
     /// auto, cpu, cuda, cuda:N or wgpu
     #[arg(long, default_value_t = DeviceName::Auto)]
     device: DeviceName,
@@ -90,7 +97,34 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Error> {
             written.floats(&client, name, &gradient, gradient.shape())?;
         }
     }
+    let timed = match arguments.repeat {
+        Some(steps) => {
+            let step = Captured::new(&client, &inputs, &options, &upstream, Wanted::BOTH)?;
+            Some((step.is_graph(), median(&client, step, steps)?))
+        }
+        None => None,
+    };
     written.save(&arguments.out)?;
     say(format_args!("total {total}"));
+    if let Some((is_graph, time)) = timed {
+        let how = if is_graph { " as a graph" } else { "" };
+        let milliseconds = time.as_secs_f64() * 1e3;
+        say(format_args!("step{how} {milliseconds:.3} ms"));
+    }
     Ok(())
+}
+
+/// The median time of so many steps, each waited for, after one that is not counted.
+fn median(client: &Client, mut step: Captured, steps: NonZeroUsize) -> Result<Duration, Error> {
+    let mut replay = || {
+        let start = Instant::now();
+        step.replay()?;
+        block_on(client.sync()).map_err(Error::of_device)?;
+        Ok::<_, Error>(start.elapsed())
+    };
+    replay()?;
+    let times: Result<Vec<Duration>, Error> = (0..steps.get()).map(|_| replay()).collect();
+    let mut times = times?;
+    times.sort_unstable();
+    Ok(times[times.len() / 2])
 }

@@ -90,6 +90,29 @@ fn loss_writes_what_it_promises_and_the_same_bytes_twice() {
 }
 
 #[test]
+fn loss_times_steps_beside_the_same_output() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let [input, plain, timed] = ["in", "plain", "timed"].map(|name| folder.path().join(name));
+    write(&input, &good());
+    let run = |out: &Path, options: &[&str]| {
+        let [input, name] = [&input, out].map(|p| p.to_string_lossy().into_owned());
+        let arguments = ["loss", &input, "--out", &name, "--device", "cpu"];
+        let output = protohead(&[&arguments, options].concat());
+        assert!(output.status.success(), "{output:?}");
+        let lines = String::from_utf8(output.stdout).expect("text");
+        (fs::read(out).expect("the output is there"), lines)
+    };
+    let (bytes, total) = run(&plain, &[]);
+    let (timed, lines) = run(&timed, &["--repeat", "3"]);
+    assert_eq!(bytes, timed);
+    // A CPU records no graph.
+    let step = lines.strip_prefix(&total).expect("the same total first");
+    let time = step.strip_prefix("step ").expect("then a step's time");
+    let time = time.strip_suffix(" ms\n").expect("in milliseconds");
+    assert!(time.parse::<f64>().expect("a number") > 0.0, "{step}");
+}
+
+#[test]
 fn prototypes_are_class_means_and_counts() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let [input, out] =
@@ -228,6 +251,7 @@ fn damaged_input_of_loss_gets_one_line_and_leaves_nothing() {
         ),
         (good(), vec!["--device", "abacus"], "abacus"),
         (good(), vec!["--reduction", "median"], "median"),
+        (good(), vec!["--repeat", "0"], "--repeat"),
     ];
     for (tensors, options, says) in cases {
         let folder = tempfile::tempdir().expect("a temporary folder");

@@ -46,7 +46,7 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "I", default_value_t = -100, allow_negative_numbers = true)]
     ignore_index: i32,
     /// One weight a head, for `total` and the gradients.
-    #[arg(long, value_delimiter = ',', allow_negative_numbers = true)]
+    #[arg(long, value_delimiter = ',', allow_hyphen_values = true)]
     head_weights: Option<Vec<f32>>,
     /// Also times so many steps of loss and gradients: launched as a recorded graph where the device records graphs.
     #[arg(long, value_name = "N")]

@@ -57,7 +57,7 @@ fn loss_writes_what_it_promises_and_the_same_bytes_twice() {
                 "--reduction",
                 reduction,
                 "--head-weights",
-                "1,-0.5",
+                "-0.5,1",
                 "--device",
                 "cpu",
             ]);

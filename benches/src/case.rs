@@ -210,15 +210,21 @@ impl Case {
         }
     }
 
-    /// Compares this case, at a small shape, with the reference.
+    /// Compares this case, at shapes that the reference is quick at, with the reference.
     ///
     /// # Panics
     /// If they differ by more than f32's rounding of sums of this length, or than the operands' own rounding.
     pub fn check(&self) {
-        let small = Shape::SMALL;
+        self.check_at(Shape::SMALL);
+        if !matches!(self.who, Who::Burn | Who::Flex | Who::Naive) {
+            self.check_at(Shape::NOT_SMALL);
+        }
+    }
+
+    fn check_at(&self, shape: Shape) {
         let answer = |who| {
             let case = Self {
-                shape: small,
+                shape,
                 who,
                 ..*self
             };

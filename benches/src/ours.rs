@@ -206,15 +206,14 @@ pub(crate) fn run(group: Group, shape: &Shape, data: &Data, dtype: Dtype, keep: 
                 first: part(1),
                 second: part(2),
             };
-            let one = upload(&[1.0], [1]);
-            let start = ready(&[&inputs.whole, &inputs.first, &inputs.second, &one]);
+            let start = ready(&[&inputs.whole, &inputs.first, &inputs.second]);
             let output =
                 reconstruction::forward(client, &inputs, &Default::default()).expect(valid);
             let gradients = reconstruction::backward(
                 client,
                 &inputs,
                 &Default::default(),
-                &one,
+                &Upstream::default(),
                 reconstruction::Wanted::ALL,
             )
             .expect(valid);

@@ -42,7 +42,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         });
     }
 
-    let (heads, means) = heads.replace_prototypes(embeddings, labels, ACTIVE)?;
+    let (heads, means) =
+        heads.replace_prototypes(embeddings, labels, ACTIVE, &Default::default())?;
     means.check()?;
     println!("rows by class: {}", means.counts);
     println!("{heads}");

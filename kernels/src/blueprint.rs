@@ -18,6 +18,7 @@ use crate::error::Error;
 
 /// The shape of a kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Variant {
     /// One unit a core owns register tiles: the CPU's shape, on CPU devices only.
     Unit,
@@ -31,7 +32,8 @@ pub enum Variant {
 }
 
 /// How the variant of an op is chosen.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Strategy {
     /// From the device's properties.
     #[default]

@@ -1,5 +1,5 @@
 //! CubeCL kernels for cosine-classifier heads: many heads at once, at any number of classes, on any CubeCL device,
-//! without ever writing the logits to memory.
+//! in memory that does not grow with rows × classes.
 //!
 //! | op | what it does |
 //! |---|---|
@@ -14,8 +14,13 @@
 //! and the same input gives the same bits on the same device. What the host can see is a typed [`Error`] before
 //! anything is launched; labels are data, and a bad one is reported when a result is read.
 //!
-//! The crate links no runtime: turn on `cubecl`'s `cpu`, `cuda` or `wgpu` in the program that uses it. With the feature
-//! `burn` the ops are also functions on Burn tensors, in the module `burn`.
+//! The crate links no runtime of its own accord: turn on `cpu`, `cuda` or `wgpu`, here or in `cubecl`.
+//!
+//! | feature | |
+//! |---|---|
+//! | `cpu`, `cuda`, `wgpu` | CubeCL's runtimes; the functions on Burn tensors reach the devices whose features are on here |
+//! | `burn` | the ops as functions on Burn tensors, with autodiff, and the module `CosineHeads`, in the module `burn` |
+//! | `fusion` | the same under Burn's fusion: on where Burn's is |
 
 // In kernels loops run over ranges: CubeCL compiles no iterator adaptors.
 #![allow(clippy::needless_range_loop)]
@@ -37,6 +42,9 @@ mod loss;
 mod math;
 mod operand;
 mod packing;
+
+/// The CubeCL whose clients and tensors the ops take.
+pub use cubecl;
 
 pub use blueprint::{Strategy, Variant};
 pub use error::Error;

@@ -52,6 +52,11 @@ pub fn devices() -> &'static [Tested] {
             }
         }
         assert!(!found.is_empty(), "no device to test on");
+        let of_gpus = found.iter().any(|d| d.variants.contains(&Variant::Plane));
+        assert!(
+            of_gpus || std::env::var_os("CI").is_none(),
+            "no device for the GPU-shaped variants: scripts/setup.sh --tests should have installed one"
+        );
         for device in &found {
             eprintln!(
                 "protohead tests: {} runs {:?}",
@@ -86,12 +91,13 @@ pub fn runs() -> Vec<Run<'static>> {
 
 /// Every variant of every device, for ops with a product.
 pub fn product_runs() -> Vec<Run<'static>> {
-    let mut runs = fused_runs((0, 0, 0, 0, 0));
+    let mut runs = all_runs();
     runs.retain(|run| run.strategy != Strategy::Forced(Variant::Small));
     runs
 }
 
-/// Every variant of every device for the fused op of (heads, rows, dim, classes, active classes): the small one only if they are.
+/// Every variant of every device for the fused op of (heads, rows, dim, classes, active classes): the small one only if they are,
+/// however few columns a vector has.
 pub fn fused_runs(sizes: (usize, usize, usize, usize, usize)) -> Vec<Run<'static>> {
     let (heads, rows, dim, _, active) = sizes;
     let small =
@@ -101,7 +107,8 @@ pub fn fused_runs(sizes: (usize, usize, usize, usize, usize)) -> Vec<Run<'static
     runs
 }
 
-fn all_runs() -> Vec<Run<'static>> {
+/// Every variant of every device, for the fused op of a problem that is small.
+pub fn all_runs() -> Vec<Run<'static>> {
     devices()
         .iter()
         .flat_map(|device| {

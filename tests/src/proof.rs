@@ -254,12 +254,11 @@ fn reconstruct(client: &Client, dtype: FloatKind) {
         second: part(),
     };
     reconstruction::forward(client, &inputs, &Default::default()).expect(VALID);
-    let one = tensor(client, &[1], ElemType::Float(FloatKind::F32));
     reconstruction::backward(
         client,
         &inputs,
         &Default::default(),
-        &one,
+        &Upstream::default(),
         reconstruction::Wanted::ALL,
     )
     .expect(VALID);

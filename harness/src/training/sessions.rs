@@ -72,9 +72,12 @@ pub(crate) fn replace_prototypes(
     let device = devices.heads.clone().without_autodiff();
     let embedded = embeddings(&evaluated, dataset, &dataset.train, &rows, devices);
     let targets = labels(&dataset.train, &rows, &device);
-    let (heads, means) = evaluated
-        .heads
-        .replace_prototypes(embedded, targets, protocol.base)?;
+    let (heads, means) = evaluated.heads.replace_prototypes(
+        embedded,
+        targets,
+        protocol.base,
+        &Default::default(),
+    )?;
     means.check()?;
     Ok(Network {
         encoder: evaluated.encoder,
@@ -120,7 +123,7 @@ pub(crate) fn evaluate(
             ));
             let targets = labels(&dataset.train, &shots, &device);
             // Only the new classes have shots, so only their rows change.
-            weights = class_means(embedded, targets, weights, known, &Default::default())?.weights;
+            weights = class_means(embedded, weights, targets, known, &Default::default())?.weights;
         }
         let options = Options {
             scale: 1.0,

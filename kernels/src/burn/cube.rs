@@ -338,7 +338,7 @@ impl ProtoheadGradOps for CubeBackend {
             &whole.client,
             &inputs,
             &Default::default(),
-            &handle(into_contiguous(grad)),
+            &Upstream::Loss(handle(into_contiguous(grad))),
             reconstruction::Wanted {
                 whole: need[0],
                 part: need[1],

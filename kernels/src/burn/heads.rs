@@ -119,7 +119,7 @@ impl CosineHeads {
         cosine_logits(embeddings, self.weight.val(), &options)
     }
 
-    /// The cross-entropy of each head and their weighted sum, without the logits ever being in memory.
+    /// The cross-entropy of each head and their weighted sum, in memory that does not grow with rows × classes.
     ///
     /// # Errors
     /// A typed [`Error`] if the operands do not fit, or the reduction is `None`.
@@ -146,8 +146,9 @@ impl CosineHeads {
         Ok(HeadsLoss { total, heads })
     }
 
-    /// Replaces the first `classes` class weights of every head with the means of `embeddings [heads, rows, dim]` by label; a class
-    /// without rows keeps its weights. What is returned beside tells how many rows each class had, and of bad labels.
+    /// Replaces the first `active` class weights of every head with the means of `embeddings [heads, rows, dim]` by label; a class
+    /// without rows keeps its weights. What is returned beside tells how many rows each class had, and of bad labels. How many
+    /// classes take part in logits and losses stays as it is: see [`with_active`](Self::with_active).
     ///
     /// # Errors
     /// A typed [`Error`] if the operands do not fit.
@@ -155,11 +156,11 @@ impl CosineHeads {
         self,
         embeddings: Tensor<3>,
         labels: Tensor<1, Int>,
-        classes: usize,
+        active: usize,
+        options: &means::Options,
     ) -> Result<(Self, ClassMeans), Error> {
         let weight = self.weight.val().detach();
-        let options = means::Options::default();
-        let replacement = class_means(embeddings, labels, weight, classes, &options)?;
+        let replacement = class_means(embeddings, weight, labels, active, options)?;
         let trained = self.weight.val().is_require_grad();
         let means = replacement.weights.clone().detach();
         let means = means.set_require_grad(trained);

@@ -28,7 +28,7 @@ use cubecl::ir::ElemType;
 use crate::cosine_logits::{active_classes, same_dtype};
 use crate::operand::{addressable, count};
 use crate::{
-    Error, Reduction, Strategy, class_means as means, cosine_cross_entropy as fused,
+    Error, LossOptions, Reduction, Strategy, class_means as means, cosine_cross_entropy as fused,
     cosine_logits as logits_op, cross_entropy as cross_entropy_op,
 };
 use ops::ProtoheadOps;
@@ -130,14 +130,20 @@ pub fn cosine_cross_entropy(
             expected: "one number a head: use cosine_cross_entropy_by_row without a reduction",
         });
     }
-    if let Some(weights) = &options.loss.head_weights {
-        return Err(Error::Shape {
+    fused_loss(embeddings, weights, labels, options)
+}
+
+/// Proves the options of a loss that is returned head by head.
+fn unweighted(options: &LossOptions, heads: usize) -> Result<(), Error> {
+    options.validate(heads)?;
+    match &options.head_weights {
+        None => Ok(()),
+        Some(weights) => Err(Error::Shape {
             operand: "head weights",
             got: vec![weights.len()],
-            expected: "none: the result is one number a head, to be weighed".into(),
-        });
+            expected: "none: the result is to be weighed".into(),
+        }),
     }
-    fused_loss(embeddings, weights, labels, options)
 }
 
 /// The weighted sum of the heads' losses, `[1]`, of `loss [heads]`.
@@ -151,7 +157,7 @@ fn total(loss: Tensor<1>, alphas: Vec<f32>) -> Tensor<1> {
 /// The loss of each row of each head, `[heads, rows]`; the options' reduction takes no part.
 ///
 /// # Errors
-/// A typed [`Error`] if shapes, dtypes, devices or options do not fit.
+/// A typed [`Error`] if shapes, dtypes, devices or options do not fit, or there are head weights: weigh the result instead.
 pub fn cosine_cross_entropy_by_row(
     embeddings: Tensor<3>,
     weights: Tensor<3>,
@@ -171,7 +177,7 @@ fn fused_loss<const D: usize>(
 ) -> Result<CrossEntropy<D>, Error> {
     let [heads, rows, _] = embeddings.dims();
     let active = head_operands(&embeddings, &weights, options.scale, options.active)?;
-    options.loss.validate(heads)?;
+    unweighted(&options.loss, heads)?;
     row_labels(&labels, rows, &embeddings.device())?;
     let results = <Dispatch as ProtoheadOps>::protohead_fused(
         embeddings.into_dispatch(),
@@ -189,7 +195,7 @@ fn fused_loss<const D: usize>(
 /// [`cross_entropy`](crate::cross_entropy). The options' reduction takes no part; reduce the result.
 ///
 /// # Errors
-/// A typed [`Error`] if shapes, dtypes, devices or options do not fit.
+/// A typed [`Error`] if shapes, dtypes, devices or options do not fit, or there are head weights: weigh the result instead.
 pub fn cross_entropy_by_row(
     logits: Tensor<3>,
     labels: Tensor<1, Int>,
@@ -204,7 +210,7 @@ pub fn cross_entropy_by_row(
     let mut options = options.clone();
     options.loss.reduction = Reduction::None;
     options.strategy = Strategy::Inferred;
-    options.loss.validate(heads)?;
+    unweighted(&options.loss, heads)?;
     row_labels(&labels, rows, &logits.device())?;
     let results = <Dispatch as ProtoheadOps>::protohead_cross_entropy(
         logits.into_dispatch(),
@@ -302,8 +308,8 @@ impl ClassMeans {
 /// A typed [`Error`] if shapes, dtypes or devices do not fit.
 pub fn class_means(
     embeddings: Tensor<3>,
-    labels: Tensor<1, Int>,
     weights: Tensor<3>,
+    labels: Tensor<1, Int>,
     active: usize,
     options: &means::Options,
 ) -> Result<ClassMeans, Error> {

@@ -65,9 +65,10 @@ impl<'a> Chunks<'a> {
     /// Where chunks begin, if every class of a chunk takes `bytes`; and how many classes a chunk has at most.
     fn ranges(&self, bytes: usize) -> (impl Iterator<Item = usize> + use<>, usize) {
         let side = self.tile.side;
-        // The engine that is for checking takes the smallest chunks, so that small problems have several.
+        // The engine that is for checking takes small chunks, so that small problems have several; of tiles too, and so many
+        // that the last chunk can have fewer than there are parts.
         let fitting = match self.tile.engine {
-            Engine::Plain => 1,
+            Engine::Plain => 3,
             _ => (WORKSPACE / bytes / side).max(1),
         };
         let step = (fitting * side).min(self.problem.sizes.active_padded);

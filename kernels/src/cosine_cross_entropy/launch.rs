@@ -101,7 +101,7 @@ pub fn backward(
 ) -> Result<Gradients, Error> {
     let call = Call::new(client, inputs, options)?;
     let sizes = call.problem.sizes;
-    output.check(sizes.heads, sizes.rows)?;
+    output.prove(sizes.heads, sizes.rows)?;
     let arriving = call.arriving(upstream)?;
     if !wanted.any() {
         return Ok(Gradients::default());

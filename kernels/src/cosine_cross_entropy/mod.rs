@@ -1,4 +1,4 @@
-//! Cosine logits and their softmax cross-entropy in one op, without the logits ever being in memory.
+//! Cosine logits and their softmax cross-entropy in one op, in memory that does not grow with rows × classes.
 //!
 //! For head `h`, row `n` with label `y`, and the active classes `c < K`:
 //!

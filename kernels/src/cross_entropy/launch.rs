@@ -89,7 +89,7 @@ pub fn backward(
 ) -> Result<TensorHandle, Error> {
     let (blueprint, logits, labels) = validate(client, inputs, options)?;
     let [heads, rows, classes] = logits.dims3();
-    output.check(heads, rows)?;
+    output.prove(heads, rows)?;
     let row_state = rows::launch(
         client,
         &blueprint,

@@ -18,13 +18,13 @@ use crate::error::Error;
 use crate::operand::{F32, Labels, U32, contiguous};
 use reduce::STATUS_FIELDS;
 
-/// The gradient that arrives at a loss from above.
+/// The gradient that arrives at a loss from above. A loss without heads is its own total.
 #[derive(Clone, Debug)]
 pub enum Upstream {
     /// Of the weighted total, `Σ_h α_h · Σ loss[h]`.
     Total(f32),
-    /// Of the loss: f32, contiguous, `[heads]`, or `[heads, rows]` under [`Reduction::None`]. The head weights
-    /// take no part.
+    /// Of the loss: f32, contiguous, `[heads]`, or `[heads, rows]` under [`Reduction::None`], or `[1]` where there are no heads.
+    /// The head weights take no part.
     Loss(TensorHandle),
 }
 
@@ -76,7 +76,7 @@ impl LossOutput {
     }
 
     /// Proves what a backward pass reads: the fields are the caller's.
-    pub(crate) fn check(&self, heads: usize, rows: usize) -> Result<(), Error> {
+    pub(crate) fn prove(&self, heads: usize, rows: usize) -> Result<(), Error> {
         contiguous("lse", &self.lse, &[heads, rows], F32)?;
         contiguous("status", &self.status, &[STATUS_FIELDS], U32)
     }
@@ -95,10 +95,18 @@ impl LossOutput {
         }
     }
 
+    /// Waits, and says whether every label was a class or ignored.
+    ///
+    /// # Errors
+    /// [`Error::Label`] with the first row that was not, [`Error::Device`] if the device failed.
+    pub fn check(&self, client: &Client) -> Result<(), Error> {
+        self.read_checked(client, &self.status).map(drop)
+    }
+
     /// Waits, and reads the total.
     ///
     /// # Errors
-    /// [`Error::Label`] if a label is neither a class nor ignored, [`Error::Device`] if the device failed.
+    /// As [`check`](Self::check).
     pub fn read_total(&self, client: &Client) -> Result<f32, Error> {
         Ok(self.read(client, &self.total)?[0])
     }
@@ -106,7 +114,7 @@ impl LossOutput {
     /// Waits, and reads the loss: `heads` numbers, or `heads · rows` under [`Reduction::None`].
     ///
     /// # Errors
-    /// As [`read_total`](Self::read_total).
+    /// As [`check`](Self::check).
     pub fn read_loss(&self, client: &Client) -> Result<Vec<f32>, Error> {
         self.read(client, &self.loss)
     }
@@ -114,7 +122,7 @@ impl LossOutput {
     /// Waits, and reads the `heads · rows` predictions.
     ///
     /// # Errors
-    /// As [`read_total`](Self::read_total).
+    /// As [`check`](Self::check).
     pub fn read_predictions(&self, client: &Client) -> Result<Vec<u32>, Error> {
         let bytes = self.read_checked(client, &self.predictions)?;
         Ok(u32::from_bytes(&bytes).to_vec())
@@ -145,13 +153,13 @@ impl LossOutput {
             .read_one(self.labels.handle.clone())
             .map_err(Error::device)?;
         let label = match self.labels.dtype {
-            ElemType::Int(IntKind::I32) => i64::from(i32::from_bytes(&labels)[row]),
-            ElemType::Int(_) => i64::from_bytes(&labels)[row],
-            _ => i64::from(u32::from_bytes(&labels)[row]),
+            ElemType::Int(IntKind::I32) => i32::from_bytes(&labels).get(row).map(|&l| l.into()),
+            ElemType::Int(_) => i64::from_bytes(&labels).get(row).copied(),
+            _ => u32::from_bytes(&labels).get(row).map(|&l| l.into()),
         };
         Err(Error::Label {
             row,
-            label: Some(label),
+            label,
             active: self.active,
             rows: invalid as usize,
         })

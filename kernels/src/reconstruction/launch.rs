@@ -9,6 +9,7 @@ use super::row::PerOperandLaunch;
 use super::{plane, unit};
 use crate::blueprint::{Blueprint, Strategy, Variant};
 use crate::error::Error;
+use crate::loss::Upstream;
 use crate::operand::{F32, Strided, contiguous, empty, whole_if_asked};
 
 /// The operands, never modified: `[rows, dim]`, f32, f16 or bf16, the last axis packed.
@@ -98,7 +99,7 @@ pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<Ou
     Ok(output)
 }
 
-/// The gradients of the operands; `upstream` is f32, `[1]`.
+/// The gradients of the operands.
 ///
 /// # Errors
 /// A typed [`Error`], before anything is launched.
@@ -106,12 +107,21 @@ pub fn backward(
     client: &Client,
     inputs: &Inputs,
     options: &Options,
-    upstream: &TensorHandle,
+    upstream: &Upstream,
     wanted: Wanted,
 ) -> Result<Gradients, Error> {
     let blueprint = Blueprint::new(client, options.strategy)?;
     let call = Call::new(client, &blueprint, inputs)?;
-    contiguous("upstream gradient", upstream, &[1], F32)?;
+    let upstream = match upstream {
+        Upstream::Total(gradient) => {
+            let handle = client.create_from_slice(f32::as_bytes(&[*gradient]));
+            &TensorHandle::new_contiguous([1], handle, F32)
+        }
+        Upstream::Loss(tensor) => {
+            contiguous("upstream gradient", tensor, &[1], F32)?;
+            tensor
+        }
+    };
     let shape = [call.rows, call.dim];
     let dtype = call.whole.dtype();
     let gradients = Gradients {

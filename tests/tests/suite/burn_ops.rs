@@ -7,7 +7,7 @@ use protohead::burn::{
     CosineHeads, CosineHeadsConfig, cosine_cross_entropy, cosine_cross_entropy_by_row,
     cosine_logits, cross_entropy_by_row, reconstruction,
 };
-use protohead::{Error, LossOptions, cosine_cross_entropy as fused};
+use protohead::{Error, LossOptions, Reduction, cosine_cross_entropy as fused, cross_entropy};
 use protohead_reference as reference;
 
 const SIZES: reference::Sizes = reference::Sizes {
@@ -24,11 +24,13 @@ fn devices() -> Vec<Device> {
     protohead_tests::devices::devices()
         .iter()
         .map(|device| match device.name {
+            #[cfg(feature = "cpu")]
+            "cpu" => Device::cpu(),
             #[cfg(feature = "wgpu")]
             "wgpu" => Device::wgpu(burn::tensor::DeviceKind::DefaultDevice),
             #[cfg(feature = "cuda")]
             "cuda" => Device::cuda(0),
-            _ => Device::cpu(),
+            other => panic!("{other} is reached, but the feature protohead-tests/{other} is off"),
         })
         .collect()
 }
@@ -147,7 +149,7 @@ fn the_module_gives_the_references_loss_gradients_and_prototypes() {
         sums.add(&wide(&x), &LABELS, SIZES, false);
         let means = reference::class_means(&sums, &wide(&w), SIZES);
         let (replaced, means_and_counts) = module
-            .replace_prototypes(embeddings, labels(&device), 4)
+            .replace_prototypes(embeddings, labels(&device), 4, &Default::default())
             .expect("valid");
         near("prototypes", &read(replaced.weight.val()), &means);
         assert_eq!(
@@ -389,7 +391,7 @@ fn prototypes_of_frozen_heads_stay_frozen() {
         let heads = if trained { heads } else { heads.no_grad() };
         let embeddings = tensor(&numbers(126, 1), [3, 7, 6], &device);
         let (heads, _) = heads
-            .replace_prototypes(embeddings, labels(&device), 4)
+            .replace_prototypes(embeddings, labels(&device), 4, &Default::default())
             .expect("valid");
         assert_eq!(heads.weight.val().is_require_grad(), trained);
     }
@@ -516,6 +518,48 @@ fn what_does_not_fit_is_refused_at_the_call() {
             classes: 5
         })
     );
+    let weighted = fused::Options {
+        loss: LossOptions {
+            head_weights: Some(vec![1.0, 2.0, 3.0]),
+            ..LossOptions::default()
+        },
+        ..fused::Options::default()
+    };
+    let embeddings = || tensor(&numbers(126, 1), [3, 7, 6], &device);
+    let weights = || tensor(&numbers(90, 2), [3, 5, 6], &device);
+    let summed = cosine_cross_entropy(embeddings(), weights(), labels(&device), &weighted);
+    let by_row = cosine_cross_entropy_by_row(embeddings(), weights(), labels(&device), &weighted);
+    let of_logits = cross_entropy_by_row(
+        embeddings(),
+        labels(&device),
+        &cross_entropy::Options {
+            loss: weighted.loss.clone(),
+            ..cross_entropy::Options::default()
+        },
+    );
+    for refused in [summed.map(drop), by_row.map(drop), of_logits.map(drop)] {
+        assert!(matches!(
+            refused,
+            Err(Error::Shape {
+                operand: "head weights",
+                ..
+            })
+        ));
+    }
+    let unreduced = fused::Options {
+        loss: LossOptions {
+            reduction: Reduction::None,
+            ..LossOptions::default()
+        },
+        ..fused::Options::default()
+    };
+    assert!(matches!(
+        cosine_cross_entropy(embeddings(), weights(), labels(&device), &unreduced),
+        Err(Error::Reduction {
+            got: Reduction::None,
+            ..
+        })
+    ));
     let elsewhere = labels(&Device::flex());
     let embeddings = tensor(&numbers(126, 1), [3, 7, 6], &device);
     assert!(matches!(
@@ -543,7 +587,7 @@ fn what_does_not_fit_is_refused_at_the_call() {
     let embeddings = tensor(&numbers(126, 1), [3, 7, 6], &device);
     let bad = Tensor::from_data(TensorData::new(vec![0i32, -1, 2, 7, 1, 0, 0], [7]), &device);
     let (_, means) = module
-        .replace_prototypes(embeddings, bad, 4)
+        .replace_prototypes(embeddings, bad, 4, &Default::default())
         .expect("shapes fit");
     assert_eq!(
         means.check(),

@@ -10,7 +10,7 @@ use protohead::cosine_cross_entropy::{
 use protohead::{Gradients, LossOutput, Reduction, Strategy, Upstream, Variant, Wanted};
 use protohead_reference as reference;
 use protohead_tests::close::{Comparison, lengths};
-use protohead_tests::devices::{Run, fused_runs};
+use protohead_tests::devices::{Run, all_runs, fused_runs};
 use protohead_tests::problem::{
     Data, Dtype, LabelDtype, LabelKind, Problem, download, problem, wide,
 };
@@ -404,6 +404,29 @@ fn one_class_has_no_loss_and_no_gradient() {
                 let gradient = download(run.client, &gradient.expect("asked for"));
                 assert!(gradient.iter().all(|&g| g == 0.0), "on {run}: {gradient:?}");
             }
+        }
+    }
+}
+
+#[test]
+fn shapes_that_random_problems_miss_agree_on_gpus() {
+    for (variant, sizes) in [
+        // A chunk of three tiles of classes and one of a single tile, each in two parts, of which one then has no tile.
+        (Variant::Cmma, (1, 40, 19, 250, 245)),
+        // Units that keep four vectors of columns of a row.
+        (Variant::Small, (2, 9, 1000, 12, 11)),
+    ] {
+        for dtype in [Dtype::F32, Dtype::F16] {
+            let problem = Problem {
+                dtype,
+                labels: LabelKind::SomeIgnored,
+                smoothing: 0.1,
+                seed: 7,
+                ..Problem::plain(sizes)
+            };
+            let forced = |run: &Run| run.strategy == Strategy::Forced(variant);
+            let runs = all_runs().into_iter().filter(forced).collect();
+            agrees_on(&problem, runs).unwrap_or_else(|error| panic!("{problem:?}: {error}"));
         }
     }
 }

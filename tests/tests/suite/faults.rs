@@ -183,6 +183,7 @@ fn a_handle_shorter_than_its_shape_says_is_refused() {
         let status = std::mem::replace(&mut output.status, floats(client, &[1]));
         refused(back(&output), "status has dtype");
         refused(output.read_total(client).map(|_| ()), "status has dtype");
+        refused(output.check(client), "status has dtype");
         output.status = status;
         assert_eq!(back(&output), Ok(()));
 
@@ -197,7 +198,7 @@ fn a_handle_shorter_than_its_shape_says_is_refused() {
             client,
             &parts,
             &Default::default(),
-            &upstream,
+            &Upstream::Loss(upstream),
             reconstruction::Wanted::ALL,
         );
         refused(gradients.map(|_| ()), "upstream gradient has strides");

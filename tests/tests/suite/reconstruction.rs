@@ -1,8 +1,8 @@
 //! The reconstruction loss against the reference.
 
-use cubecl::prelude::CubeElement;
 use cubecl::std::tensor::TensorHandle;
 use proptest::prelude::*;
+use protohead::Upstream;
 use protohead::reconstruction::{Inputs, Options, Wanted, backward, forward};
 use protohead_reference as reference;
 use protohead_tests::close::{Comparison, lengths};
@@ -44,11 +44,7 @@ fn check(
         strategy: run.strategy,
     };
     let output = forward(client, &inputs, &options).map_err(said)?;
-    let upstream = TensorHandle::new_contiguous(
-        [1],
-        client.create_from_slice(f32::as_bytes(&[1.5])),
-        Dtype::F32.elem(),
-    );
+    let upstream = Upstream::Total(1.5);
     let gradients = backward(client, &inputs, &options, &upstream, Wanted::ALL).map_err(said)?;
     // With some frozen, the others get the same bits.
     for (whole, part) in [(true, false), (false, true)] {

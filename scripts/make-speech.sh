@@ -10,6 +10,7 @@ set -euo pipefail
 [ $# -ge 1 ] || { echo "usage: make-speech.sh DIR [SPEEDS_AND_PITCHES]" >&2; exit 2; }
 out=$1
 takes=${2:-3}
+[[ $takes =~ ^[1-9][0-9]*$ ]] || { echo "make-speech: $takes speeds and pitches, expected at least 1" >&2; exit 2; }
 command -v espeak-ng >/dev/null || { echo "make-speech: install espeak-ng first (apt-get install espeak-ng)" >&2; exit 1; }
 
 keywords=(yes no up down left right on off stop go happy seven marvin wow)
@@ -32,6 +33,8 @@ speak() { # keyword, voice, take
 
 for keyword in "${keywords[@]}"; do
   mkdir -p "$out/$keyword"
+  # Of an earlier call; what is not on the new list would be trained on.
+  rm -f "$out/$keyword"/*.wav
   for voice in "${train[@]}"; do
     for ((take = 0; take < takes; take++)); do
       speak "$keyword" "$voice" "$take"

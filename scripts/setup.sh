@@ -37,6 +37,10 @@ apt_install() {
 
 command -v cargo >/dev/null || fail "Rust is missing: install Rust 1.95 or newer with rustup, then run this again"
 
+if ! command -v c++ >/dev/null; then
+  apt_install g++ || fail "no C++ compiler: install one (Debian's g++), then run this again"
+fi
+
 if [ ! -e "$llvm_dir/.tracel-llvm-installed" ]; then
   if can_download_llvm; then
     echo "setup: the first build will download LLVM into $llvm_dir"

@@ -5,12 +5,14 @@ use std::str::FromStr;
 
 use burn::tensor::Device;
 use cubecl::client::Client;
+use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
 use crate::training::network::Devices;
 
 /// A device as the user names it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub(crate) enum DeviceName {
     Auto,
     Cpu,
@@ -33,6 +35,20 @@ impl FromStr for DeviceName {
                 .map(Self::Cuda)
                 .ok_or_else(|| "expected auto, cpu, cuda, cuda:N or wgpu".into()),
         }
+    }
+}
+
+impl TryFrom<String> for DeviceName {
+    type Error = String;
+
+    fn try_from(name: String) -> Result<Self, String> {
+        name.parse()
+    }
+}
+
+impl From<DeviceName> for String {
+    fn from(name: DeviceName) -> Self {
+        name.to_string()
     }
 }
 

@@ -16,7 +16,9 @@ pub(crate) enum Error {
     Damaged { path: PathBuf, reason: String },
     #[error("{}: cannot be written: {reason}", path.display())]
     Unwritable { path: PathBuf, reason: String },
-    #[error("the loss is {loss} after step {step} of epoch {epoch}: try a lower --learning-rate")]
+    #[error(
+        "the loss is {loss} at step {step} of epoch {epoch}: try a lower --learning-rate, in another folder"
+    )]
     Diverged {
         loss: f32,
         epoch: usize,

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::Write;
+use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use cubecl::client::Client;
@@ -151,12 +151,18 @@ impl TensorFile {
         let (bytes, dtype) = if client.properties().supports_type(long) {
             (i64::as_bytes(&labels).to_vec(), long)
         } else {
-            // What i32 cannot hold is no class either way, and is reported as such.
-            let narrow: Vec<i32> = labels
+            let narrow: Result<Vec<i32>, Error> = labels
                 .iter()
-                .map(|&label| i32::try_from(label).unwrap_or(i32::MIN))
+                .enumerate()
+                .map(|(row, &label)| {
+                    i32::try_from(label)
+                        .map_err(|_| self.wrong(format!("label {label} of row {row} is no class")))
+                })
                 .collect();
-            (i32::as_bytes(&narrow).to_vec(), ElemType::Int(IntKind::I32))
+            (
+                i32::as_bytes(&narrow?).to_vec(),
+                ElemType::Int(IntKind::I32),
+            )
         };
         Ok(TensorHandle::new_contiguous(
             shape,
@@ -226,6 +232,14 @@ impl Written {
 /// Writes `bytes` to a temporary file in the same folder, then renames it to `path`, which is a new file or takes the place of
 /// one: never of a device or a pipe. Its permissions are those of any new file.
 pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), Error> {
+    write_piecewise(path, |file| file.write_all(bytes))
+}
+
+/// [`write_atomically`] of what `write` writes.
+pub(crate) fn write_piecewise(
+    path: &Path,
+    write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
+) -> Result<(), Error> {
     let failed = |source| Error::Io {
         path: path.into(),
         source,
@@ -241,7 +255,10 @@ pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), Error> {
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
     let mut file = builder.tempfile_in(folder).map_err(failed)?;
-    file.write_all(bytes).map_err(failed)?;
+    let mut buffered = BufWriter::new(&mut file);
+    write(&mut buffered).map_err(failed)?;
+    buffered.flush().map_err(failed)?;
+    drop(buffered);
     file.as_file().sync_all().map_err(failed)?;
     file.persist(path).map_err(|error| failed(error.error))?;
     Ok(())

@@ -246,12 +246,13 @@ fn keep_close(client: &Client) {
     LAUNCHED.set(launched % AHEAD + 1);
 }
 
-/// Units of a plane that can exchange registers, where every plane is whole and of one size.
+/// Units of a plane that can exchange registers and wait for each other, where every plane is whole and of one size.
 fn exchanging_units(client: &Client) -> usize {
     let properties = client.properties();
     let hardware = &properties.hardware;
     let size = hardware.plane_size_max;
     let usable = properties.features.plane.contains(Plane::Ops)
+        && properties.features.plane.contains(Plane::Sync)
         && hardware.plane_size_min == size
         && size.is_power_of_two()
         && size as usize <= PLANE_UNITS;
@@ -261,7 +262,7 @@ fn exchanging_units(client: &Client) -> usize {
 /// Shared memory of the hungriest plane kernel: the block of logit gradients and two operand slabs.
 fn plane_shared_bytes(micro: usize) -> usize {
     let tile = micro * PLANE_SIDE;
-    size_of::<f32>() * (tile * tile + 2 * tile * PLANE_SIDE)
+    size_of::<f32>() * crate::packing::plane::pitch(micro) * (tile + 2 * PLANE_SIDE)
 }
 
 /// The number of cubes for `work` items, one a cube, split over two grid axes where one is too short.

@@ -85,7 +85,9 @@ fn scaled(
     contiguous("factors", by_head, &[heads], F32)?;
     addressable(operand, count(&shape))?;
     let blueprint = Blueprint::new(client, Strategy::Inferred)?;
-    let vector = widest(blueprint.vector(gradient.dtype), [dim]);
+    // A handle may begin inside its allocation, where vectors would not be aligned.
+    let offset = gradient.handle.offset_start.unwrap_or(0) as usize / gradient.dtype.size();
+    let vector = widest(blueprint.vector(gradient.dtype), [dim, offset]);
     let out = empty(client, [heads, rows, dim], gradient.dtype);
     let of_head = rows * dim / vector;
     let (cubes, cube) = blueprint.elementwise(client, heads * of_head);

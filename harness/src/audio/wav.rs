@@ -1,4 +1,5 @@
-//! WAV files of any rate and channel count, of 8 to 32 bits, become clips of one second, 16 kHz mono.
+//! WAV files of any rate and channel count, of 8 to 32 bits, become clips of one second, 16 kHz mono. What is behind the first
+//! second is not read.
 
 use std::path::Path;
 
@@ -30,12 +31,17 @@ pub(crate) fn read_clip(path: &Path) -> Result<Vec<f32>, Error> {
             RATES.end()
         )));
     }
+    let channels = usize::from(spec.channels);
+    // A little more than a second, for the resampler's filter.
+    let rate = spec.sample_rate as usize;
+    let wanted = channels * (rate + 2 * block(rate));
     let samples: Result<Vec<f32>, hound::Error> = match (spec.sample_format, spec.bits_per_sample) {
-        (SampleFormat::Float, 32) => reader.samples::<f32>().collect(),
+        (SampleFormat::Float, 32) => reader.samples::<f32>().take(wanted).collect(),
         (SampleFormat::Int, bits @ (8 | 16 | 24 | 32)) => {
             let full_scale = (1u32 << (bits - 1)) as f32;
             reader
                 .samples::<i32>()
+                .take(wanted)
                 .map(|sample| sample.map(|value| value as f32 / full_scale))
                 .collect()
         }
@@ -52,12 +58,11 @@ pub(crate) fn read_clip(path: &Path) -> Result<Vec<f32>, Error> {
     if samples.iter().any(|sample| !sample.is_finite()) {
         return Err(wrong("a WAV file with samples that are not finite".into()));
     }
-    let channels = usize::from(spec.channels);
     let mono: Vec<f32> = samples
         .chunks_exact(channels)
         .map(|frame| frame.iter().sum::<f32>() / channels as f32)
         .collect();
-    let mut clip = resample(mono, spec.sample_rate as usize).map_err(wrong)?;
+    let mut clip = resample(mono, rate).map_err(wrong)?;
     clip.resize(CLIP, 0.0);
     Ok(clip)
 }
@@ -69,15 +74,19 @@ pub(crate) fn resample(mono: Vec<f32>, rate: usize) -> Result<Vec<f32>, String> 
     }
     let frames = mono.len();
     let input = InterleavedOwned::new_from(mono, 1, frames).map_err(|error| error.to_string())?;
-    // Blocks of an even number of input samples: the filter's delay is then a whole number of samples.
-    let block = rate / gcd(rate, RATE);
-    let chunk = block * 512usize.div_ceil(block).next_multiple_of(2);
-    let mut resampler = Fft::<f32>::new(rate, RATE, chunk, 1, FixedSync::Both)
+    let mut resampler = Fft::<f32>::new(rate, RATE, block(rate), 1, FixedSync::Both)
         .map_err(|error| format!("cannot resample from {rate} Hz: {error}"))?;
     resampler
         .process_all(&input, frames, None)
         .map(InterleavedOwned::take_data)
         .map_err(|error| format!("cannot resample from {rate} Hz: {error}"))
+}
+
+/// Input samples that are resampled together: an even number of what the rates have in common, so that the filter's delay is a
+/// whole number of samples.
+fn block(rate: usize) -> usize {
+    let shared = rate / gcd(rate, RATE);
+    shared * 512usize.div_ceil(shared).next_multiple_of(2)
 }
 
 fn gcd(a: usize, b: usize) -> usize {
@@ -131,6 +140,33 @@ mod tests {
         let samples = (0..2 * CLIP as i32 + 10).map(|i| (i % 2) << 14);
         let clip = read(2, 16, SampleFormat::Int, samples).expect("a sound file");
         assert_eq!(clip, vec![0.25; CLIP]);
+    }
+
+    #[test]
+    fn what_is_behind_a_second_changes_nothing_at_any_rate() {
+        for rate in [8_000, 16_000, 22_050, 44_100, 11_026] {
+            let sample = |i: usize| ((i * 7919 % 1013) as f32 / 1013.0 - 0.5) * 0.9;
+            let clip = |seconds: usize| {
+                let samples: Vec<f32> = (0..seconds * rate).map(sample).collect();
+                let file = tempfile::NamedTempFile::new().expect("a temporary file");
+                let spec = WavSpec {
+                    channels: 1,
+                    sample_rate: rate as u32,
+                    bits_per_sample: 32,
+                    sample_format: SampleFormat::Float,
+                };
+                let mut writer = WavWriter::create(file.path(), spec).expect("writable");
+                for &sample in &samples {
+                    writer.write_sample(sample).expect("writable");
+                }
+                writer.finalize().expect("writable");
+                let mut whole = resample(samples, rate).expect("resamples");
+                whole.resize(CLIP, 0.0);
+                (read_clip(file.path()).expect("a sound file"), whole)
+            };
+            let (first, all) = clip(20);
+            assert_eq!(first, all, "{rate} Hz");
+        }
     }
 
     #[test]

@@ -74,9 +74,10 @@ pub(crate) struct Evaluate {
     device: DeviceName,
 }
 
-fn dataset(source: &Source, seed: u64, run: &Path) -> Result<Dataset, Error> {
+/// The clips of a run, whose features its folder may keep.
+fn dataset(source: &Source, seed: u64, run: &Path, keep: bool) -> Result<Dataset, Error> {
     match source {
-        Source::Folder(folder) => Dataset::folder(folder, &run.join("cache")),
+        Source::Folder(folder) => Dataset::folder(folder, &run.join("cache"), keep),
         &Source::Synthetic { keywords, voices } => Ok(Dataset::synthetic(seed, keywords, voices)),
     }
 }
@@ -140,6 +141,7 @@ fn configuration(arguments: &Train, given: &dyn Fn(&str) -> bool) -> Result<RunC
         lambda: field!(lambda),
         lambda_shuffled: field!(lambda_shuffled),
         seed: field!(seed),
+        device: field!(device).resolve(),
     })
 }
 
@@ -156,22 +158,22 @@ pub(crate) fn train(arguments: &Train, given: &dyn Fn(&str) -> bool) -> Result<(
     config
         .validate()
         .map_err(|reason| Error::Usage(format!("--{reason}")))?;
-    Run::check(&arguments.out, &config, arguments.resume)?;
-    let devices = arguments.device.training_devices()?;
+    let devices = config.device.training_devices()?;
+    let claim = Run::claim(&arguments.out, &config, arguments.resume)?;
     say(format_args!(
         "seed {}, {}: preparing the clips",
-        config.seed,
-        arguments.device.resolve()
+        config.seed, config.device
     ));
-    let data = dataset(&config.source, config.seed, &arguments.out)?;
-    let run = Run::create(&arguments.out, config, &data)?;
+    let data = dataset(&config.source, config.seed, &arguments.out, true)?;
+    let run = claim.begin(config, &data)?;
     let protocol = run.protocol();
     say(format_args!(
-        "{} keywords: {} base classes, {} sessions of {}; {} training and {} test clips",
+        "{} keywords: {} base classes, {} sessions of {} with {} shots; {} training and {} test clips",
         data.keywords.len(),
         protocol.base,
         protocol.sessions,
         protocol.ways,
+        protocol.shots,
         data.train.len(),
         data.test.len()
     ));
@@ -191,7 +193,7 @@ pub(crate) fn evaluate(arguments: &Evaluate) -> Result<(), Error> {
         (source, None) => source.clone(),
     };
     let devices = arguments.device.training_devices()?;
-    let mut data = dataset(&source, config.seed, &arguments.run)?;
+    let mut data = dataset(&source, config.seed, &arguments.run, false)?;
     let run = Run::open(&arguments.run, config, &mut data)?;
     sessions::print(&run.evaluate(&data, &devices)?);
     Ok(())

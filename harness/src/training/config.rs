@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::device::DeviceName;
+
 /// Where the clips come from.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase", deny_unknown_fields)]
@@ -26,6 +28,8 @@ pub(crate) struct RunConfig {
     pub lambda: f64,
     pub lambda_shuffled: f64,
     pub seed: u64,
+    /// The one that the run began on: another gives other bits.
+    pub device: DeviceName,
 }
 
 impl RunConfig {
@@ -41,18 +45,16 @@ impl RunConfig {
             Source::Folder(_) => (2, 1),
             &Source::Synthetic { keywords, voices } => (keywords, voices),
         };
-        for (option, value) in [
-            ("epochs", self.epochs),
-            ("batch", self.batch),
-            ("tau", self.tau),
-            ("voices", voices),
+        for (option, value, least, most) in [
+            ("epochs", self.epochs, 1, 1_000_000),
+            ("batch", self.batch, 1, 1_000_000),
+            ("tau", self.tau, 1, 64),
+            ("voices", voices, 1, 10_000),
+            ("keywords", keywords, 2, 200),
         ] {
-            if value == 0 {
-                return Err(format!("{option} is 0, expected at least 1"));
+            if !(least..=most).contains(&value) {
+                return Err(format!("{option} is {value}, expected {least} to {most}"));
             }
-        }
-        if !(2..=200).contains(&keywords) {
-            return Err(format!("keywords is {keywords}, expected 2 to 200"));
         }
         for (option, value) in [
             ("scale", self.scale),
@@ -96,6 +98,7 @@ impl RunConfig {
             ("lambda", self.lambda.to_string()),
             ("lambda-shuffled", self.lambda_shuffled.to_string()),
             ("seed", self.seed.to_string()),
+            ("device", self.device.to_string()),
         ]);
         options
     }

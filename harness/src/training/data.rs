@@ -1,6 +1,8 @@
 //! Keywords as features: from a Speech-Commands folder, or synthesised.
 
-use std::fs;
+use std::collections::HashSet;
+use std::fs::{self, File};
+use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
 
 use rand::seq::SliceRandom;
@@ -13,7 +15,7 @@ use crate::audio::features::{Extractor, INPUT, INPUTS};
 use crate::audio::synthesis::{Speaker, speak, vocabulary};
 use crate::audio::wav::{read_clip, resample};
 use crate::error::Error;
-use crate::tensors::write_atomically;
+use crate::tensors::write_piecewise;
 
 /// How keywords become sessions: base classes first, then ways of shots.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -119,8 +121,8 @@ impl Dataset {
     }
 
     /// A Speech-Commands folder: `DIR/<keyword>/*.wav`, with `testing_list.txt` and `validation_list.txt`.
-    /// Features are cached in the folder `cache`.
-    pub(crate) fn folder(root: &Path, cache: &Path) -> Result<Self, Error> {
+    /// Features are taken from the folder `cache`, and left there if they are to be kept.
+    pub(crate) fn folder(root: &Path, cache: &Path, keep: bool) -> Result<Self, Error> {
         let wrong = |reason: String| Error::Content {
             path: root.into(),
             reason,
@@ -132,8 +134,8 @@ impl Dataset {
                 keywords.len()
             )));
         }
-        let testing = list(&root.join("testing_list.txt"))?;
-        let validation = list(&root.join("validation_list.txt"))?;
+        let testing = list(root, "testing_list.txt", &keywords)?;
+        let validation = list(root, "validation_list.txt", &keywords)?;
         let (mut train, mut test) = (Vec::new(), Vec::new());
         for (label, keyword) in keywords.iter().enumerate() {
             let before = [train.len(), test.len()];
@@ -162,7 +164,7 @@ impl Dataset {
             .chain(test)
             .map(|(path, _)| path)
             .collect();
-        let mut features = cached(&files, cache)?;
+        let mut features = cached(&files, cache, keep)?;
         let test = Examples {
             features: features.split_off(trained),
             labels: test_labels,
@@ -172,6 +174,17 @@ impl Dataset {
             labels: train_labels,
         };
         Ok(Self::new(keywords, train, test))
+    }
+
+    /// The protocol, with as many shots as every keyword has clips for.
+    pub(crate) fn protocol(&self) -> Protocol {
+        let protocol = Protocol::for_keywords(self.keywords.len());
+        let later = protocol.base..protocol.classes();
+        let clips = later.map(|class| self.train.of(class..class + 1).len());
+        Protocol {
+            shots: clips.fold(protocol.shots, usize::min),
+            ..protocol
+        }
     }
 
     /// The order in which an epoch visits the base classes' training clips.
@@ -208,8 +221,14 @@ fn entries(folder: &Path) -> Result<Vec<PathBuf>, Error> {
 
 fn wavs(folder: &Path) -> Result<Vec<PathBuf>, Error> {
     let is_wav = |path: &PathBuf| {
-        path.extension()
-            .is_some_and(|e| e.eq_ignore_ascii_case("wav"))
+        let hidden = path.file_name().is_some_and(|name| {
+            // Such as the attributes that macOS leaves beside files.
+            name.to_string_lossy().starts_with('.')
+        });
+        let named = path
+            .extension()
+            .is_some_and(|e| e.eq_ignore_ascii_case("wav"));
+        named && !hidden && path.is_file()
     };
     Ok(entries(folder)?.into_iter().filter(is_wav).collect())
 }
@@ -230,37 +249,52 @@ fn keywords(root: &Path) -> Result<Vec<String>, Error> {
     Ok(found)
 }
 
-fn list(path: &Path) -> Result<std::collections::HashSet<String>, Error> {
-    match fs::read_to_string(path) {
-        Ok(text) => Ok(text.lines().map(|line| line.trim().to_owned()).collect()),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Default::default()),
-        Err(error) => Err(Error::io(path)(error)),
+/// The clips that a list names, as `<keyword>/<file>`; none if there is no list. Clips of what is no keyword may be among them.
+fn list(root: &Path, name: &str, keywords: &[String]) -> Result<HashSet<String>, Error> {
+    let path = root.join(name);
+    let text = match fs::read_to_string(&path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(HashSet::new()),
+        Err(error) => return Err(Error::io(&path)(error)),
+    };
+    let lines = text
+        .lines()
+        .map(|line| line.trim().trim_start_matches("./").to_owned());
+    let clips: HashSet<String> = lines.filter(|line| !line.is_empty()).collect();
+    let is_missing = |clip: &&String| {
+        let keyword = clip.split('/').next().unwrap_or_default();
+        keywords.iter().any(|known| known == keyword) && !root.join(clip).is_file()
+    };
+    // The first by name: a set has no order.
+    match clips.iter().filter(is_missing).min() {
+        Some(clip) => Err(Error::Content {
+            path,
+            reason: format!("names {clip}, and there is no such file"),
+        }),
+        None => Ok(clips),
     }
 }
 
+/// Counts up when a clip is read otherwise than before.
+const CLIP_FORMAT: &[u8] = b"clip 2";
+/// Bytes of a clip's features.
+const WIDTH: usize = INPUTS * INPUT * size_of::<f32>();
+
 /// Features of files: from the cache, if neither the files nor what is made of them has changed. A cache is named by the
 /// content of the files and by the features of a clip that is always the same, and ends with the digest of what is in it.
-fn cached(files: &[PathBuf], cache: &Path) -> Result<Vec<Vec<f32>>, Error> {
+fn cached(files: &[PathBuf], cache: &Path, keep: bool) -> Result<Vec<Vec<f32>>, Error> {
     let extractor = Extractor::new();
     let mut hash = blake3::Hasher::new();
-    hash.update(&to_bytes(&[probe(&extractor)?]));
+    hash.update(CLIP_FORMAT);
+    hash.update(&to_bytes(&probe(&extractor)?));
     for path in files {
         let content = fs::read(path).map_err(Error::io(path))?;
         hash.update(&(content.len() as u64).to_le_bytes());
         hash.update(&content);
     }
     let name = cache.join(format!("{}.features", hash.finalize().to_hex()));
-    let width = INPUTS * INPUT * size_of::<f32>();
-    if let Ok(bytes) = fs::read(&name)
-        && let Some((values, digest)) = bytes.split_last_chunk::<{ blake3::OUT_LEN }>()
-        && values.len() == files.len() * width
-        && blake3::hash(values) == *digest
-    {
-        let value = |b: &[u8]| f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
-        return Ok(values
-            .chunks_exact(width)
-            .map(|clip| clip.chunks_exact(4).map(value).collect())
-            .collect());
+    if let Some(features) = read_cache(&name, files.len()) {
+        return Ok(features);
     }
     let features: Result<Vec<Vec<f32>>, Error> = files
         .par_iter()
@@ -276,11 +310,44 @@ fn cached(files: &[PathBuf], cache: &Path) -> Result<Vec<Vec<f32>>, Error> {
         })
         .collect();
     let features = features?;
-    let mut bytes = to_bytes(&features);
-    bytes.extend(blake3::hash(&bytes).as_bytes());
-    fs::create_dir_all(cache).map_err(Error::io(cache))?;
-    write_atomically(&name, &bytes)?;
+    if keep && let Err(error) = write_cache(&name, cache, &features) {
+        eprintln!("protohead: {error}: the features will be computed again next time");
+    }
     Ok(features)
+}
+
+/// Clip by clip, as all of a large folder's are gigabytes.
+fn read_cache(name: &Path, clips: usize) -> Option<Vec<Vec<f32>>> {
+    let mut file = BufReader::new(File::open(name).ok()?);
+    let mut hash = blake3::Hasher::new();
+    let mut bytes = vec![0; WIDTH];
+    let mut features = Vec::with_capacity(clips);
+    for _ in 0..clips {
+        file.read_exact(&mut bytes).ok()?;
+        hash.update(&bytes);
+        let value = |b: &[u8]| f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+        features.push(bytes.chunks_exact(4).map(value).collect());
+    }
+    let mut digest = Vec::new();
+    file.read_to_end(&mut digest).ok()?;
+    (digest == hash.finalize().as_bytes()).then_some(features)
+}
+
+/// In place of what else is cached there.
+fn write_cache(name: &Path, cache: &Path, features: &[Vec<f32>]) -> Result<(), Error> {
+    fs::create_dir_all(cache).map_err(Error::io(cache))?;
+    for old in entries(cache)? {
+        fs::remove_file(&old).map_err(Error::io(&old))?;
+    }
+    write_piecewise(name, |file| {
+        let mut hash = blake3::Hasher::new();
+        for clip in features {
+            let bytes = to_bytes(clip);
+            hash.update(&bytes);
+            file.write_all(&bytes)?;
+        }
+        file.write_all(hash.finalize().as_bytes())
+    })
 }
 
 /// The features of a clip that is always the same: they change with whatever computes features.
@@ -290,9 +357,10 @@ fn probe(extractor: &Extractor) -> Result<Vec<f32>, Error> {
     Ok(extractor.extract(&clip))
 }
 
-fn to_bytes(features: &[Vec<f32>]) -> Vec<u8> {
-    let values = features.iter().flatten();
-    values.flat_map(|value| value.to_le_bytes()).collect()
+fn to_bytes(values: &[f32]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(size_of_val(values));
+    bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+    bytes
 }
 
 #[cfg(test)]
@@ -320,7 +388,7 @@ mod tests {
     fn a_cache_is_used_while_it_holds_what_its_files_give() {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let (file, cache) = (folder.path().join("a.wav"), folder.path().join("cache"));
-        let features = || cached(std::slice::from_ref(&file), &cache).expect("a sound file");
+        let features = || cached(std::slice::from_ref(&file), &cache, true).expect("a sound file");
         let caches = || entries(&cache).expect("the cache was made");
         write_wav(&file, 1000);
         let first = features();
@@ -329,7 +397,7 @@ mod tests {
         };
         // Other values with their digest are taken as they are: it is read.
         let other = vec![vec![0.5; INPUTS * INPUT]];
-        let mut bytes = to_bytes(&other);
+        let mut bytes = to_bytes(&other[0]);
         bytes.extend(blake3::hash(&bytes).as_bytes());
         fs::write(name, &bytes).expect("the folder is writable");
         assert_eq!(features(), other);
@@ -339,7 +407,12 @@ mod tests {
         assert_eq!(features(), first);
         write_wav(&file, 2000);
         assert_ne!(features(), first);
-        assert_eq!(caches().len(), 2);
+        assert_eq!(
+            caches().len(),
+            1,
+            "the new one has taken the old one's place"
+        );
+        assert_ne!(caches()[0], *name);
     }
 
     #[test]

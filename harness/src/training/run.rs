@@ -1,7 +1,8 @@
 //! A training run in a folder: `config.json`, `data.json`, `metrics.jsonl`, `curves.svg`, `checkpoint/`, `model.bpk`,
-//! `accuracy.json`, and for a run on files `cache/`. The same configuration on the same device gives the same bytes in each.
+//! `accuracy.json`, and for a run on files `cache/`. The same configuration on the same CPU gives the same bytes in each; on a GPU
+//! Burn's convolutions tune themselves, and another choice sums in another order.
 
-use std::fs;
+use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -36,6 +37,8 @@ pub(crate) struct Run {
     folder: PathBuf,
     config: RunConfig,
     protocol: Protocol,
+    /// Held while it trains.
+    _lock: Option<File>,
 }
 
 fn write_json(path: &Path, value: &impl Serialize) -> Result<(), Error> {
@@ -48,44 +51,34 @@ fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, Error> {
     serde_json::from_slice(&bytes).map_err(Error::damaged(path))
 }
 
-impl Run {
-    /// Whether a run of this configuration may begin in a folder, or goes on in it. Asked before the clips are prepared.
-    pub(crate) fn check(folder: &Path, config: &RunConfig, resume: bool) -> Result<(), Error> {
-        let content = |reason: &str| Error::Content {
-            path: folder.into(),
-            reason: reason.into(),
-        };
-        if !folder.join("config.json").exists() {
-            return match folder.join("checkpoint").exists() {
-                true => Err(content("holds a checkpoint, but not its config.json")),
-                false => Ok(()),
-            };
-        }
-        if !resume {
-            return Err(content("holds a run already; --resume continues it"));
-        }
-        match config.difference(&Self::config(folder)?) {
-            Some(difference) => Err(content(&difference)),
-            None => Ok(()),
+/// A run's folder that no other process trains in. One that was made for it goes away again with the claim, if no run begins.
+pub(crate) struct Claim {
+    folder: PathBuf,
+    lock: File,
+    remove: bool,
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        if self.remove {
+            let _ = fs::remove_dir_all(&self.folder);
         }
     }
+}
 
-    /// Begins a run on these clips, or goes on with it: [`check`](Self::check) has said that it may.
-    pub(crate) fn create(
-        folder: &Path,
-        config: RunConfig,
-        dataset: &Dataset,
-    ) -> Result<Self, Error> {
+impl Claim {
+    /// Begins a run on these clips, or goes on with it.
+    pub(crate) fn begin(mut self, config: RunConfig, dataset: &Dataset) -> Result<Run, Error> {
         let data = Data {
             keywords: dataset.keywords.clone(),
             scaling: dataset.scaling,
         };
-        fs::create_dir_all(folder).map_err(Error::io(folder))?;
+        let folder = &self.folder;
         let (data_path, config_path) = (folder.join("data.json"), folder.join("config.json"));
-        if config_path.exists() {
+        if has_begun(folder) {
             if read_json::<Data>(&data_path)? != data {
                 return Err(Error::Content {
-                    path: folder.into(),
+                    path: folder.clone(),
                     reason: "the training clips are not those that the run began with".into(),
                 });
             }
@@ -93,7 +86,55 @@ impl Run {
             write_json(&data_path, &data)?;
             write_json(&config_path, &config)?;
         }
-        Ok(Self::of(folder, config, dataset))
+        self.remove = false;
+        let lock = self.lock.try_clone().map_err(Error::io(folder))?;
+        Ok(Run {
+            _lock: Some(lock),
+            ..Run::of(folder, config, dataset)
+        })
+    }
+}
+
+/// Whether a run has come as far as to leave something.
+fn has_begun(folder: &Path) -> bool {
+    let left = ["checkpoint", "checkpoint.old", "model.bpk"];
+    left.iter().any(|name| folder.join(name).exists())
+}
+
+impl Run {
+    /// Takes a folder for a run of this configuration, to begin there or to go on. Done before the clips are prepared.
+    pub(crate) fn claim(folder: &Path, config: &RunConfig, resume: bool) -> Result<Claim, Error> {
+        let content = |reason: &str| Error::Content {
+            path: folder.into(),
+            reason: reason.into(),
+        };
+        let remove = !folder.exists();
+        fs::create_dir_all(folder).map_err(Error::io(folder))?;
+        let lock = File::open(folder).map_err(Error::io(folder))?;
+        let claim = Claim {
+            folder: folder.into(),
+            lock,
+            remove,
+        };
+        match claim.lock.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                return Err(content("another process trains in it"));
+            }
+            Err(TryLockError::Error(error)) => return Err(Error::io(folder)(error)),
+        }
+        if has_begun(folder) {
+            if !folder.join("config.json").exists() {
+                return Err(content("holds a checkpoint, but not its config.json"));
+            }
+            if !resume {
+                return Err(content("holds a run already; --resume continues it"));
+            }
+            if let Some(difference) = config.difference(&Self::config(folder)?) {
+                return Err(content(&difference));
+            }
+        }
+        Ok(claim)
     }
 
     /// The configuration of the run in a folder.
@@ -129,7 +170,8 @@ impl Run {
         Self {
             folder: folder.into(),
             config,
-            protocol: Protocol::for_keywords(dataset.keywords.len()),
+            protocol: dataset.protocol(),
+            _lock: None,
         }
     }
 

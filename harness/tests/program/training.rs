@@ -32,8 +32,12 @@ fn damaged_input_of_train_gets_one_line_and_leaves_nothing() {
         }
     }
     train("keyword no has 2 training and 0 test clips");
-    fs::write(data.join("testing_list.txt"), "no/b.wav\nyes/b.wav\n")
-        .expect("the folder is writable");
+    let list = |text: &str| {
+        fs::write(data.join("testing_list.txt"), text).expect("the folder is writable");
+    };
+    list("no/b.wav\nyes/c.wav\nmaybe/a.wav\n");
+    train("names yes/c.wav, and there is no such file");
+    list("./no/b.wav\nyes/b.wav\nmaybe/a.wav\n");
     train("no WAV file that is read");
     refused(
         &["train", "--synthetic", "--epochs", "0", "--out", &out_name],
@@ -68,6 +72,8 @@ fn damaged_input_of_train_gets_one_line_and_leaves_nothing() {
         "cannot be used with",
     );
     for (option, value) in [
+        ("--tau", "65"),
+        ("--epochs", "9223372036854775808"),
         ("--scale", "nan"),
         ("--learning-rate", "inf"),
         ("--lambda", "1e39"),
@@ -137,14 +143,14 @@ fn a_run_that_was_killed_resumes_to_the_same_weights_to_the_bit() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let [straight, broken] = ["straight", "broken"].map(|name| folder.path().join(name));
     assert!(
-        train(&straight, "3", &[])
+        train(&straight, "12", &[])
             .output()
             .expect("starts")
             .status
             .success()
     );
     // Killed as soon as the first epoch is on disk.
-    let mut child = train(&broken, "3", &[])
+    let mut child = train(&broken, "12", &[])
         .stdout(std::process::Stdio::null())
         .spawn()
         .expect("starts");
@@ -155,16 +161,22 @@ fn a_run_that_was_killed_resumes_to_the_same_weights_to_the_bit() {
         );
         std::thread::sleep(std::time::Duration::from_millis(5));
     }
+    let beside = train(&broken, "12", &["--resume"])
+        .output()
+        .expect("starts");
+    let stderr = String::from_utf8_lossy(&beside.stderr);
+    assert_eq!(beside.status.code(), Some(2), "{stderr}");
+    assert!(stderr.contains("another process trains in it"), "{stderr}");
     child.kill().expect("can be killed");
     child.wait().expect("can be waited for");
     assert!(!broken.join("accuracy.json").exists());
-    let refused = train(&broken, "3", &[]).output().expect("starts");
+    let refused = train(&broken, "12", &[]).output().expect("starts");
     assert_eq!(refused.status.code(), Some(2));
     // Its options are the run's: others are refused, and none needs to be said again.
     let name = broken.to_string_lossy();
-    let resume = ["train", "--device", "cpu", "--resume", "--out", &name];
+    let resume = ["train", "--resume", "--out", &name];
     for (option, value, says) in [
-        ("--epochs", "4", "holds a run with --epochs 3, not 4"),
+        ("--epochs", "4", "holds a run with --epochs 12, not 4"),
         ("--voices", "5", "--voices 4, not 5"),
     ] {
         let output = protohead(&[&resume[..], &[option, value]].concat());
@@ -211,7 +223,7 @@ fn a_run_that_diverges_says_so_and_when() {
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(2), "{stderr}");
     assert!(
-        stderr.contains("the loss is NaN after step") && stderr.contains("--learning-rate"),
+        stderr.contains("the loss is NaN at step") && stderr.contains("--learning-rate"),
         "{stderr}"
     );
     assert!(!run.join("model.bpk").exists());

@@ -55,7 +55,7 @@ pub struct Captured {
 /// A graph, and the buffers that it reads and nobody else holds. What it writes between its launches, it guards itself.
 struct Recording {
     graph: Graph,
-    _read: [Handle; 2],
+    _read: (Handle, Option<Handle>),
 }
 
 impl fmt::Debug for Captured {
@@ -68,7 +68,7 @@ impl fmt::Debug for Captured {
 }
 
 impl Captured {
-    /// Runs the step once, and records it. The outputs are unspecified until the first [`replay`](Self::replay).
+    /// Runs the step twice, and records it. The outputs are unspecified until the first [`replay`](Self::replay).
     ///
     /// # Errors
     /// As [`forward_backward`]; [`Error::Device`] if the device records graphs, but not this one.
@@ -82,13 +82,16 @@ impl Captured {
         let call = Call::new(client, inputs, options)?;
         // Nothing is uploaded while a graph is recorded, so this is done before.
         let arriving = call.arriving(upstream)?;
-        client.graph_prepare().map_err(Error::device)?;
-        let step = || call.forward_backward(&arriving, wanted);
-        // Nothing is allocated either: what the first run leaves in the pools, the recorded one takes.
-        let first = step().and_then(|first| {
+        let step = || {
+            let done = call.forward_backward(&arriving, wanted)?;
             block_on(client.sync()).map_err(Error::device)?;
-            Ok(first)
-        });
+            Ok(done)
+        };
+        // Nothing is allocated either: what a run leaves in the pools, the recorded one takes. But a pool that has to grow leaves
+        // its small pages to what lies there already, so it grows before.
+        drop(step()?);
+        client.graph_prepare().map_err(Error::device)?;
+        let first = step();
         if first.is_err() {
             // Gives up what was prepared; there is no graph to have.
             let _ = client.stop_capture();
@@ -99,10 +102,10 @@ impl Captured {
         if client.is_capturing() {
             drop((output, gradients));
             client.start_capture().map_err(Error::device)?;
-            let recorded = step();
+            let recorded = call.forward_backward(&arriving, wanted);
             recording = Some(Recording {
                 graph: client.stop_capture().map_err(Error::device)?,
-                _read: [arriving.gradient.clone(), call.head_weights.clone()],
+                _read: (arriving.gradient.clone(), call.head_weights.clone()),
             });
             (output, gradients) = recorded?;
         }

@@ -140,7 +140,7 @@ pub(super) struct Call<'a> {
     pub blueprint: Blueprint,
     pub problem: CosineProblem,
     pub labels: Labels,
-    pub head_weights: Handle, // f32, [heads]
+    pub head_weights: Option<Handle>, // f32, [heads]
 }
 
 /// What a forward pass writes for each row.
@@ -195,7 +195,7 @@ impl<'a> Call<'a> {
             blueprint,
             problem,
             labels,
-            head_weights: options.loss.upload_weights(client, heads),
+            head_weights: options.loss.upload_weights(client),
         })
     }
 
@@ -344,7 +344,7 @@ impl<'a> Call<'a> {
             &self.labels,
             self.problem.sizes.active,
             &self.options.loss,
-            &self.head_weights,
+            self.head_weights.as_ref(),
         );
         self.output(Results { rows, reduced })
     }

@@ -11,7 +11,7 @@ use crate::math::lanes::One;
 use crate::math::merge::merge_softmax;
 use crate::math::online_softmax::{OnlineSoftmax, SoftmaxRows, logit_gradient};
 use crate::operand::whole;
-use crate::packing::plane::{add_product, cosines, finish, place};
+use crate::packing::plane::{add_product, cosines, finish, pitch, place};
 use crate::packing::{Layout, Operand, Packed};
 
 pub(super) fn launch_forward(call: &Call, packed: &Packed, results: &RowResults) {
@@ -90,6 +90,7 @@ fn forward<I: Int>(
     #[define(I)] _label: ElemType,
 ) {
     let tile = comptime!(micro * PLANE_SIDE);
+    let pitch = comptime!(pitch(micro));
     let tiles_per_head = layout.rows_padded / tile;
     if CUBE_POS >= layout.heads * tiles_per_head {
         terminate!();
@@ -101,8 +102,8 @@ fn forward<I: Int>(
     let active = layout.active as u32;
     let at = place();
 
-    let mut left = Shared::<[f32]>::new_slice(comptime!(tile * PLANE_SIDE));
-    let mut right = Shared::<[f32]>::new_slice(comptime!(tile * PLANE_SIDE));
+    let mut left = Shared::<[f32]>::new_slice(comptime!(pitch * PLANE_SIDE));
+    let mut right = Shared::<[f32]>::new_slice(comptime!(pitch * PLANE_SIDE));
     let mut classes = Shared::<[u32]>::new_slice(comptime!(tile * PLANE_SIDE));
     let mut acc = Array::<f32>::new(comptime!(micro * micro));
     let mut states = SoftmaxRows::<One>::new(micro);
@@ -182,6 +183,7 @@ fn backward(
     #[comptime] micro: usize,
 ) {
     let tile = comptime!(micro * PLANE_SIDE);
+    let pitch = comptime!(pitch(micro));
     let other = comptime!(owner.other());
     let tiles_per_head = layout.padded(owner) / tile;
     if CUBE_POS >= layout.heads * tiles_per_head {
@@ -196,9 +198,9 @@ fn backward(
     let active = layout.active as u32;
     let at = place();
 
-    let mut left = Shared::<[f32]>::new_slice(comptime!(tile * PLANE_SIDE));
-    let mut right = Shared::<[f32]>::new_slice(comptime!(tile * PLANE_SIDE));
-    let mut block = Shared::<[f32]>::new_slice(comptime!(tile * tile));
+    let mut left = Shared::<[f32]>::new_slice(comptime!(pitch * PLANE_SIDE));
+    let mut right = Shared::<[f32]>::new_slice(comptime!(pitch * PLANE_SIDE));
+    let mut block = Shared::<[f32]>::new_slice(comptime!(tile * pitch));
     let mut acc = Array::<f32>::new(comptime!(micro * micro));
     for other_tile in 0..layout.padded(other) / tile {
         cosines(
@@ -235,7 +237,7 @@ fn backward(
                     );
                     value = gradient.extract(0usize) * scale;
                 }
-                block[in_owner * tile + in_other] = value;
+                block[in_owner * pitch + in_other] = value;
             }
         }
         sync_cube();

@@ -7,7 +7,7 @@ use cubecl::std::tensor::TensorHandle;
 use super::launch::BackwardCall;
 use crate::blueprint::{Blueprint, PLANE_SIDE, PLANE_UNITS, cubes_for};
 use crate::operand::{RowStrides, whole};
-use crate::packing::plane::{add_product, cosines, finish, place};
+use crate::packing::plane::{add_product, cosines, finish, pitch, place};
 use crate::packing::{Layout, Operand, Packed};
 
 pub(super) fn launch_forward(
@@ -78,6 +78,7 @@ fn forward<F: Float>(
     #[define(F)] _dtype: ElemType,
 ) {
     let tile = comptime!(micro * PLANE_SIDE);
+    let pitch = comptime!(pitch(micro));
     let class_tiles = layout.active_padded / tile;
     let tiles_per_head = class_tiles * (layout.rows_padded / tile);
     if CUBE_POS >= layout.heads * tiles_per_head {
@@ -87,8 +88,8 @@ fn forward<F: Float>(
     let first_row = (CUBE_POS % tiles_per_head) / class_tiles * tile;
     let first_class = (CUBE_POS % class_tiles) * tile;
     let at = place();
-    let mut left = Shared::<[f32]>::new_slice(comptime!(tile * PLANE_SIDE));
-    let mut right = Shared::<[f32]>::new_slice(comptime!(tile * PLANE_SIDE));
+    let mut left = Shared::<[f32]>::new_slice(comptime!(pitch * PLANE_SIDE));
+    let mut right = Shared::<[f32]>::new_slice(comptime!(pitch * PLANE_SIDE));
     let mut acc = Array::<f32>::new(comptime!(micro * micro));
     cosines(
         &mut acc,
@@ -127,6 +128,7 @@ fn backward<F: Float>(
     #[define(F)] _dtype: ElemType,
 ) {
     let tile = comptime!(micro * PLANE_SIDE);
+    let pitch = comptime!(pitch(micro));
     let other = comptime!(owner.other());
     let tiles_per_head = layout.padded(owner) / tile;
     if CUBE_POS >= layout.heads * tiles_per_head {
@@ -136,8 +138,8 @@ fn backward<F: Float>(
     let first = (CUBE_POS % tiles_per_head) * tile;
     let packed_other = layout.head_start(head, other);
     let at = place();
-    let mut right = Shared::<[f32]>::new_slice(comptime!(tile * PLANE_SIDE));
-    let mut block = Shared::<[f32]>::new_slice(comptime!(tile * tile));
+    let mut right = Shared::<[f32]>::new_slice(comptime!(pitch * PLANE_SIDE));
+    let mut block = Shared::<[f32]>::new_slice(comptime!(tile * pitch));
     for other_tile in 0..layout.padded(other) / tile {
         #[unroll]
         for i in 0..micro {
@@ -154,7 +156,7 @@ fn backward<F: Float>(
                     let from = head * upstream_strides.head + row * upstream_strides.row + class;
                     value = f32::cast_from(upstream[from]) * scale;
                 }
-                block[in_owner * tile + in_other] = value;
+                block[in_owner * pitch + in_other] = value;
             }
         }
         sync_cube();

@@ -63,7 +63,7 @@ pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<Lo
         &labels,
         classes,
         &options.loss,
-        &options.loss.upload_weights(client, heads),
+        options.loss.upload_weights(client).as_ref(),
     );
     Ok(LossOutput::new(
         row_loss,

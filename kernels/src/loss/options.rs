@@ -88,9 +88,10 @@ impl LossOptions {
         }
     }
 
-    /// The weight of each head on the device: f32, `[heads]`.
-    pub(crate) fn upload_weights(&self, client: &Client, heads: usize) -> Handle {
-        client.create_from_slice(f32::as_bytes(&self.weights(heads)))
+    /// The weight of each head on the device, if they have any: f32, `[heads]`.
+    pub(crate) fn upload_weights(&self, client: &Client) -> Option<Handle> {
+        let weights = self.head_weights.as_ref();
+        weights.map(|weights| client.create_from_slice(f32::as_bytes(weights)))
     }
 
     /// The weight of each head.

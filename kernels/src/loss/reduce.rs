@@ -1,6 +1,6 @@
 //! Row losses become head losses and the total, and the labels are counted; one cube, in a fixed order.
 //!
-//! Sums carry Kahan's compensation: a mean over a hundred thousand rows keeps f32's precision.
+//! Each unit's sum carries Kahan's compensation, and those of the units are added in a tree: a mean over a hundred thousand rows keeps f32's precision.
 
 use cubecl::client::Client;
 use cubecl::prelude::*;
@@ -11,7 +11,7 @@ use super::count_labels;
 use super::options::{LossOptions, Reduction};
 use super::target::{LabelRule, label_rule};
 use crate::blueprint::{Blueprint, Variant};
-use crate::math::group::Group;
+use crate::math::group::{Group, group_sum};
 use crate::math::sum::Kahan;
 use crate::operand::{F32, Labels, U32, empty, whole};
 
@@ -43,15 +43,12 @@ pub(crate) fn launch(
     labels: &Labels,
     active: usize,
     options: &LossOptions,
-    head_weights: &Handle, // f32, [heads]
+    head_weights: Option<&Handle>, // f32, [heads]
 ) -> Reduced {
     let [heads, rows] = [row_loss.shape()[0], row_loss.shape()[1]];
     let reduced = Reduced::empty(client, heads);
     let all = match blueprint.variant {
-        Variant::Unit => Group {
-            size: 1,
-            exchange: 1,
-        },
+        Variant::Unit => Group::ALONE,
         _ => Group::cube(blueprint),
     };
     // SAFETY: every buffer has the length that its comment says, and the kernel stays inside heads × rows.
@@ -62,15 +59,22 @@ pub(crate) fn launch(
             CubeDim::new_1d(all.size as u32),
             whole(row_loss, 1),
             labels.buffer_arg(),
-            BufferArg::from_raw_parts(head_weights.clone(), heads),
+            match head_weights {
+                Some(weights) => BufferArg::from_raw_parts(weights.clone(), heads),
+                None => whole(row_loss, 1), // not read
+            },
             whole(&reduced.loss, 1),
             whole(&reduced.total, 1),
             whole(&reduced.status, 1),
             heads,
             rows,
             label_rule(labels.dtype(), active, options.ignore_index),
-            all,
-            options.reduction == Reduction::Mean,
+            HowReduced {
+                all,
+                mean: options.reduction == Reduction::Mean,
+                by_head: true,
+                weighted: head_weights.is_some(),
+            },
             labels.dtype(),
         );
     }
@@ -88,11 +92,10 @@ fn reduce<I: Int>(
     heads: usize,
     rows: usize,
     rule: LabelRule,
-    #[comptime] all: Group,
-    #[comptime] mean: bool,
+    #[comptime] how: HowReduced,
     #[define(I)] _label: ElemType,
 ) {
-    let counted = count_labels::<I>(labels, rows, &rule, all);
+    let counted = count_labels::<I>(labels, rows, &rule, how.all);
     if UNIT_POS == 0 {
         status[0] = counted.classes;
         status[1] = counted.invalid;
@@ -107,62 +110,58 @@ fn reduce<I: Int>(
         heads,
         rows,
         f32::cast_from(counted.classes),
-        all.size,
-        mean,
-        true,
+        how,
     );
 }
 
-/// The losses `[heads, rows]` from `first` on, to each head's loss if `by_head`, and to the total. One cube of so many units;
-/// `counted` is the rows that are not ignored.
+/// How losses of rows become losses of heads and the total.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct HowReduced {
+    /// The units of the cube.
+    pub all: Group,
+    pub mean: bool,
+    /// Whether the heads' losses are wanted beside the total.
+    pub by_head: bool,
+    /// Whether heads have weights.
+    pub weighted: bool,
+}
+
+/// The losses `[heads, rows]` from `first` on, to each head's loss and to the total. All units of the cube must call; `counted`
+/// is the rows that are not ignored.
 #[cube]
 #[allow(clippy::too_many_arguments)] // what a reduction reads and writes
 pub(crate) fn reduce_heads(
     row_loss: &[f32],
     first: usize,
-    weights: &[f32],   // [heads]
-    loss: &mut [f32],  // [heads]
+    weights: &[f32],   // [heads] if weighted
+    loss: &mut [f32],  // [heads] if by_head
     total: &mut [f32], // [1]
     heads: usize,
     rows: usize,
     counted: f32,
-    #[comptime] units: usize,
-    #[comptime] mean: bool,
-    #[comptime] by_head: bool,
+    #[comptime] how: HowReduced,
 ) {
-    let unit = UNIT_POS as usize;
-    let mut partial = Shared::<[f32]>::new_slice(units);
     let mut all = Kahan::new();
     for head in 0..heads {
         let mut sum = Kahan::new();
-        let mut row = unit;
+        let mut row = UNIT_POS as usize % how.all.size;
         while row < rows {
             sum.add(row_loss[first + head * rows + row]);
-            row += units;
+            row += how.all.size;
         }
-        partial[unit] = sum.total();
-        if comptime!(units > 1) {
-            sync_cube();
+        let mut reduced = group_sum(sum.total(), how.all);
+        if comptime!(how.mean) {
+            reduced /= max(counted, 1.0);
         }
-        if unit == 0 {
-            let mut of_head = Kahan::new();
-            for i in 0..units {
-                of_head.add(partial[i]);
-            }
-            let mut reduced = of_head.total();
-            if comptime!(mean) {
-                reduced /= max(counted, 1.0);
-            }
-            if comptime!(by_head) {
-                loss[head] = reduced;
-            }
-            all.add(reduced * weights[head]);
+        if comptime!(how.by_head) && UNIT_POS == 0 {
+            loss[head] = reduced;
         }
-        if comptime!(units > 1) {
-            sync_cube();
+        match comptime!(how.weighted) {
+            true => all.add(reduced * weights[head]),
+            false => all.add(reduced),
         }
     }
-    if unit == 0 {
+    if UNIT_POS == 0 {
         total[0] = all.total();
     }
 }

@@ -18,6 +18,12 @@ pub(crate) struct Group {
 }
 
 impl Group {
+    /// A unit by itself.
+    pub(crate) const ALONE: Self = Self {
+        size: 1,
+        exchange: 1,
+    };
+
     /// For rows of so many vectors: small enough that each unit has several of them on the way at once.
     pub(crate) fn of(blueprint: &Blueprint, vectors: usize) -> Self {
         Self {
@@ -110,6 +116,10 @@ pub(crate) fn group_min(value: u32, #[comptime] group: Group) -> u32 {
 fn fold<T: Numeric>(value: T, #[comptime] group: Group, #[comptime] with: Fold) -> T {
     let exchanging = comptime!(group.exchange.min(group.size));
     let mut all = value;
+    if comptime!(exchanging > 1) {
+        // An exchange is among those who are there: all of them, whatever paths they came on.
+        sync_plane();
+    }
     #[unroll]
     for level in 0..comptime!(exchanging.ilog2()) {
         // Both sides of an exchange add the same two values, so every unit ends with the same bits.

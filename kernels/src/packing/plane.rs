@@ -148,6 +148,12 @@ pub(crate) fn place() -> Place {
     }
 }
 
+/// Elements from one row of a tile in shared memory to the next: one more than a row has, so that units that go down a column
+/// fall into different banks.
+pub(crate) const fn pitch(micro: usize) -> usize {
+    micro * PLANE_SIDE + 1
+}
+
 /// `acc[i · micro + j] = owner[y + 16 i] · other[x + 16 j]`, the cosines of two packed tiles.
 #[cube]
 pub(crate) fn cosines(
@@ -161,7 +167,7 @@ pub(crate) fn cosines(
     #[comptime] micro: usize,
 ) {
     let at = place();
-    let tile = comptime!(micro * PLANE_SIDE);
+    let pitch = comptime!(pitch(micro));
     #[unroll]
     for i in 0..comptime!(micro * micro) {
         acc[i] = 0.0;
@@ -172,18 +178,18 @@ pub(crate) fn cosines(
         for i in 0..micro {
             let row = at.y + i * PLANE_SIDE;
             let column = slab * PLANE_SIDE + at.x;
-            left[at.x * tile + row] = rows[(packed_owner + row) * dim_padded + column];
-            right[at.x * tile + row] = rows[(packed_other + row) * dim_padded + column];
+            left[at.x * pitch + row] = rows[(packed_owner + row) * dim_padded + column];
+            right[at.x * pitch + row] = rows[(packed_other + row) * dim_padded + column];
         }
         sync_cube();
         for step in 0..PLANE_SIDE {
             rank_one(
                 acc,
-                &left[0..comptime!(tile * PLANE_SIDE)],
-                step * tile + at.y,
+                &left[0..comptime!(pitch * PLANE_SIDE)],
+                step * pitch + at.y,
                 PLANE_SIDE,
-                &right[0..comptime!(tile * PLANE_SIDE)],
-                step * tile + at.x,
+                &right[0..comptime!(pitch * PLANE_SIDE)],
+                step * pitch + at.x,
                 micro,
             );
         }
@@ -233,6 +239,7 @@ pub(crate) fn add_product(
 ) {
     let at = place();
     let tile = comptime!(micro * PLANE_SIDE);
+    let pitch = comptime!(pitch(micro));
     let mut acc = Array::<f32>::new(comptime!(micro * micro));
     for chunk in 0..dim_padded / tile {
         #[unroll]
@@ -243,7 +250,7 @@ pub(crate) fn add_product(
             #[unroll]
             for j in 0..micro {
                 let column = at.x + j * PLANE_SIDE;
-                right[at.y * tile + column] = rows[(packed_other + slab * PLANE_SIDE + at.y)
+                right[at.y * pitch + column] = rows[(packed_other + slab * PLANE_SIDE + at.y)
                     * dim_padded
                     + chunk * tile
                     + column];
@@ -253,10 +260,10 @@ pub(crate) fn add_product(
                 rank_one(
                     &mut acc,
                     block,
-                    at.y * tile + slab * PLANE_SIDE + step,
-                    comptime!(tile * PLANE_SIDE),
-                    &right[0..comptime!(tile * PLANE_SIDE)],
-                    step * tile + at.x,
+                    at.y * pitch + slab * PLANE_SIDE + step,
+                    comptime!(pitch * PLANE_SIDE),
+                    &right[0..comptime!(pitch * PLANE_SIDE)],
+                    step * pitch + at.x,
                     micro,
                 );
             }

@@ -7,7 +7,7 @@ use super::{Sizes, Step};
 use crate::blueprint::{PLANE_UNITS, cubes_for};
 use crate::cosine_cross_entropy::launch::RowResults;
 use crate::loss::Reduction;
-use crate::loss::reduce::{Reduced, reduce_heads};
+use crate::loss::reduce::{HowReduced, Reduced, reduce_heads};
 use crate::loss::target::INVALID;
 use crate::math::group::{Group, group_sum};
 use crate::math::norm::{inverse_norm, projection};
@@ -22,6 +22,7 @@ struct Plan {
     of_weights: bool,
     per_row: bool,
     mean: bool,
+    weighted: bool,
 }
 
 pub(super) fn launch(
@@ -42,6 +43,7 @@ pub(super) fn launch(
         of_weights: grad.is_some(),
         per_row: reduction == Reduction::None,
         mean: reduction == Reduction::Mean,
+        weighted: call.head_weights.is_some(),
     };
     let owned = match grad {
         Some(_) => sizes.heads * call.problem.classes,
@@ -63,7 +65,10 @@ pub(super) fn launch(
             call.problem.weights.buffer_arg(step.vector),
             call.problem.weights.strides_arg(step.vector),
             step.scratch_arg(),
-            BufferArg::from_raw_parts(call.head_weights.clone(), sizes.heads),
+            match &call.head_weights {
+                Some(weights) => BufferArg::from_raw_parts(weights.clone(), sizes.heads),
+                None => step.scratch_arg(), // not read
+            },
             whole(loss, 1),
             whole(&reduced.total, 1),
             whole(&reduced.status, 1),
@@ -83,7 +88,7 @@ fn classes<F: Float, N: Size>(
     weights: &[Vector<F, N>],
     weight_strides: RowStrides,
     scratch: &[f32],
-    head_weights: &[f32],      // [heads]
+    head_weights: &[f32],      // [heads] if weighted
     loss: &mut [f32],          // [heads], or [heads, rows] if per_row
     total: &mut [f32],         // [1]
     status: &mut [u32],        // [STATUS_FIELDS]
@@ -125,9 +130,12 @@ fn classes<F: Float, N: Size>(
             sizes.heads,
             sizes.rows,
             counted,
-            PLANE_UNITS,
-            plan.mean,
-            comptime!(!plan.per_row),
+            comptime!(HowReduced {
+                all: plan.all,
+                mean: plan.mean,
+                by_head: !plan.per_row,
+                weighted: plan.weighted,
+            }),
         );
     } else if comptime!(plan.of_weights) {
         let columns = sizes.dim / N::value();

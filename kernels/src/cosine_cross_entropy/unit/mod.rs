@@ -27,9 +27,10 @@ use super::launch::{Call, Results};
 use crate::Gradients;
 use crate::error::Error;
 use crate::loss::Reduction;
-use crate::loss::reduce::reduce_heads;
+use crate::loss::reduce::{HowReduced, reduce_heads};
 use crate::loss::rows::Arriving;
 use crate::loss::target::{LabelRule, label_rule};
+use crate::math::group::Group;
 use crate::math::span::{Span, share};
 use crate::operand::{F32, RowStrides, addressable, whole};
 use crate::packing::unit::TILE_VECTORS;
@@ -64,6 +65,7 @@ impl<'a> Step<'a> {
             per_row: arriving.is_some_and(|arriving| arriving.per_row),
             mean: call.options.loss.reduction == Reduction::Mean,
             smooth: call.options.loss.label_smoothing != 0.0,
+            weighted: call.head_weights.is_some(),
         };
         let problem = Problem {
             heads: sizes.heads,
@@ -100,12 +102,11 @@ impl<'a> Step<'a> {
         let (count, dim) = blueprint.unit_grid(client);
         let vector = call.problem.vector_size(blueprint);
         let workspace = client.empty(self.host.floats * size_of::<f32>());
-        let head_weights = &call.head_weights;
         let rows_padded = self.host.plan.panels * blueprint.tile();
         let bests = self.host.plan.chunk_items * blueprint.tile();
         let targets = client.empty(rows_padded * size_of::<u32>());
         // SAFETY: a phase that does not run touches none of its buffers, so any buffer will do for them.
-        let nothing = || unsafe { BufferArg::from_raw_parts(head_weights.clone(), 1) };
+        let nothing = || unsafe { BufferArg::from_raw_parts(workspace.clone(), 1) };
         let optional = |tensor: &Option<TensorHandle>| match tensor {
             Some(tensor) => whole(tensor, vector),
             None => nothing(),
@@ -132,8 +133,11 @@ impl<'a> Step<'a> {
                     }
                     None => nothing(),
                 },
-                BufferArg::from_raw_parts(head_weights.clone(), sizes.heads),
-                BufferArg::from_raw_parts(workspace, self.host.floats),
+                match &call.head_weights {
+                    Some(weights) => BufferArg::from_raw_parts(weights.clone(), sizes.heads),
+                    None => nothing(),
+                },
+                BufferArg::from_raw_parts(workspace.clone(), self.host.floats),
                 whole(&results.rows.loss, 1),
                 whole(&results.rows.lse, 1),
                 whole(&results.rows.predictions, 1),
@@ -167,7 +171,7 @@ fn step<F: Float, I: Int, N: Size, M: Size>(
     targets: &mut [u32],  // [rows], padded to whole panels
     bests: &mut [u32],    // [chunk_items, width]
     upstream: &[f32],     // [heads], or [heads, rows] if per_row
-    head_weights: &[f32], // [heads]
+    head_weights: &[f32], // [heads] if phases.weighted
     workspace: &mut [f32],
     row_loss: &mut [f32],                 // [heads, rows]
     lse: &mut [f32],                      // [heads, rows]
@@ -400,9 +404,12 @@ fn step<F: Float, I: Int, N: Size, M: Size>(
             plan.heads,
             plan.rows,
             f32::cast_from(counted),
-            1usize,
-            phases.mean,
-            true,
+            comptime!(HowReduced {
+                all: Group::ALONE,
+                mean: phases.mean,
+                by_head: true,
+                weighted: phases.weighted,
+            }),
         );
     }
 }

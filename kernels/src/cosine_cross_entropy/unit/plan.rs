@@ -21,6 +21,8 @@ pub(crate) struct Phases {
     pub mean: bool,
     /// Labels are smoothed.
     pub smooth: bool,
+    /// Heads have weights.
+    pub weighted: bool,
 }
 
 impl Phases {

@@ -10,6 +10,7 @@ use super::{Engine, Tile, UNITS, pack_chunk};
 use crate::Gradients;
 use crate::blueprint::{Blueprint, cubes_for};
 use crate::cosine_logits::CosineProblem;
+use crate::math::parts::parts_of_sums;
 
 /// Bytes that everything with a class axis may take beside the caller's tensors.
 const WORKSPACE: usize = 160 << 20;
@@ -147,22 +148,30 @@ impl Backward<'_> {
         let float = size_of::<f32>();
         let per_class = heads * (rows * chunks.size() + dim * (chunks.size() + float));
         let (firsts, step) = chunks.ranges(per_class);
-        let for_rows = self
-            .gradients
-            .embeddings
-            .as_ref()
-            .map(|grad| (grad, chunks.client.empty(heads * rows * dim * float)));
+        let parts_of = |count: usize, reduced: usize| {
+            let elements = heads * count * dim;
+            let owners = elements / chunks.tile.side / chunks.tile.side;
+            // Steps that are worth a part of their own.
+            let steps = (reduced / chunks.tile.depth).div_ceil(4);
+            parts_of_sums(chunks.client, owners, steps, elements)
+        };
+        let for_rows = self.gradients.embeddings.as_ref().map(|grad| {
+            let parts = parts_of(rows, step);
+            let sums = chunks.client.empty(parts * heads * rows * dim * float);
+            (grad, sums, parts)
+        });
         for first in firsts {
             let chunk = chunks.chunk(first, step);
             let elements = heads * rows * chunk.padded;
             let logits = chunks.client.empty(elements * chunks.size());
             logit_gradients(&chunk, &logits);
             let logits_arg = || chunks.vectors(&logits, elements);
-            if let Some((_, sums)) = &for_rows {
+            if let Some((_, sums, parts)) = &for_rows {
                 self.product(
                     logits_arg(),
                     chunks.weights_arg(&chunk),
                     sums,
+                    *parts,
                     rows,
                     chunk.padded,
                     first == 0,
@@ -170,11 +179,15 @@ impl Backward<'_> {
                 );
             }
             if let Some(grad) = &self.gradients.weights {
-                let sums = chunks.client.empty(heads * chunk.padded * dim * float);
+                let parts = parts_of(chunk.padded, rows);
+                let sums = chunks
+                    .client
+                    .empty(parts * heads * chunk.padded * dim * float);
                 self.product(
                     logits_arg(),
                     chunks.embeddings_arg(),
                     &sums,
+                    parts,
                     chunk.padded,
                     rows,
                     true,
@@ -193,6 +206,7 @@ impl Backward<'_> {
                     chunk.classes,
                     count,
                     &sums,
+                    parts,
                     chunk.padded,
                     dim,
                     &self.factors,
@@ -200,7 +214,7 @@ impl Backward<'_> {
                 );
             }
         }
-        if let Some((grad, sums)) = &for_rows {
+        if let Some((grad, sums, parts)) = &for_rows {
             finish_chunk(
                 chunks.client,
                 chunks.blueprint,
@@ -209,6 +223,7 @@ impl Backward<'_> {
                 sizes.rows,
                 sizes.rows,
                 sums,
+                *parts,
                 rows,
                 dim,
                 &self.factors,
@@ -217,7 +232,7 @@ impl Backward<'_> {
         }
     }
 
-    /// `out [heads, count, dim] (+)= left · right`, with `left [heads, count, reduced]` if it lies in rows and
+    /// `out [parts, heads, count, dim] (+)= left · right`, each part over its own share of what is reduced, with `left [heads, count, reduced]` if it lies in rows and
     /// `[heads, reduced, count]` if in columns, and `right [heads, reduced, dim]`.
     #[allow(clippy::too_many_arguments)] // the product's shape, said once
     fn product(
@@ -225,6 +240,7 @@ impl Backward<'_> {
         left: BufferArg,
         right: BufferArg,
         out: &Handle,
+        parts: usize,
         count: usize,
         reduced: usize,
         overwrite: bool,
@@ -232,7 +248,7 @@ impl Backward<'_> {
     ) {
         let Chunks { client, tile, .. } = self.chunks;
         let sizes = &self.chunks.problem.sizes;
-        let elements = sizes.heads * count * sizes.dim_padded;
+        let elements = parts * sizes.heads * count * sizes.dim_padded;
         let cubes = elements / tile.side / tile.side;
         // SAFETY: all three are whole tiles, as the arguments say.
         unsafe {
@@ -245,6 +261,7 @@ impl Backward<'_> {
                 right,
                 BufferArg::from_raw_parts(out.clone(), elements / 2),
                 cubes,
+                parts,
                 count,
                 reduced,
                 sizes.dim_padded,
@@ -263,6 +280,7 @@ fn product<E: Float, N: Size>(
     right: &[Vector<E, N>],
     out: &mut [Vector<f32, Const<2>>],
     cubes: usize,
+    parts: usize,
     count: usize,
     reduced: usize,
     dim: usize,
@@ -277,21 +295,29 @@ fn product<E: Float, N: Size>(
     let vector = comptime!(tile.vector);
     let across = dim / comptime!(tile.side);
     let down = count / comptime!(tile.side);
-    let head = CUBE_POS / (across * down);
+    let heads = cubes / (parts * across * down);
+    let head_of_part = CUBE_POS / (across * down);
+    let head = head_of_part % heads;
+    let part = head_of_part / heads;
+    let slabs = reduced / comptime!(tile.depth);
+    let from = slabs * part / parts;
+    let to = slabs * (part + 1) / parts;
+    // A part may have nothing, and then looks where something is.
+    let skipped = min(from, slabs - 1) * comptime!(tile.depth);
     let first = CUBE_POS / across % down * comptime!(tile.side);
     let column = CUBE_POS % across * comptime!(tile.side);
     let left_at = match comptime!(lies) {
         Lies::Rows => Source {
-            base: (head * count + first) * (reduced / vector),
+            base: (head * count + first) * (reduced / vector) + skipped / vector,
             stride: reduced / vector,
         },
         Lies::Columns => Source {
-            base: head * reduced * (count / vector) + first / vector,
+            base: (head * reduced + skipped) * (count / vector) + first / vector,
             stride: count / vector,
         },
     };
     let right_at = Source {
-        base: head * reduced * (dim / vector) + column / vector,
+        base: (head * reduced + skipped) * (dim / vector) + column / vector,
         stride: dim / vector,
     };
     let mut left_stages =
@@ -305,7 +331,7 @@ fn product<E: Float, N: Size>(
         &left_at,
         right,
         &right_at,
-        reduced / comptime!(tile.depth),
+        to - from,
         &mut left_stages,
         &mut right_stages,
         lies,
@@ -317,7 +343,7 @@ fn product<E: Float, N: Size>(
     for i in 0..comptime!(tile.tall()) {
         #[unroll]
         for half in 0..2usize {
-            let row = head * count + first + row_of(&at, i, half, tile);
+            let row = head_of_part * count + first + row_of(&at, i, half, tile);
             #[unroll]
             for j in 0..comptime!(tile.wide()) {
                 let to = (row * dim + column + column_of(&at, j, 0usize, tile)) / 2;

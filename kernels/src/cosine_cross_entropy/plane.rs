@@ -11,7 +11,7 @@ use crate::math::lanes::One;
 use crate::math::merge::merge_softmax;
 use crate::math::online_softmax::{OnlineSoftmax, SoftmaxRows, logit_gradient};
 use crate::operand::whole;
-use crate::packing::plane::{add_product, cosines, finish, pitch, place};
+use crate::packing::plane::{add_product, cosines, finish, owned, parts, pitch, place};
 use crate::packing::{Layout, Operand, Packed};
 
 pub(super) fn launch_forward(call: &Call, packed: &Packed, results: &RowResults) {
@@ -50,29 +50,36 @@ pub(super) fn launch_backward(
     owner: Operand,
 ) {
     let sizes = &packed.sizes;
-    let elements = sizes.gradient_len(owner);
+    let (parts, cubes) = parts(call.client, &call.blueprint, sizes, owner);
+    let elements = parts * sizes.gradient_len(owner);
     let gradient = call.client.empty(elements * size_of::<f32>());
     // SAFETY: `Packed`, `Rows` and the gradient hold whole tiles.
     unsafe {
         backward::launch_unchecked(
             call.client,
-            cubes_for(
-                call.client,
-                elements / sizes.dim_padded / call.blueprint.tile(),
-            ),
+            cubes,
             CubeDim::new_1d(PLANE_UNITS as u32),
             packed.rows_arg(1),
             rows.state_arg(1),
             rows.targets_arg(1),
             BufferArg::from_raw_parts(gradient.clone(), elements),
             sizes.launch_arg(),
+            parts,
             call.options.scale,
             call.options.loss.label_smoothing,
             owner,
             call.blueprint.micro,
         );
     }
-    finish(call.client, &call.blueprint, packed, &gradient, grad, owner);
+    finish(
+        call.client,
+        &call.blueprint,
+        packed,
+        &gradient,
+        parts,
+        grad,
+        owner,
+    );
 }
 
 #[cube(launch_unchecked)]
@@ -175,8 +182,9 @@ fn backward(
     rows: &[f32],
     state: &[f32],
     targets: &[u32],
-    gradient: &mut [f32],
+    gradient: &mut [f32], // [parts, heads, padded, dim_padded]
     layout: Layout,
+    parts: usize,
     scale: f32,
     smoothing: f32,
     #[comptime] owner: Operand,
@@ -185,12 +193,11 @@ fn backward(
     let tile = comptime!(micro * PLANE_SIDE);
     let pitch = comptime!(pitch(micro));
     let other = comptime!(owner.other());
-    let tiles_per_head = layout.padded(owner) / tile;
-    if CUBE_POS >= layout.heads * tiles_per_head {
+    let owned = owned(&layout, parts, owner, tile);
+    if !owned.is_there {
         terminate!();
     }
-    let head = CUBE_POS / tiles_per_head;
-    let first = (CUBE_POS % tiles_per_head) * tile;
+    let (head, first) = (owned.head, owned.first);
     let packed_owner = layout.head_start(head, owner) + first;
     let packed_other = layout.head_start(head, other);
     let lse_at = head * 2 * layout.rows_padded;
@@ -202,7 +209,7 @@ fn backward(
     let mut right = Shared::<[f32]>::new_slice(comptime!(pitch * PLANE_SIDE));
     let mut block = Shared::<[f32]>::new_slice(comptime!(tile * pitch));
     let mut acc = Array::<f32>::new(comptime!(micro * micro));
-    for other_tile in 0..layout.padded(other) / tile {
+    for other_tile in owned.from..owned.to {
         cosines(
             &mut acc,
             rows,
@@ -243,12 +250,12 @@ fn backward(
         sync_cube();
         add_product(
             gradient,
-            head * layout.padded(owner) + first,
+            owned.out,
             &block,
             rows,
             packed_other + other_tile * tile,
             layout.dim_padded,
-            other_tile == 0,
+            other_tile == owned.from,
             &mut right,
             micro,
         );

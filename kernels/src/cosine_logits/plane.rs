@@ -7,7 +7,7 @@ use cubecl::std::tensor::TensorHandle;
 use super::launch::BackwardCall;
 use crate::blueprint::{Blueprint, PLANE_SIDE, PLANE_UNITS, cubes_for};
 use crate::operand::{RowStrides, whole};
-use crate::packing::plane::{add_product, cosines, finish, pitch, place};
+use crate::packing::plane::{add_product, cosines, finish, owned, parts, pitch, place};
 use crate::packing::{Layout, Operand, Packed};
 
 pub(super) fn launch_forward(
@@ -38,20 +38,21 @@ pub(super) fn launch_forward(
 
 pub(super) fn launch_backward(call: &BackwardCall) {
     let sizes = &call.packed.sizes;
-    let tile = call.blueprint.tile();
-    let elements = sizes.gradient_len(call.owner);
+    let (parts, cubes) = parts(call.client, call.blueprint, sizes, call.owner);
+    let elements = parts * sizes.gradient_len(call.owner);
     let gradient = call.client.empty(elements * size_of::<f32>());
     // SAFETY: `Packed` and the gradient hold whole tiles, `Strided` proved the upstream.
     unsafe {
         backward::launch_unchecked(
             call.client,
-            cubes_for(call.client, elements / sizes.dim_padded / tile),
+            cubes,
             CubeDim::new_1d(PLANE_UNITS as u32),
             call.packed.rows_arg(1),
             call.upstream.buffer_arg(1),
             call.upstream.strides_arg(1),
             BufferArg::from_raw_parts(gradient.clone(), elements),
             sizes.launch_arg(),
+            parts,
             call.scale,
             call.owner,
             call.blueprint.micro,
@@ -63,6 +64,7 @@ pub(super) fn launch_backward(call: &BackwardCall) {
         call.blueprint,
         call.packed,
         &gradient,
+        parts,
         call.grad,
         call.owner,
     );
@@ -120,8 +122,9 @@ fn backward<F: Float>(
     rows: &[f32],
     upstream: &[F],
     upstream_strides: RowStrides,
-    gradient: &mut [f32],
+    gradient: &mut [f32], // [parts, heads, padded, dim_padded]
     layout: Layout,
+    parts: usize,
     scale: f32,
     #[comptime] owner: Operand,
     #[comptime] micro: usize,
@@ -130,17 +133,16 @@ fn backward<F: Float>(
     let tile = comptime!(micro * PLANE_SIDE);
     let pitch = comptime!(pitch(micro));
     let other = comptime!(owner.other());
-    let tiles_per_head = layout.padded(owner) / tile;
-    if CUBE_POS >= layout.heads * tiles_per_head {
+    let owned = owned(&layout, parts, owner, tile);
+    if !owned.is_there {
         terminate!();
     }
-    let head = CUBE_POS / tiles_per_head;
-    let first = (CUBE_POS % tiles_per_head) * tile;
+    let (head, first) = (owned.head, owned.first);
     let packed_other = layout.head_start(head, other);
     let at = place();
     let mut right = Shared::<[f32]>::new_slice(comptime!(pitch * PLANE_SIDE));
     let mut block = Shared::<[f32]>::new_slice(comptime!(tile * pitch));
-    for other_tile in 0..layout.padded(other) / tile {
+    for other_tile in owned.from..owned.to {
         #[unroll]
         for i in 0..micro {
             #[unroll]
@@ -162,12 +164,12 @@ fn backward<F: Float>(
         sync_cube();
         add_product(
             gradient,
-            head * layout.padded(owner) + first,
+            owned.out,
             &block,
             rows,
             packed_other + other_tile * tile,
             layout.dim_padded,
-            other_tile == 0,
+            other_tile == owned.from,
             &mut right,
             micro,
         );

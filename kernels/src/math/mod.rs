@@ -5,6 +5,7 @@ pub(crate) mod lanes;
 pub(crate) mod merge;
 pub(crate) mod norm;
 pub(crate) mod online_softmax;
+pub(crate) mod parts;
 pub(crate) mod span;
 pub(crate) mod sum;
 pub(crate) mod tile;

@@ -69,11 +69,14 @@ impl PackedSizes {
 
     /// Floats of a gradient of every packed row of `owner`.
     pub(crate) fn gradient_len(&self, owner: Operand) -> usize {
-        let padded = match owner {
+        self.heads * self.padded(owner) * self.dim_padded
+    }
+
+    fn padded(&self, operand: Operand) -> usize {
+        match operand {
             Operand::Embeddings => self.rows_padded,
             Operand::Weights => self.active_padded,
-        };
-        self.heads * padded * self.dim_padded
+        }
     }
 
     pub(crate) fn launch_arg(&self) -> LayoutLaunch {

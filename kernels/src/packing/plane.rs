@@ -5,10 +5,11 @@ use cubecl::prelude::*;
 use cubecl::server::Handle;
 use cubecl::std::tensor::TensorHandle;
 
-use super::{Layout, Operand, Packed};
-use crate::blueprint::{Blueprint, PLANE_SIDE, PLANE_UNITS};
+use super::{Layout, Operand, Packed, PackedSizes};
+use crate::blueprint::{Blueprint, PLANE_SIDE, PLANE_UNITS, cubes_for};
 use crate::math::group::{Group, group_sum, member};
 use crate::math::norm::{inverse_norm, projection};
+use crate::math::parts::{parts_of_sums, sum_of_parts};
 use crate::operand::{RowStrides, Strided, whole, widest};
 
 pub(super) fn launch(
@@ -129,6 +130,57 @@ fn source_row(
     SourceRow {
         real: row < layout.count(operand),
         from: head * strides.head + row * strides.row,
+    }
+}
+
+/// The parts in which the gradient of `owner` is summed, and the cubes that do it.
+pub(crate) fn parts(
+    client: &Client,
+    blueprint: &Blueprint,
+    sizes: &PackedSizes,
+    owner: Operand,
+) -> (usize, CubeCount) {
+    let tile = blueprint.tile();
+    let elements = sizes.gradient_len(owner);
+    let owners = elements / sizes.dim_padded / tile;
+    let steps = sizes.padded(owner.other()) / tile;
+    let parts = parts_of_sums(client, owners, steps, elements);
+    (parts, cubes_for(client, parts * owners))
+}
+
+/// What a cube of a gradient owns, and the tiles of the other operand that its part has.
+#[derive(CubeType, Clone, Copy)]
+pub(crate) struct Owned {
+    /// Whether there is any work for it.
+    pub is_there: bool,
+    pub head: usize,
+    /// The first row of its tile.
+    pub first: usize,
+    /// The first row of its tile in the parts of the gradient.
+    pub out: usize,
+    pub from: usize,
+    pub to: usize,
+}
+
+#[cube]
+pub(crate) fn owned(
+    layout: &Layout,
+    parts: usize,
+    #[comptime] owner: Operand,
+    #[comptime] tile: usize,
+) -> Owned {
+    let tiles = layout.padded(owner) / tile;
+    let part = CUBE_POS / (layout.heads * tiles);
+    let head = CUBE_POS / tiles % layout.heads;
+    let first = CUBE_POS % tiles * tile;
+    let steps = layout.padded(comptime!(owner.other())) / tile;
+    Owned {
+        is_there: part < parts,
+        head,
+        first,
+        out: (part * layout.heads + head) * layout.padded(owner) + first,
+        from: steps * part / parts,
+        to: steps * (part + 1) / parts,
     }
 }
 
@@ -287,12 +339,14 @@ pub(crate) fn add_product(
     }
 }
 
-/// Takes unit-sphere gradients `[heads, padded, dim_padded]` through the normalization into `grad [heads, stored, dim]`.
+/// Sums the parts of unit-sphere gradients `[parts, heads, padded, dim_padded]`, and takes them through the normalization into
+/// `grad [heads, stored, dim]`.
 pub(crate) fn finish(
     client: &Client,
     blueprint: &Blueprint,
     packed: &Packed,
     gradient: &Handle,
+    parts: usize,
     grad: &TensorHandle,
     owner: Operand,
 ) {
@@ -307,12 +361,13 @@ pub(crate) fn finish(
             group.cubes(client, heads * stored),
             CubeDim::new_1d(PLANE_UNITS as u32),
             vector,
-            BufferArg::from_raw_parts(gradient.clone(), sizes.gradient_len(owner) / vector),
+            BufferArg::from_raw_parts(gradient.clone(), parts * sizes.gradient_len(owner) / vector),
             packed.rows_arg(vector),
             packed.norms_arg(),
             whole(grad, vector),
             sizes.launch_arg(),
             stored,
+            parts,
             owner,
             group,
             grad.dtype,
@@ -328,6 +383,7 @@ fn finish_rows<F: Float, M: Size>(
     grad: &mut [Vector<F, M>],
     layout: Layout,
     stored: usize,
+    parts: usize,
     #[comptime] owner: Operand,
     #[comptime] group: Group,
     #[define(F)] _dtype: ElemType,
@@ -342,6 +398,7 @@ fn finish_rows<F: Float, M: Size>(
     let packed_row = layout.head_start(head, owner) + row;
     let unit_at = packed_row * columns_padded;
     let at = (head * layout.padded(owner) + row) * columns_padded;
+    let part = layout.heads * layout.padded(owner) * columns_padded;
     let mut along = 0.0f32.runtime();
     let mut norm = 1.0f32.runtime();
     if real {
@@ -351,7 +408,8 @@ fn finish_rows<F: Float, M: Size>(
     if real {
         let mut d = of.lane;
         while d < columns {
-            along += (rows[unit_at + d] * gradient[at + d]).vector_sum();
+            let sum = sum_of_parts::<M>(gradient, at + d, part, parts);
+            along += (rows[unit_at + d] * sum).vector_sum();
             d += group.size;
         }
     }
@@ -360,7 +418,8 @@ fn finish_rows<F: Float, M: Size>(
     let mut d = of.lane;
     if real {
         while d < columns {
-            let value = (gradient[at + d] - projection * rows[unit_at + d]) * inverse;
+            let sum = sum_of_parts::<M>(gradient, at + d, part, parts);
+            let value = (sum - projection * rows[unit_at + d]) * inverse;
             grad[of.group * columns + d] = Vector::<F, M>::cast_from(value);
             d += group.size;
         }

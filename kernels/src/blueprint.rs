@@ -15,6 +15,7 @@ use cubecl::prelude::*;
 use crate::cmma::Tile;
 
 use crate::error::Error;
+use crate::packing::plane::{block_pitch, pitch};
 
 /// The shape of a kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -262,7 +263,7 @@ fn exchanging_units(client: &Client) -> usize {
 /// Shared memory of the hungriest plane kernel: the block of logit gradients and two operand slabs.
 fn plane_shared_bytes(micro: usize) -> usize {
     let tile = micro * PLANE_SIDE;
-    size_of::<f32>() * crate::packing::plane::pitch(micro) * (tile + 2 * PLANE_SIDE)
+    size_of::<f32>() * (tile * block_pitch(micro) + 2 * PLANE_SIDE * pitch(micro))
 }
 
 /// The number of cubes for `work` items, one a cube, split over two grid axes where one is too short.

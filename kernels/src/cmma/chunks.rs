@@ -10,7 +10,7 @@ use super::{Engine, Tile, UNITS, pack_chunk};
 use crate::Gradients;
 use crate::blueprint::{Blueprint, cubes_for};
 use crate::cosine_logits::CosineProblem;
-use crate::math::parts::parts_of_sums;
+use crate::math::parts::{add_parts, parts_of_sums};
 
 /// Bytes that everything with a class axis may take beside the caller's tensors.
 const WORKSPACE: usize = 160 << 20;
@@ -193,6 +193,7 @@ impl Backward<'_> {
                     true,
                     Lies::Columns,
                 );
+                add_parts(chunks.client, &sums, heads * chunk.padded * dim, parts);
                 let last = first + chunk.classes == sizes.active;
                 let count = match last {
                     true => chunks.problem.classes - first,
@@ -206,7 +207,6 @@ impl Backward<'_> {
                     chunk.classes,
                     count,
                     &sums,
-                    parts,
                     chunk.padded,
                     dim,
                     &self.factors,
@@ -215,6 +215,7 @@ impl Backward<'_> {
             }
         }
         if let Some((grad, sums, parts)) = &for_rows {
+            add_parts(chunks.client, sums, heads * rows * dim, *parts);
             finish_chunk(
                 chunks.client,
                 chunks.blueprint,
@@ -223,7 +224,6 @@ impl Backward<'_> {
                 sizes.rows,
                 sizes.rows,
                 sums,
-                *parts,
                 rows,
                 dim,
                 &self.factors,

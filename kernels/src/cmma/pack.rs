@@ -10,7 +10,6 @@ use super::UNITS;
 use crate::blueprint::Blueprint;
 use crate::math::group::{Group, group_sum, member};
 use crate::math::norm::{inverse_norm, projection};
-use crate::math::parts::sum_of_parts;
 use crate::operand::{RowStrides, Strided, address_type, whole};
 
 /// Which rows of an operand a launch takes, and how long they are, in vectors.
@@ -140,8 +139,7 @@ pub(super) fn finish_chunk(
     first: usize,
     real: usize,
     count: usize,
-    gradient: &Handle, // f32, [parts, heads, padded, dim_padded]
-    parts: usize,
+    gradient: &Handle, // f32, [heads, padded, dim_padded]
     padded: usize,
     dim_padded: usize,
     factors: &Handle,    // f32, [heads]
@@ -150,7 +148,7 @@ pub(super) fn finish_chunk(
     let [heads, stored, dim] = operand.dims3();
     let vector = operand.vector_size(blueprint);
     let group = Group::of(blueprint, dim / vector);
-    let elements = parts * heads * padded * dim_padded;
+    let elements = heads * padded * dim_padded;
     // SAFETY: `Strided` proved the operand, whose shape `grad` has; the gradient has whole rows for all that are real.
     unsafe {
         finish::launch_unchecked(
@@ -165,7 +163,6 @@ pub(super) fn finish_chunk(
             BufferArg::from_raw_parts(factors.clone(), heads),
             whole(grad, vector),
             RowsLaunch::new(heads, first, real, count, dim / vector, dim_padded / vector),
-            parts,
             padded,
             stored,
             group,
@@ -178,11 +175,10 @@ pub(super) fn finish_chunk(
 fn finish<F: Float, M: Size>(
     source: &[Vector<F, M>],
     strides: RowStrides,
-    gradient: &[Vector<f32, M>], // [parts, heads, padded, dim_padded]
+    gradient: &[Vector<f32, M>], // [heads, padded, dim_padded]
     factors: &[f32],             // [heads]
     grad: &mut [Vector<F, M>],   // [heads, stored, dim]
     rows: Rows,
-    parts: usize,
     padded: usize,
     stored: usize,
     #[comptime] group: Group,
@@ -190,7 +186,6 @@ fn finish<F: Float, M: Size>(
 ) {
     let at = RowOfGroup::locate(&rows, &strides, group);
     let upstream = (at.head * padded + at.row) * rows.columns_padded;
-    let part = rows.heads * padded * rows.columns_padded;
     let mut squares = 0.0f32.runtime();
     let mut along = 0.0f32.runtime();
     if at.real {
@@ -198,8 +193,7 @@ fn finish<F: Float, M: Size>(
         while d < rows.columns {
             let value = Vector::<f32, M>::cast_from(source[at.from + d]);
             squares += (value * value).vector_sum();
-            let sum = sum_of_parts::<M>(gradient, upstream + d, part, parts);
-            along += (value * sum).vector_sum();
+            along += (value * gradient[upstream + d]).vector_sum();
             d += group.size;
         }
     }
@@ -220,8 +214,7 @@ fn finish<F: Float, M: Size>(
             let mut value = Vector::<f32, M>::new(0.0);
             if at.real {
                 let x = Vector::<f32, M>::cast_from(source[at.from + d]);
-                let sum = sum_of_parts::<M>(gradient, upstream + d, part, parts);
-                value = fma(projection, x, sum) * factor;
+                value = fma(projection, x, gradient[upstream + d]) * factor;
             }
             grad[out + d] = Vector::<F, M>::cast_from(value);
             d += group.size;

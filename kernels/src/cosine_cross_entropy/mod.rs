@@ -20,7 +20,8 @@
 //!
 //! Memory beside the outputs:
 //!
-//! - plane: unit-norm f32 copies of the operands, `4·H·(N + K)·D` bytes.
+//! - plane: unit-norm f32 copies of the operands, `4·H·(N + K)·D` bytes, and as much for their gradients. Where few cubes would own
+//!   them, gradients are summed in parts by more: up to 32 MiB for either operand, here as in cmma.
 //! - cmma: a copy of the embeddings in their dtype, their gradient in f32, `20·H·N` bytes for each of the parts that a row's softmax
 //!   is found in (some a chunk of classes), and 160 MiB for what has a class axis, a chunk of classes at a time; more only where a
 //!   single tile of classes with all rows is more.

@@ -10,8 +10,11 @@ use crate::loss::target::{LabelRule, is_class, label_rule, target_of};
 use crate::math::lanes::One;
 use crate::math::merge::merge_softmax;
 use crate::math::online_softmax::{OnlineSoftmax, SoftmaxRows, logit_gradient};
+use crate::math::parts::add_parts;
 use crate::operand::whole;
-use crate::packing::plane::{add_product, cosines, finish, owned, parts, pitch, place};
+use crate::packing::plane::{
+    add_product, block_pitch, cosines, finish, owned, parts, pitch, place,
+};
 use crate::packing::{Layout, Operand, Packed};
 
 pub(super) fn launch_forward(call: &Call, packed: &Packed, results: &RowResults) {
@@ -71,15 +74,8 @@ pub(super) fn launch_backward(
             call.blueprint.micro,
         );
     }
-    finish(
-        call.client,
-        &call.blueprint,
-        packed,
-        &gradient,
-        parts,
-        grad,
-        owner,
-    );
+    add_parts(call.client, &gradient, sizes.gradient_len(owner), parts);
+    finish(call.client, &call.blueprint, packed, &gradient, grad, owner);
 }
 
 #[cube(launch_unchecked)]
@@ -207,7 +203,7 @@ fn backward(
 
     let mut left = Shared::<[f32]>::new_slice(comptime!(pitch * PLANE_SIDE));
     let mut right = Shared::<[f32]>::new_slice(comptime!(pitch * PLANE_SIDE));
-    let mut block = Shared::<[f32]>::new_slice(comptime!(tile * pitch));
+    let mut block = Shared::<[f32]>::new_slice(comptime!(tile * block_pitch(micro)));
     let mut acc = Array::<f32>::new(comptime!(micro * micro));
     for other_tile in owned.from..owned.to {
         cosines(
@@ -244,7 +240,7 @@ fn backward(
                     );
                     value = gradient.extract(0usize) * scale;
                 }
-                block[in_owner * pitch + in_other] = value;
+                block[in_owner * comptime!(block_pitch(micro)) + in_other] = value;
             }
         }
         sync_cube();

@@ -6,8 +6,11 @@ use cubecl::std::tensor::TensorHandle;
 
 use super::launch::BackwardCall;
 use crate::blueprint::{Blueprint, PLANE_SIDE, PLANE_UNITS, cubes_for};
+use crate::math::parts::add_parts;
 use crate::operand::{RowStrides, whole};
-use crate::packing::plane::{add_product, cosines, finish, owned, parts, pitch, place};
+use crate::packing::plane::{
+    add_product, block_pitch, cosines, finish, owned, parts, pitch, place,
+};
 use crate::packing::{Layout, Operand, Packed};
 
 pub(super) fn launch_forward(
@@ -59,12 +62,17 @@ pub(super) fn launch_backward(call: &BackwardCall) {
             call.upstream.dtype(),
         );
     }
+    add_parts(
+        call.client,
+        &gradient,
+        sizes.gradient_len(call.owner),
+        parts,
+    );
     finish(
         call.client,
         call.blueprint,
         call.packed,
         &gradient,
-        parts,
         call.grad,
         call.owner,
     );
@@ -141,7 +149,7 @@ fn backward<F: Float>(
     let packed_other = layout.head_start(head, other);
     let at = place();
     let mut right = Shared::<[f32]>::new_slice(comptime!(pitch * PLANE_SIDE));
-    let mut block = Shared::<[f32]>::new_slice(comptime!(tile * pitch));
+    let mut block = Shared::<[f32]>::new_slice(comptime!(tile * block_pitch(micro)));
     for other_tile in owned.from..owned.to {
         #[unroll]
         for i in 0..micro {
@@ -158,7 +166,7 @@ fn backward<F: Float>(
                     let from = head * upstream_strides.head + row * upstream_strides.row + class;
                     value = f32::cast_from(upstream[from]) * scale;
                 }
-                block[in_owner * pitch + in_other] = value;
+                block[in_owner * comptime!(block_pitch(micro)) + in_other] = value;
             }
         }
         sync_cube();

@@ -2,6 +2,9 @@
 
 use cubecl::client::Client;
 use cubecl::prelude::*;
+use cubecl::server::Handle;
+
+use crate::blueprint::{PLANE_UNITS, cubes_for};
 
 /// Floats that the parts of sums may take together: 32 MiB.
 const PARTS: usize = 1 << 23;
@@ -20,17 +23,34 @@ pub(crate) fn parts_of_sums(
     (wanted / owners).min(PARTS / elements).clamp(1, steps)
 }
 
-/// The sum of the parts at `at`, `stride` apart.
-#[cube]
-pub(crate) fn sum_of_parts<N: Size>(
-    sums: &[Vector<f32, N>],
-    at: usize,
-    stride: usize,
-    parts: usize,
-) -> Vector<f32, N> {
-    let mut sum = sums[at];
-    for part in 1..parts {
-        sum += sums[at + part * stride];
+/// Adds the other parts of `sums [parts, elements]`, in their order, to the first. They are whole tiles, so vectors of four divide
+/// them.
+pub(crate) fn add_parts(client: &Client, sums: &Handle, elements: usize, parts: usize) {
+    if parts == 1 {
+        return;
     }
-    sum
+    let vectors = elements / 4;
+    // SAFETY: the caller allocated so many parts of so many elements.
+    unsafe {
+        add::launch_unchecked(
+            client,
+            cubes_for(client, vectors.div_ceil(PLANE_UNITS)),
+            CubeDim::new_1d(PLANE_UNITS as u32),
+            BufferArg::from_raw_parts(sums.clone(), parts * vectors),
+            vectors,
+            parts,
+        );
+    }
+}
+
+#[cube(launch_unchecked)]
+fn add(sums: &mut [Vector<f32, Const<4>>], vectors: usize, parts: usize) {
+    let at = ABSOLUTE_POS;
+    if at < vectors {
+        let mut sum = sums[at];
+        for part in 1..parts {
+            sum += sums[at + part * vectors];
+        }
+        sums[at] = sum;
+    }
 }

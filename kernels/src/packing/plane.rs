@@ -9,7 +9,7 @@ use super::{Layout, Operand, Packed, PackedSizes};
 use crate::blueprint::{Blueprint, PLANE_SIDE, PLANE_UNITS, cubes_for};
 use crate::math::group::{Group, group_sum, member};
 use crate::math::norm::{inverse_norm, projection};
-use crate::math::parts::{parts_of_sums, sum_of_parts};
+use crate::math::parts::parts_of_sums;
 use crate::operand::{RowStrides, Strided, whole, widest};
 
 pub(super) fn launch(
@@ -131,6 +131,11 @@ fn source_row(
         real: row < layout.count(operand),
         from: head * strides.head + row * strides.row,
     }
+}
+
+/// The same of a block of logit gradients, of which the two rows that a plane reads at a time lie half the banks apart.
+pub(crate) const fn block_pitch(micro: usize) -> usize {
+    (micro + 1) * PLANE_SIDE
 }
 
 /// The parts in which the gradient of `owner` is summed, and the cubes that do it.
@@ -312,8 +317,8 @@ pub(crate) fn add_product(
                 rank_one(
                     &mut acc,
                     block,
-                    at.y * pitch + slab * PLANE_SIDE + step,
-                    comptime!(pitch * PLANE_SIDE),
+                    at.y * comptime!(block_pitch(micro)) + slab * PLANE_SIDE + step,
+                    comptime!(block_pitch(micro) * PLANE_SIDE),
                     &right[0..comptime!(pitch * PLANE_SIDE)],
                     step * pitch + at.x,
                     micro,
@@ -339,14 +344,12 @@ pub(crate) fn add_product(
     }
 }
 
-/// Sums the parts of unit-sphere gradients `[parts, heads, padded, dim_padded]`, and takes them through the normalization into
-/// `grad [heads, stored, dim]`.
+/// Takes unit-sphere gradients `[heads, padded, dim_padded]` through the normalization into `grad [heads, stored, dim]`.
 pub(crate) fn finish(
     client: &Client,
     blueprint: &Blueprint,
     packed: &Packed,
     gradient: &Handle,
-    parts: usize,
     grad: &TensorHandle,
     owner: Operand,
 ) {
@@ -361,13 +364,12 @@ pub(crate) fn finish(
             group.cubes(client, heads * stored),
             CubeDim::new_1d(PLANE_UNITS as u32),
             vector,
-            BufferArg::from_raw_parts(gradient.clone(), parts * sizes.gradient_len(owner) / vector),
+            BufferArg::from_raw_parts(gradient.clone(), sizes.gradient_len(owner) / vector),
             packed.rows_arg(vector),
             packed.norms_arg(),
             whole(grad, vector),
             sizes.launch_arg(),
             stored,
-            parts,
             owner,
             group,
             grad.dtype,
@@ -383,7 +385,6 @@ fn finish_rows<F: Float, M: Size>(
     grad: &mut [Vector<F, M>],
     layout: Layout,
     stored: usize,
-    parts: usize,
     #[comptime] owner: Operand,
     #[comptime] group: Group,
     #[define(F)] _dtype: ElemType,
@@ -398,7 +399,6 @@ fn finish_rows<F: Float, M: Size>(
     let packed_row = layout.head_start(head, owner) + row;
     let unit_at = packed_row * columns_padded;
     let at = (head * layout.padded(owner) + row) * columns_padded;
-    let part = layout.heads * layout.padded(owner) * columns_padded;
     let mut along = 0.0f32.runtime();
     let mut norm = 1.0f32.runtime();
     if real {
@@ -408,8 +408,7 @@ fn finish_rows<F: Float, M: Size>(
     if real {
         let mut d = of.lane;
         while d < columns {
-            let sum = sum_of_parts::<M>(gradient, at + d, part, parts);
-            along += (rows[unit_at + d] * sum).vector_sum();
+            along += (rows[unit_at + d] * gradient[at + d]).vector_sum();
             d += group.size;
         }
     }
@@ -418,8 +417,7 @@ fn finish_rows<F: Float, M: Size>(
     let mut d = of.lane;
     if real {
         while d < columns {
-            let sum = sum_of_parts::<M>(gradient, at + d, part, parts);
-            let value = (sum - projection * rows[unit_at + d]) * inverse;
+            let value = (gradient[at + d] - projection * rows[unit_at + d]) * inverse;
             grad[of.group * columns + d] = Vector::<F, M>::cast_from(value);
             d += group.size;
         }

@@ -39,7 +39,8 @@ pub enum Strategy {
     /// From the device's properties.
     #[default]
     Inferred,
-    /// This one, or an error where the device cannot run it or the op has no such variant: for tests and benches.
+    /// This one, or an error where the device cannot run it or the op has no such variant: for tests and benches. On a CPU it takes
+    /// all cores, which for a small problem is not the quickest.
     Forced(Variant),
 }
 
@@ -78,6 +79,8 @@ pub(crate) struct Blueprint {
     pub product: Option<Tile>,
     /// Units of a cube.
     pub units: usize,
+    /// Whether the variant was asked for, and then runs as it is for large problems.
+    forced: bool,
 }
 
 impl Blueprint {
@@ -107,6 +110,7 @@ impl Blueprint {
                 micro: 0,
                 product: Some(tile),
                 units: crate::cmma::UNITS,
+                forced: strategy != Strategy::Inferred,
             }),
             None => Self::new(client, strategy),
         }
@@ -162,6 +166,7 @@ impl Blueprint {
                     micro: 0,
                     product: None,
                     units: cores.min(hardware.max_units_per_cube).max(1) as usize,
+                    forced: strategy != Strategy::Inferred,
                 })
             }
             Variant::Plane if fits(2) => Ok(Self {
@@ -172,6 +177,7 @@ impl Blueprint {
                 micro: if fits(4) { 4 } else { 2 },
                 product: None,
                 units: PLANE_UNITS,
+                forced: strategy != Strategy::Inferred,
             }),
             Variant::Cmma => Err(Error::NoSuchVariant {
                 variant: "cmma",
@@ -209,6 +215,21 @@ impl Blueprint {
         }
     }
 
+    /// On a CPU with no more units than so many floating-point operations feed. Units are sent to their cores one after the other, by
+    /// a thread that a core which has its unit already may push aside; the unit then spins at its first barrier until the next tick
+    /// of the scheduler, for milliseconds. A unit alone never waits.
+    pub(crate) fn for_work(mut self, operations: usize) -> Self {
+        if self.variant == Variant::Unit && !self.forced {
+            self.units = self.units.min(operations / UNIT_OPERATIONS).max(1);
+        }
+        self
+    }
+
+    /// [`for_work`](Self::for_work) on each of so many elements.
+    pub(crate) fn for_elements(self, elements: usize) -> Self {
+        self.for_work(elements.saturating_mul(ELEMENT_OPERATIONS))
+    }
+
     /// The grid of a kernel that strides over `work` items, each for itself.
     pub(crate) fn elementwise(&self, client: &Client, work: usize) -> (CubeCount, CubeDim) {
         match self.variant {
@@ -226,6 +247,11 @@ impl Blueprint {
         (CubeCount::new_single(), CubeDim::new_1d(self.units as u32))
     }
 }
+
+/// Operations that a core does in less time than a second one saves.
+const UNIT_OPERATIONS: usize = 8_000_000;
+/// Operations that reading and writing an element, and what is done between, take as long as.
+const ELEMENT_OPERATIONS: usize = 64;
 
 /// Launches that a thread may be ahead of a CPU. CubeCL's two queues of 32 tasks have room for four; a thread that finds them
 /// full spins on a core that a unit needs, and the units that wait for it at a barrier wait milliseconds. Waiting at every

@@ -84,7 +84,7 @@ fn scaled(
     contiguous(operand, gradient, &shape, gradient.dtype)?;
     contiguous("factors", by_head, &[heads], F32)?;
     addressable(operand, count(&shape))?;
-    let blueprint = Blueprint::new(client, Strategy::Inferred)?;
+    let blueprint = Blueprint::new(client, Strategy::Inferred)?.for_elements(heads * rows * dim);
     // A handle may begin inside its allocation, where vectors would not be aligned.
     let offset = gradient.handle.offset_start.unwrap_or(0) as usize / gradient.dtype.size();
     let vector = widest(blueprint.vector(gradient.dtype), [dim, offset]);

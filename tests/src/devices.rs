@@ -18,6 +18,7 @@ pub struct Tested {
 }
 
 /// One way to run an op.
+#[derive(Clone, Copy)]
 pub struct Run<'a> {
     /// The device's name.
     pub device: &'static str,

@@ -192,7 +192,7 @@ impl<'a> Call<'a> {
         Ok(Self {
             client,
             options,
-            blueprint,
+            blueprint: blueprint.for_work(problem.operations()),
             problem,
             labels,
             head_weights: options.loss.upload_weights(client),

@@ -168,7 +168,7 @@ impl<'a> Call<'a> {
         )?;
         Ok(Self {
             client,
-            blueprint,
+            blueprint: blueprint.for_work(problem.operations()),
             problem,
         })
     }

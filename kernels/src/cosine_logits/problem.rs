@@ -19,6 +19,14 @@ pub(crate) struct CosineProblem {
 }
 
 impl CosineProblem {
+    /// Of the logits: `2·H·N·D·K`.
+    pub(crate) fn operations(&self) -> usize {
+        let sizes = &self.sizes;
+        [sizes.heads, sizes.rows, sizes.dim, sizes.active]
+            .iter()
+            .fold(2, |all: usize, &size| all.saturating_mul(size))
+    }
+
     pub(crate) fn new(
         client: &Client,
         blueprint: &Blueprint,

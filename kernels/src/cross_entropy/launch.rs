@@ -124,7 +124,8 @@ fn validate(
 ) -> Result<(Blueprint, Strided, Labels), Error> {
     let blueprint = Blueprint::new(client, options.strategy)?;
     let logits = Strided::float(client, "logits", &inputs.logits, 3)?;
-    let [heads, rows, _] = logits.dims3();
+    let [heads, rows, classes] = logits.dims3();
+    let blueprint = blueprint.for_elements(heads * rows * classes);
     // What a backward pass knows of each row.
     addressable("row states", count(&[heads, 2, rows]))?;
     options.loss.validate(heads)?;

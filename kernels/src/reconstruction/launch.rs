@@ -10,7 +10,7 @@ use super::{plane, unit};
 use crate::blueprint::{Blueprint, Strategy, Variant};
 use crate::error::Error;
 use crate::loss::Upstream;
-use crate::operand::{F32, Strided, contiguous, empty, whole_if_asked};
+use crate::operand::{F32, Strided, contiguous, count, empty, whole_if_asked};
 
 /// The operands, never modified: `[rows, dim]`, f32, f16 or bf16, the last axis packed.
 #[derive(Clone, Debug)]
@@ -85,7 +85,7 @@ pub struct Gradients {
 /// # Errors
 /// A typed [`Error`], before anything is launched.
 pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<Output, Error> {
-    let blueprint = Blueprint::new(client, options.strategy)?;
+    let blueprint = blueprint(client, inputs, options)?;
     let call = Call::new(client, &blueprint, inputs)?;
     let output = Output {
         loss: empty(client, [1], F32),
@@ -110,7 +110,7 @@ pub fn backward(
     upstream: &Upstream,
     wanted: Wanted,
 ) -> Result<Gradients, Error> {
-    let blueprint = Blueprint::new(client, options.strategy)?;
+    let blueprint = blueprint(client, inputs, options)?;
     let call = Call::new(client, &blueprint, inputs)?;
     let upstream = match upstream {
         Upstream::Total(gradient) => {
@@ -141,6 +141,11 @@ pub fn backward(
         }
     }
     Ok(gradients)
+}
+
+fn blueprint(client: &Client, inputs: &Inputs, options: &Options) -> Result<Blueprint, Error> {
+    let elements = count(inputs.whole.shape()).try_into();
+    Ok(Blueprint::new(client, options.strategy)?.for_elements(elements.unwrap_or(usize::MAX)))
 }
 
 /// A call whose operands are proved.

@@ -36,6 +36,7 @@ check: setup-tests ## formatting, lints, documentation, tests: what CI runs
 	cargo test $(cargo_flags)
 
 bench: setup ## throughput of every op at every shape beside its peers: about a quarter of an hour
+	rm -rf $${CARGO_TARGET_DIR:-target}/criterion
 	cargo bench --workspace --bench heads
 
 bench-table: build ## the last bench as a table in benches/results

@@ -48,6 +48,9 @@ pub(crate) struct Arguments {
     /// One weight a head, for `total` and the gradients.
     #[arg(long, value_delimiter = ',', allow_hyphen_values = true)]
     head_weights: Option<Vec<f32>>,
+    /// f32 products may round their operands to TF32 on an NVIDIA GPU.
+    #[arg(long)]
+    allow_tf32: bool,
     /// Also times so many steps of loss and gradients: launched as a recorded graph where the device records graphs.
     #[arg(long, value_name = "N")]
     repeat: Option<NonZeroUsize>,
@@ -67,6 +70,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Error> {
     let options = Options {
         scale: arguments.scale,
         active: arguments.active,
+        allow_tf32: arguments.allow_tf32,
         loss: LossOptions {
             reduction: match arguments.reduction {
                 ReductionName::Mean => Reduction::Mean,

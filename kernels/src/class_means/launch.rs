@@ -36,6 +36,26 @@ impl Default for Options {
 }
 
 /// Sums and counts of rows by class, on the device. Not [`Clone`], since a copy would share the buffers.
+///
+/// # Examples
+/// ```no_run
+/// use cubecl::std::tensor::TensorHandle;
+/// use protohead::class_means::{ClassSums, Options};
+///
+/// # fn prototypes(
+/// #     client: &cubecl::client::Client,
+/// #     batches: Vec<(TensorHandle, TensorHandle)>,
+/// #     weights: TensorHandle,
+/// # ) -> Result<(), protohead::Error> {
+/// let (heads, classes, dim) = (3, 20, 256);
+/// let mut sums = ClassSums::new(client, heads, classes, dim, &Options::default())?;
+/// for (embeddings, labels) in batches {
+///     sums.accumulate(client, &embeddings, &labels)?;
+/// }
+/// println!("rows by class: {:?}", sums.read_counts(client)?);
+/// let prototypes = sums.write_means(client, &weights)?; // of weights [3, 35, 256] the first 20 classes are replaced
+/// # Ok(()) }
+/// ```
 #[derive(Debug)]
 pub struct ClassSums {
     pub(super) sums: TensorHandle,    // f32, [lanes, heads, classes, dim]

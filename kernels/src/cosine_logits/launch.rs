@@ -51,6 +51,19 @@ impl Default for Options {
 ///
 /// # Errors
 /// A typed [`Error`], before anything is launched.
+///
+/// # Examples
+/// ```no_run
+/// use protohead::Wanted;
+/// use protohead::cosine_logits::{Inputs, Options, backward, forward};
+///
+/// # fn step(client: &cubecl::client::Client, inputs: &Inputs) -> Result<(), protohead::Error> {
+/// let options = Options { scale: 16.0, active: Some(20), ..Options::default() };
+/// let logits = forward(client, inputs, &options)?;
+/// # let gradient_of_the_logits = logits;
+/// let gradients = backward(client, inputs, &options, &gradient_of_the_logits, Wanted::BOTH)?;
+/// # Ok(()) }
+/// ```
 pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<TensorHandle, Error> {
     let call = Call::new(client, inputs, options)?;
     let sizes = call.problem.sizes;

@@ -36,6 +36,19 @@ pub struct Options {
 /// # Errors
 /// A typed [`Error`] for what the host can see, before anything is launched. A bad label is found on the device:
 /// its row counts as ignored, and reading the output returns [`Error::Label`].
+///
+/// # Examples
+/// ```no_run
+/// use protohead::Upstream;
+/// use protohead::cross_entropy::{Inputs, Options, backward, forward};
+///
+/// # fn step(client: &cubecl::client::Client, inputs: &Inputs) -> Result<(), protohead::Error> {
+/// let options = Options::default();
+/// let output = forward(client, inputs, &options)?;
+/// let gradient = backward(client, inputs, &options, &output, &Upstream::Total(1.0))?;
+/// println!("loss {}", output.read_total(client)?);
+/// # Ok(()) }
+/// ```
 pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<LossOutput, Error> {
     let (blueprint, logits, labels) = validate(client, inputs, options)?;
     let [heads, rows, classes] = logits.dims3();

@@ -84,6 +84,18 @@ pub struct Gradients {
 ///
 /// # Errors
 /// A typed [`Error`], before anything is launched.
+///
+/// # Examples
+/// ```no_run
+/// use protohead::Upstream;
+/// use protohead::reconstruction::{Inputs, Options, Wanted, backward, forward};
+///
+/// # fn step(client: &cubecl::client::Client, inputs: &Inputs) -> Result<(), protohead::Error> {
+/// let options = Options::default();
+/// println!("loss {}", forward(client, inputs, &options)?.read_loss(client)?);
+/// let gradients = backward(client, inputs, &options, &Upstream::Total(1.0), Wanted::ALL)?;
+/// # Ok(()) }
+/// ```
 pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<Output, Error> {
     let blueprint = blueprint(client, inputs, options)?;
     let call = Call::new(client, &blueprint, inputs)?;

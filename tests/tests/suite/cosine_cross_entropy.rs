@@ -116,7 +116,11 @@ fn check(
     let f32s = Dtype::F32;
     let (t, w) = (&truth.forward, &working.forward);
     float("loss", &output.loss, &t.loss, &w.loss, f32s, scale * summed)?;
-    let total_size = scale * rows as f64 * heads as f64;
+    let totalled = match problem.reduction {
+        Reduction::Mean => 1.0,
+        Reduction::Sum | Reduction::None => rows as f64,
+    };
+    let total_size = scale * totalled * heads as f64;
     float(
         "total",
         &output.total,

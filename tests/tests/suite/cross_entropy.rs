@@ -73,6 +73,10 @@ fn check(
         Reduction::Sum => rows as f64,
         Reduction::Mean | Reduction::None => 1.0,
     };
+    let totalled = match problem.reduction {
+        Reduction::Mean => 1.0,
+        Reduction::Sum | Reduction::None => rows as f64,
+    };
     let (t, w) = (&truth.forward, &working.forward);
     float(
         "loss",
@@ -88,7 +92,7 @@ fn check(
         &[t.total],
         &[w.total],
         Dtype::F32,
-        size * rows as f64 * heads as f64,
+        size * totalled * heads as f64,
     )?;
     float("lse", &output.lse, &t.lse, &w.lse, Dtype::F32, size)?;
     if output.read_predictions(client).map_err(said)? != t.predictions {

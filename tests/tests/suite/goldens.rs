@@ -205,17 +205,38 @@ fn the_fused_op_does_what_pytorch_does() {
                 Wanted::BOTH,
             )
             .expect("valid");
-            let size = scale * shape[1] as f64;
-            for (name, tensor, truth, working) in [
-                ("loss", Some(output.loss), &truth.loss, &working.loss),
+            let rows = shape[1] as f64;
+            let (summed, totalled, share) = match case.reduction {
+                Reduction::Mean => (1.0, 1.0, 1.0 / rows),
+                Reduction::Sum => (rows, rows, 1.0),
+                Reduction::None => (1.0, rows, 1.0),
+            };
+            // A gradient, times its row's length, is a sum of logit gradients of at most scale · upstream each.
+            let of_row = 2.0 * scale * share;
+            let total = scale * totalled * shape[0] as f64;
+            for (name, tensor, truth, working, magnitude) in [
+                (
+                    "loss",
+                    Some(output.loss),
+                    &truth.loss,
+                    &working.loss,
+                    scale * summed,
+                ),
                 (
                     "total",
                     Some(output.total),
                     &vec![truth.total],
                     &vec![working.total],
+                    total,
                 ),
-                ("grad_embeddings", gradients.embeddings, &dx, &dx32),
-                ("grad_weights", gradients.weights, &dw, &dw32),
+                ("grad_embeddings", gradients.embeddings, &dx, &dx32, of_row),
+                (
+                    "grad_weights",
+                    gradients.weights,
+                    &dw,
+                    &dw32,
+                    of_row * rows.sqrt(),
+                ),
             ] {
                 Comparison {
                     name,
@@ -223,8 +244,11 @@ fn the_fused_op_does_what_pytorch_does() {
                     truth,
                     working,
                     dtype: Dtype::F32,
-                    magnitude: size,
-                    kept: 0.0,
+                    magnitude,
+                    kept: match name {
+                        "grad_embeddings" | "grad_weights" => run.unit_rows(),
+                        _ => 0.0,
+                    },
                     lengths: match name {
                         "grad_embeddings" => &of_x,
                         "grad_weights" => &of_w,

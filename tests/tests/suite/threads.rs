@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use protohead::class_means::{ClassSums, Options as MeansOptions};
 use protohead::cosine_cross_entropy::{Inputs, Options, forward_backward};
-use protohead::{Upstream, Wanted};
+use protohead::{Strategy, Upstream, Wanted};
 use protohead_tests::devices::devices;
 use protohead_tests::problem::{Problem, download};
 
@@ -46,6 +46,11 @@ fn launches_of_two_threads_end_and_give_the_bits_of_one() {
         };
         let losses = {
             let client = client.clone();
+            // Forced, it takes all cores of a CPU.
+            let options = Options {
+                strategy: Strategy::Forced(device.variants[0]),
+                ..Options::default()
+            };
             let inputs = Inputs {
                 embeddings,
                 weights,
@@ -57,7 +62,7 @@ fn launches_of_two_threads_end_and_give_the_bits_of_one() {
                     let (_, gradients) = forward_backward(
                         &client,
                         &inputs,
-                        &Options::default(),
+                        &options,
                         &Upstream::default(),
                         Wanted::WEIGHTS,
                     )
@@ -77,7 +82,7 @@ fn launches_of_two_threads_end_and_give_the_bits_of_one() {
         for _ in 0..2 {
             let (which, answer) = ended
                 .recv_timeout(PATIENCE)
-                .unwrap_or_else(|_| panic!("launches on {} wait for each other", device.name));
+                .unwrap_or_else(|error| panic!("launches on {} did not end: {error}", device.name));
             assert!(answer == expected[which], "other bits on {}", device.name);
         }
     }

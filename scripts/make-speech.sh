@@ -33,8 +33,10 @@ speak() { # keyword, voice, take
 
 for keyword in "${keywords[@]}"; do
   mkdir -p "$out/$keyword"
-  # Of an earlier call; what is not on the new list would be trained on.
-  rm -f "$out/$keyword"/*.wav
+  # What an earlier call left of these voices is not on the new list, and would be trained on.
+  for voice in "${train[@]}" "${test[@]}"; do
+    rm -f "$out/$keyword/${voice//+/_}"_*.wav
+  done
   for voice in "${train[@]}"; do
     for ((take = 0; take < takes; take++)); do
       speak "$keyword" "$voice" "$take"

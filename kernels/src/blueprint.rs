@@ -253,8 +253,8 @@ const UNIT_OPERATIONS: usize = 8_000_000;
 /// Operations that reading and writing an element, and what is done between, take as long as.
 const ELEMENT_OPERATIONS: usize = 64;
 
-/// Launches that a thread may be ahead of a CPU. CubeCL's two queues of 32 tasks have room for four; a thread that finds them
-/// full spins on a core that a unit needs, and the units that wait for it at a barrier wait milliseconds. Waiting at every
+/// Launches of unit variants that a thread may be ahead of a CPU. CubeCL's two queues of 32 tasks have room for four, with what
+/// belongs to them; a thread that finds them full spins on a core that a unit needs, and the units that wait for it at a barrier wait milliseconds. Waiting at every
 /// launch would cost a loop that reads its results a second way to the device and back.
 const AHEAD: u32 = 4;
 

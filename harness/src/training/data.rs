@@ -333,12 +333,26 @@ fn read_cache(name: &Path, clips: usize) -> Option<Vec<Vec<f32>>> {
     (digest == hash.finalize().as_bytes()).then_some(features)
 }
 
+/// Removes the features that are cached in a folder, and nothing else that someone may have there.
+pub(crate) fn clear_cache(cache: &Path) {
+    let is_cache = |path: &PathBuf| {
+        let digest = path.file_stem().unwrap_or_default().to_string_lossy();
+        let hex = digest.chars().all(|c| c.is_ascii_hexdigit());
+        path.extension().is_some_and(|e| e == "features") && digest.len() == 64 && hex
+    };
+    for old in entries(cache)
+        .unwrap_or_default()
+        .iter()
+        .filter(|path| is_cache(path))
+    {
+        let _ = fs::remove_file(old);
+    }
+}
+
 /// In place of what else is cached there.
 fn write_cache(name: &Path, cache: &Path, features: &[Vec<f32>]) -> Result<(), Error> {
     fs::create_dir_all(cache).map_err(Error::io(cache))?;
-    for old in entries(cache)? {
-        fs::remove_file(&old).map_err(Error::io(&old))?;
-    }
+    clear_cache(cache);
     write_piecewise(name, |file| {
         let mut hash = blake3::Hasher::new();
         for clip in features {
@@ -413,6 +427,22 @@ mod tests {
             "the new one has taken the old one's place"
         );
         assert_ne!(caches()[0], *name);
+    }
+
+    #[test]
+    fn only_caches_are_cleared() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let digest = "0a".repeat(32);
+        for name in ["notes.txt", "notes.features", &format!("{digest}.features")] {
+            fs::write(folder.path().join(name), "").expect("the folder is writable");
+        }
+        clear_cache(folder.path());
+        let left = entries(folder.path()).expect("the folder is readable");
+        let names: Vec<_> = left.iter().map(|path| path.file_name()).collect();
+        assert_eq!(
+            names,
+            [Some("notes.features".as_ref()), Some("notes.txt".as_ref())]
+        );
     }
 
     #[test]

@@ -16,7 +16,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
 
 use super::config::RunConfig;
-use super::data::{Dataset, Protocol};
+use super::data::{Dataset, Protocol, clear_cache};
 use super::metrics::{EpochMetrics, draw, write_lines};
 use super::network::{Devices, Lambdas, Network, batch};
 use super::{record, sessions};
@@ -61,7 +61,14 @@ pub(crate) struct Claim {
 impl Drop for Claim {
     fn drop(&mut self) {
         if self.remove {
-            let _ = fs::remove_dir_all(&self.folder);
+            // What was made, and the folders if nothing else has come into them.
+            let cache = self.folder.join("cache");
+            clear_cache(&cache);
+            let _ = fs::remove_dir(cache);
+            for name in ["config.json", "data.json"] {
+                let _ = fs::remove_file(self.folder.join(name));
+            }
+            let _ = fs::remove_dir(&self.folder);
         }
     }
 }
@@ -97,7 +104,13 @@ impl Claim {
 
 /// Whether a run has come as far as to leave something.
 fn has_begun(folder: &Path) -> bool {
-    let left = ["checkpoint", "checkpoint.old", "model.bpk"];
+    let left = [
+        "accuracy.json",
+        "checkpoint",
+        "checkpoint.old",
+        "metrics.jsonl",
+        "model.bpk",
+    ];
     left.iter().any(|name| folder.join(name).exists())
 }
 
@@ -108,31 +121,35 @@ impl Run {
             path: folder.into(),
             reason: reason.into(),
         };
-        let remove = !folder.exists();
-        fs::create_dir_all(folder).map_err(Error::io(folder))?;
+        if let Some(parent) = folder.parent() {
+            fs::create_dir_all(parent).map_err(Error::io(parent))?;
+        }
+        let is_new = match fs::create_dir(folder) {
+            Ok(()) => true,
+            Err(_) if folder.is_dir() => false,
+            Err(error) => return Err(Error::io(folder)(error)),
+        };
         let lock = File::open(folder).map_err(Error::io(folder))?;
+        if let Err(TryLockError::WouldBlock) = lock.try_lock() {
+            return Err(content("another process trains in it"));
+        }
         let claim = Claim {
             folder: folder.into(),
             lock,
-            remove,
+            remove: is_new,
         };
-        match claim.lock.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                return Err(content("another process trains in it"));
-            }
-            Err(TryLockError::Error(error)) => return Err(Error::io(folder)(error)),
-        }
-        if has_begun(folder) {
-            if !folder.join("config.json").exists() {
-                return Err(content("holds a checkpoint, but not its config.json"));
-            }
-            if !resume {
+        let begun = has_begun(folder);
+        if folder.join("config.json").exists() {
+            // Another's is refused as damaged, and left as it is.
+            let found = Self::config(folder)?;
+            if begun && !resume {
                 return Err(content("holds a run already; --resume continues it"));
             }
-            if let Some(difference) = config.difference(&Self::config(folder)?) {
+            if resume && let Some(difference) = config.difference(&found) {
                 return Err(content(&difference));
             }
+        } else if begun {
+            return Err(content("holds a run, but not its config.json"));
         }
         Ok(claim)
     }

@@ -213,6 +213,26 @@ fn a_run_that_was_killed_resumes_to_the_same_weights_to_the_bit() {
 }
 
 #[test]
+fn a_folder_of_something_else_is_refused_and_stays_as_it_is() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let config = folder.path().join("config.json");
+    for (text, more) in [("{\"name\": 1}", &[][..]), ("no json", &["--resume"])] {
+        fs::write(&config, text).expect("the folder is writable");
+        let output = train(folder.path(), "1", more).output().expect("starts");
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{stderr}");
+        assert_eq!(stderr.trim_end().lines().count(), 1, "{stderr}");
+        assert!(stderr.contains("config.json: damaged"), "{stderr}");
+        assert_eq!(fs::read_to_string(&config).expect("still there"), text);
+        let files = fs::read_dir(folder.path()).expect("the folder is readable");
+        assert_eq!(files.count(), 1);
+    }
+    let output = train(&config, "1", &[]).output().expect("starts");
+    assert_eq!(output.status.code(), Some(2), "a file is no folder");
+    assert!(config.is_file());
+}
+
+#[test]
 fn a_run_that_diverges_says_so_and_when() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let run = folder.path().join("run");

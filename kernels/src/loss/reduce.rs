@@ -126,8 +126,8 @@ pub(crate) struct HowReduced {
     pub weighted: bool,
 }
 
-/// The losses `[heads, rows]` from `first` on, to each head's loss and to the total. All units of the cube must call; `counted`
-/// is the rows that are not ignored.
+/// The losses `[heads, rows]` from `first` on, to each head's loss and to the total. All units of `how.all` must call;
+/// `counted` is the rows that are not ignored.
 #[cube]
 #[allow(clippy::too_many_arguments)] // what a reduction reads and writes
 pub(crate) fn reduce_heads(

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use protohead::class_means::{ClassSums, Options as MeansOptions};
 use protohead::cosine_cross_entropy::{Inputs, Options, forward_backward};
-use protohead::{Strategy, Upstream, Wanted};
+use protohead::{Strategy, Upstream, Variant, Wanted};
 use protohead_tests::devices::devices;
 use protohead_tests::problem::{Problem, download};
 
@@ -48,7 +48,10 @@ fn launches_of_two_threads_end_and_give_the_bits_of_one() {
             let client = client.clone();
             // Forced, it takes all cores of a CPU.
             let options = Options {
-                strategy: Strategy::Forced(device.variants[0]),
+                strategy: match client.properties().hardware.num_cpu_cores {
+                    Some(_) => Strategy::Forced(Variant::Unit),
+                    None => Strategy::Inferred,
+                },
                 ..Options::default()
             };
             let inputs = Inputs {

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# What a build needs beside Rust: LLVM for CubeCL's CPU and CUDA compilers. With --tests also what the tests need: espeak-ng,
-# which speaks the keywords that a test trains on; a software Vulkan driver, on which they run the GPU-shaped kernels;
-# and NVIDIA's assembler and device library, with which they compile every kernel for GPUs that are not there.
+# What a build needs beside Rust: a C++ compiler, and LLVM for CubeCL's CPU and CUDA compilers. With --tests also what the
+# tests need: espeak-ng, which speaks the keywords that a test trains on; a software Vulkan driver, on which they run the
+# GPU-shaped kernels; and NVIDIA's assembler and device library, with which they compile every kernel for GPUs that are not there.
 # Installs what is missing, says what, and does nothing the second time.
 set -euo pipefail
 

@@ -3,11 +3,12 @@
 //!
 //! They run on CubeCL's devices (with the crate's features `cpu`, `cuda` and `wgpu`), under Burn's fusion with the feature
 //! `fusion`, which has to be on where Burn's is. Shapes and options are checked at the call and returned as an [`Error`]; the
-//! operands have at most 2³² elements together, the padding that kernels add included. Labels are data on the device, so a bad one is counted
-//! and reported by [`CrossEntropy::check`] and [`ClassMeans::check`]. The device picks the variant: an option's strategy takes no part.
+//! operands have at most 2³² elements together, the padding that kernels add included. Labels are data on the device, so a bad
+//! one is counted and reported by [`CrossEntropy::check`] and [`ClassMeans::check`]. The device picks the variant: an option's
+//! strategy takes no part.
 //!
-//! On a CPU, read something of every step, as `check` does: a thread that gets ahead of Burn's and CubeCL's queues takes a core from
-//! the kernels, and a small step then takes ten times as long.
+//! On a CPU, read something of every step, as `check` does: a thread that gets ahead of Burn's and CubeCL's queues takes a core
+//! from the kernels, and a small step then takes ten times as long.
 
 mod autodiff;
 mod cube;

@@ -77,10 +77,6 @@ impl Data {
     /// Other numbers for every seed.
     pub fn new(group: Group, shape: &Shape, seed: u64) -> Self {
         let mut random = random(seed);
-        let floats = |wanted: bool, count: usize, random: &mut dyn FnMut() -> f32| -> Vec<f32> {
-            let count = if wanted { count } else { 0 };
-            (0..count).map(|_| random()).collect()
-        };
         let Shape {
             heads,
             rows,
@@ -95,17 +91,21 @@ impl Data {
             heads
         };
         let on_logits = group == Group::CrossEntropy;
+        let labels = (0..rows)
+            .map(|_| ((random() + 0.5) * active as f32) as i32)
+            .collect();
+        let mut floats = |wanted: bool, count: usize| -> Vec<f32> {
+            let count = if wanted { count } else { 0 };
+            (0..count).map(|_| random()).collect()
+        };
         Self {
-            embeddings: floats(!on_logits, heads_of * rows * dim, &mut random),
+            embeddings: floats(!on_logits, heads_of * rows * dim),
             weights: floats(
                 !on_logits && group != Group::Reconstruction,
                 heads * classes * dim,
-                &mut random,
             ),
-            logits: floats(on_logits, heads * rows * active, &mut random),
-            labels: (0..rows)
-                .map(|_| ((random() + 0.5) * active as f32) as i32)
-                .collect(),
+            logits: floats(on_logits, heads * rows * active),
+            labels,
         }
     }
 }

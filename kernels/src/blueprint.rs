@@ -215,9 +215,9 @@ impl Blueprint {
         }
     }
 
-    /// On a CPU with no more units than so many floating-point operations feed. Units are sent to their cores one after the other, by
-    /// a thread that a core which has its unit already may push aside; the unit then spins at its first barrier until the next tick
-    /// of the scheduler, for milliseconds. A unit alone never waits.
+    /// On a CPU with no more units than so many floating-point operations feed. Units are sent to their cores one after the
+    /// other, by a thread that a core which has its unit already may push aside; the unit then spins at its first barrier until the
+    /// next tick of the scheduler, for milliseconds. A unit alone never waits.
     pub(crate) fn for_work(mut self, operations: usize) -> Self {
         if self.variant == Variant::Unit && !self.forced {
             self.units = self.units.min(operations / UNIT_OPERATIONS).max(1);
@@ -248,14 +248,14 @@ impl Blueprint {
     }
 }
 
-/// Operations that a core does in less time than a second one saves.
+/// Operations that feed a unit, some 0.1 ms of a core: with fewer, a unit more saves less than its start costs.
 const UNIT_OPERATIONS: usize = 8_000_000;
 /// Operations that reading and writing an element, and what is done between, take as long as.
 const ELEMENT_OPERATIONS: usize = 64;
 
 /// Launches of unit variants that a thread may be ahead of a CPU. CubeCL's two queues of 32 tasks have room for four, with what
-/// belongs to them; a thread that finds them full spins on a core that a unit needs, and the units that wait for it at a barrier wait milliseconds. Waiting at every
-/// launch would cost a loop that reads its results a second way to the device and back.
+/// belongs to them; a thread that finds them full spins on a core that a unit needs, and the units that wait for that one at a
+/// barrier wait milliseconds. Waiting at every launch would cost a loop that reads its results a second way to the device and back.
 const AHEAD: u32 = 4;
 
 thread_local! {

@@ -7,7 +7,7 @@ use cubecl::std::tensor::TensorHandle;
 
 use crate::blueprint::{Blueprint, Strategy};
 use crate::error::Error;
-use crate::operand::{F32, addressable, contiguous, count, empty, whole, widest};
+use crate::operand::{F32, addressable, contiguous, count, empty, offset, whole, widest};
 
 /// The operands whose gradients are computed; what is left out costs nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,9 +85,7 @@ fn scaled(
     contiguous("factors", by_head, &[heads], F32)?;
     addressable(operand, count(&shape))?;
     let blueprint = Blueprint::new(client, Strategy::Inferred)?.for_elements(heads * rows * dim);
-    // A handle may begin inside its allocation, where vectors would not be aligned.
-    let offset = gradient.handle.offset_start.unwrap_or(0) as usize / gradient.dtype.size();
-    let vector = widest(blueprint.vector(gradient.dtype), [dim, offset]);
+    let vector = widest(blueprint.vector(gradient.dtype), [dim, offset(gradient)]);
     let out = empty(client, [heads, rows, dim], gradient.dtype);
     let of_head = rows * dim / vector;
     let (cubes, cube) = blueprint.elementwise(client, heads * of_head);

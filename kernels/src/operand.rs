@@ -132,11 +132,14 @@ impl Strided {
     /// The widest vector, up to the blueprint's, that every row starts and ends on.
     pub(crate) fn vector_size(&self, blueprint: &Blueprint) -> usize {
         let columns = self.shape()[self.shape().len() - 1];
-        // A handle may begin inside its allocation, where vectors would not be aligned.
-        let offset = self.tensor.handle.offset_start.unwrap_or(0) as usize / self.dtype().size();
         widest(
             blueprint.vector(self.dtype()),
-            [columns, self.row_stride, self.outer_stride, offset],
+            [
+                columns,
+                self.row_stride,
+                self.outer_stride,
+                offset(&self.tensor),
+            ],
         )
     }
 
@@ -247,6 +250,11 @@ pub(crate) fn contiguous(
 fn in_buffers(client: &Client, dtype: ElemType) -> bool {
     let usage = client.properties().type_usage(dtype);
     usage.is_superset(TypeUsage::Buffer | TypeUsage::Conversion)
+}
+
+/// The element of its allocation that a tensor begins at; only vectors that divide it are aligned.
+pub(crate) fn offset(tensor: &TensorHandle) -> usize {
+    tensor.handle.offset_start.unwrap_or(0) as usize / tensor.dtype.size()
 }
 
 /// What a tensor's buffer holds, from its first element on. A handle may begin, and end, inside its allocation; where it begins

@@ -1,6 +1,7 @@
 //! Comparison of tensors: `‖ours − f64‖ ≤ 2 ‖same op in f32 − f64‖ + a stated slack`.
 
 use half::{bf16, f16};
+use protohead::Reduction;
 
 use crate::problem::Dtype;
 
@@ -23,6 +24,33 @@ pub struct Comparison<'a> {
     /// Of the rows whose gradient this is, from [`lengths`]; empty for anything else. A gradient is as large as its row is short,
     /// so each is compared times its row's length, and a short row does not hide what the others got.
     pub lengths: &'a [f64],
+}
+
+/// How many rows' worth of loss is in each result under a reduction.
+pub struct Share {
+    /// In a head's loss.
+    pub of_loss: f64,
+    /// In a head's part of the total.
+    pub of_total: f64,
+    /// In what arrives at a row.
+    pub of_row: f64,
+}
+
+impl Share {
+    /// Of so many rows.
+    pub fn under(reduction: Reduction, rows: usize) -> Self {
+        let rows = rows as f64;
+        let (of_loss, of_total, of_row) = match reduction {
+            Reduction::Mean => (1.0, 1.0, 1.0 / rows),
+            Reduction::Sum => (rows, rows, 1.0),
+            Reduction::None => (1.0, rows, 1.0),
+        };
+        Self {
+            of_loss,
+            of_total,
+            of_row,
+        }
+    }
 }
 
 /// The length of each row, where normalization clamps it.

@@ -232,8 +232,9 @@ impl Backward<'_> {
         }
     }
 
-    /// `out [parts, heads, count, dim] (+)= left · right`, each part over its own share of what is reduced, with `left [heads, count, reduced]` if it lies in rows and
-    /// `[heads, reduced, count]` if in columns, and `right [heads, reduced, dim]`.
+    /// `out [parts, heads, count, dim] (+)= left · right`, each part over its own share of what is reduced, with
+    /// `left [heads, count, reduced]` if it lies in rows and `[heads, reduced, count]` if in columns, and
+    /// `right [heads, reduced, dim]`.
     #[allow(clippy::too_many_arguments)] // the product's shape, said once
     fn product(
         &self,

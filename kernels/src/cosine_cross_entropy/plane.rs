@@ -10,7 +10,6 @@ use crate::loss::target::{LabelRule, is_class, label_rule, target_of};
 use crate::math::lanes::One;
 use crate::math::merge::merge_softmax;
 use crate::math::online_softmax::{OnlineSoftmax, SoftmaxRows, logit_gradient};
-use crate::math::parts::add_parts;
 use crate::operand::whole;
 use crate::packing::plane::{
     add_product, block_pitch, cosines, finish, owned, parts, pitch, place,
@@ -74,8 +73,15 @@ pub(super) fn launch_backward(
             call.blueprint.micro,
         );
     }
-    add_parts(call.client, &gradient, sizes.gradient_len(owner), parts);
-    finish(call.client, &call.blueprint, packed, &gradient, grad, owner);
+    finish(
+        call.client,
+        &call.blueprint,
+        packed,
+        &gradient,
+        parts,
+        grad,
+        owner,
+    );
 }
 
 #[cube(launch_unchecked)]

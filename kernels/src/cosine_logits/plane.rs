@@ -6,7 +6,6 @@ use cubecl::std::tensor::TensorHandle;
 
 use super::launch::BackwardCall;
 use crate::blueprint::{Blueprint, PLANE_SIDE, PLANE_UNITS, cubes_for};
-use crate::math::parts::add_parts;
 use crate::operand::{RowStrides, whole};
 use crate::packing::plane::{
     add_product, block_pitch, cosines, finish, owned, parts, pitch, place,
@@ -62,17 +61,12 @@ pub(super) fn launch_backward(call: &BackwardCall) {
             call.upstream.dtype(),
         );
     }
-    add_parts(
-        call.client,
-        &gradient,
-        sizes.gradient_len(call.owner),
-        parts,
-    );
     finish(
         call.client,
         call.blueprint,
         call.packed,
         &gradient,
+        parts,
         call.grad,
         call.owner,
     );

@@ -1,6 +1,7 @@
 //! Row losses become head losses and the total, and the labels are counted; one cube, in a fixed order.
 //!
-//! Each unit's sum carries Kahan's compensation, and those of the units are added in a tree: a mean over a hundred thousand rows keeps f32's precision.
+//! Each unit's sum carries Kahan's compensation, and those of the units are added in a tree: a mean over a hundred thousand rows
+//! keeps f32's precision.
 
 use cubecl::client::Client;
 use cubecl::prelude::*;

@@ -9,7 +9,7 @@ use super::{Layout, Operand, Packed, PackedSizes};
 use crate::blueprint::{Blueprint, PLANE_SIDE, PLANE_UNITS, cubes_for};
 use crate::math::group::{Group, group_sum, member};
 use crate::math::norm::{inverse_norm, projection};
-use crate::math::parts::parts_of_sums;
+use crate::math::parts::{add_parts, parts_of_sums};
 use crate::operand::{RowStrides, Strided, whole, widest};
 
 pub(super) fn launch(
@@ -344,16 +344,19 @@ pub(crate) fn add_product(
     }
 }
 
-/// Takes unit-sphere gradients `[heads, padded, dim_padded]` through the normalization into `grad [heads, stored, dim]`.
+/// Adds the parts of unit-sphere gradients `[parts, heads, padded, dim_padded]`, and takes them through the normalization into
+/// `grad [heads, stored, dim]`.
 pub(crate) fn finish(
     client: &Client,
     blueprint: &Blueprint,
     packed: &Packed,
     gradient: &Handle,
+    parts: usize,
     grad: &TensorHandle,
     owner: Operand,
 ) {
     let sizes = &packed.sizes;
+    add_parts(client, gradient, sizes.gradient_len(owner), parts);
     let [heads, stored] = [grad.shape()[0], grad.shape()[1]];
     let vector = widest(blueprint.vector(grad.dtype), [sizes.dim]);
     let group = Group::of(blueprint, sizes.dim / vector);

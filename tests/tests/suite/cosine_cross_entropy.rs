@@ -9,7 +9,7 @@ use protohead::cosine_cross_entropy::{
 };
 use protohead::{Gradients, LossOutput, Reduction, Strategy, Upstream, Variant, Wanted};
 use protohead_reference as reference;
-use protohead_tests::close::{Comparison, lengths};
+use protohead_tests::close::{Comparison, Share, lengths};
 use protohead_tests::devices::{Run, all_runs, fused_runs};
 use protohead_tests::problem::{
     Data, Dtype, LabelDtype, LabelKind, Problem, download, problem, wide,
@@ -82,10 +82,7 @@ fn check(
     let output = forward(client, &inputs, &options).map_err(said)?;
     output.read_total(client).map_err(said)?;
     let scale = f64::from(problem.scale.abs());
-    let summed = match problem.reduction {
-        Reduction::Sum => rows as f64,
-        Reduction::Mean | Reduction::None => 1.0,
-    };
+    let share = Share::under(problem.reduction, rows);
     // A logit is off by 2 · scale · the roundoff of unit rows at most; a probability by a quarter of twice that, and the
     // logit gradient and its other factor are rounded once more each.
     let kept = run.kept(problem.dtype);
@@ -115,12 +112,15 @@ fn check(
         };
     let f32s = Dtype::F32;
     let (t, w) = (&truth.forward, &working.forward);
-    float("loss", &output.loss, &t.loss, &w.loss, f32s, scale * summed)?;
-    let totalled = match problem.reduction {
-        Reduction::Mean => 1.0,
-        Reduction::Sum | Reduction::None => rows as f64,
-    };
-    let total_size = scale * totalled * heads as f64;
+    float(
+        "loss",
+        &output.loss,
+        &t.loss,
+        &w.loss,
+        f32s,
+        scale * share.of_loss,
+    )?;
+    let total_size = scale * share.of_total * heads as f64;
     float(
         "total",
         &output.total,
@@ -147,13 +147,7 @@ fn check(
     }
 
     // An element of a gradient, times its row's length, is a sum of logit gradients, each up to scale · upstream.
-    let counted = data.labels.len() as f64;
-    let share = if problem.reduction == Reduction::Mean {
-        1.0 / counted
-    } else {
-        1.0
-    };
-    let size = |other: usize| 2.0 * scale * share * (other as f64).sqrt();
+    let size = |other: usize| 2.0 * scale * share.of_row * (other as f64).sqrt();
     let (x_size, w_size) = (size(1), size(rows));
     let loss_gradient =
         client.create_from_slice(cubecl::prelude::CubeElement::as_bytes(&data.upstream[..]));
@@ -212,7 +206,14 @@ fn check(
         forward_backward(client, &inputs, &options, &Upstream::Total(0.7), wanted).map_err(said)
     };
     let (output, both) = together(Wanted::BOTH)?;
-    float("loss", &output.loss, &t.loss, &w.loss, f32s, scale * summed)?;
+    float(
+        "loss",
+        &output.loss,
+        &t.loss,
+        &w.loss,
+        f32s,
+        scale * share.of_loss,
+    )?;
     float("lse", &output.lse, &t.lse, &w.lse, f32s, scale)?;
     let (dx, dw) = (
         both.embeddings.ok_or("no dX")?,

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use protohead::cross_entropy::{Inputs, Options, backward, forward};
 use protohead::{LossOptions, Reduction, Upstream};
 use protohead_reference as reference;
-use protohead_tests::close::Comparison;
+use protohead_tests::close::{Comparison, Share};
 use protohead_tests::devices::{Run, runs};
 use protohead_tests::problem::{Data, Dtype, Problem, download, problem};
 
@@ -69,14 +69,7 @@ fn check(
         .check()
     };
     let size = f64::from(problem.scale.abs());
-    let summed = match problem.reduction {
-        Reduction::Sum => rows as f64,
-        Reduction::Mean | Reduction::None => 1.0,
-    };
-    let totalled = match problem.reduction {
-        Reduction::Mean => 1.0,
-        Reduction::Sum | Reduction::None => rows as f64,
-    };
+    let share = Share::under(problem.reduction, rows);
     let (t, w) = (&truth.forward, &working.forward);
     float(
         "loss",
@@ -84,7 +77,7 @@ fn check(
         &t.loss,
         &w.loss,
         Dtype::F32,
-        size * summed,
+        size * share.of_loss,
     )?;
     float(
         "total",
@@ -92,17 +85,12 @@ fn check(
         &[t.total],
         &[w.total],
         Dtype::F32,
-        size * totalled * heads as f64,
+        size * share.of_total * heads as f64,
     )?;
     float("lse", &output.lse, &t.lse, &w.lse, Dtype::F32, size)?;
     if output.read_predictions(client).map_err(said)? != t.predictions {
         return Err("predictions differ".into());
     }
-    // A logit's gradient is at most the row's part in the loss, times what arrives.
-    let share = match problem.reduction {
-        Reduction::Mean => 1.0 / rows as f64,
-        Reduction::Sum | Reduction::None => 1.0,
-    };
     let loss_gradient = TensorHandle::new_contiguous(
         output.loss.shape().to_vec(),
         client.create_from_slice(f32::as_bytes(&data.upstream)),
@@ -117,7 +105,8 @@ fn check(
         ),
     ] {
         let dz = backward(client, &inputs, &options, &output, &upstream).map_err(said)?;
-        float("dz", &dz, truth, working, problem.dtype, 2.0 * share)?;
+        // A logit's gradient is at most the row's part in the loss, times what arrives.
+        float("dz", &dz, truth, working, problem.dtype, 2.0 * share.of_row)?;
         let again = backward(client, &inputs, &options, &output, &upstream).map_err(said)?;
         if download(client, &dz) != download(client, &again) {
             return Err("dz differs in a second backward".into());

@@ -6,7 +6,7 @@ use cubecl::prelude::CubeElement;
 use cubecl::std::tensor::TensorHandle;
 use protohead::{LossOptions, Reduction, Upstream, Wanted, cosine_cross_entropy};
 use protohead_reference as reference;
-use protohead_tests::close::{Comparison, lengths};
+use protohead_tests::close::{Comparison, Share, lengths};
 use protohead_tests::devices::fused_runs;
 use protohead_tests::problem::{Dtype, download};
 use safetensors::SafeTensors;
@@ -205,22 +205,17 @@ fn the_fused_op_does_what_pytorch_does() {
                 Wanted::BOTH,
             )
             .expect("valid");
-            let rows = shape[1] as f64;
-            let (summed, totalled, share) = match case.reduction {
-                Reduction::Mean => (1.0, 1.0, 1.0 / rows),
-                Reduction::Sum => (rows, rows, 1.0),
-                Reduction::None => (1.0, rows, 1.0),
-            };
+            let share = Share::under(case.reduction, shape[1]);
             // A gradient, times its row's length, is a sum of logit gradients of at most scale · upstream each.
-            let of_row = 2.0 * scale * share;
-            let total = scale * totalled * shape[0] as f64;
+            let of_row = 2.0 * scale * share.of_row;
+            let total = scale * share.of_total * shape[0] as f64;
             for (name, tensor, truth, working, magnitude) in [
                 (
                     "loss",
                     Some(output.loss),
                     &truth.loss,
                     &working.loss,
-                    scale * summed,
+                    scale * share.of_loss,
                 ),
                 (
                     "total",
@@ -235,7 +230,7 @@ fn the_fused_op_does_what_pytorch_does() {
                     gradients.weights,
                     &dw,
                     &dw32,
-                    of_row * rows.sqrt(),
+                    of_row * (shape[1] as f64).sqrt(),
                 ),
             ] {
                 Comparison {

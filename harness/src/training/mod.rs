@@ -1,8 +1,10 @@
 //! The base session, prototype replacement, and the incremental sessions.
 
+mod cache;
 pub(crate) mod config;
 pub(crate) mod data;
 mod encoder;
+mod folder;
 mod metrics;
 pub(crate) mod network;
 mod record;

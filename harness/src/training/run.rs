@@ -15,8 +15,9 @@ use burn::tensor::Bytes;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
 
+use super::cache::clear_cache;
 use super::config::RunConfig;
-use super::data::{Dataset, Protocol, clear_cache};
+use super::data::{Dataset, Protocol};
 use super::metrics::{EpochMetrics, draw, write_lines};
 use super::network::{Devices, Lambdas, Network, batch};
 use super::{record, sessions};

@@ -1,7 +1,7 @@
 //! The equivalence suite: every op, on every device this build and machine can reach, in every variant it runs,
 //! against the reference. `PROPTEST_CASES` raises the number of random problems.
 
-mod burn_ops;
+mod burn_tensors;
 mod class_means;
 mod cosine_cross_entropy;
 mod cosine_logits;

@@ -1,167 +1,14 @@
-//! The ops on Burn tensors: through fusion and autodiff they give the reference's numbers.
+//! The functions: values, gradients of what is tracked, labels.
 
-use burn::module::Module;
-use burn::store::ModuleRecord;
-use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use burn::tensor::{DType, Device, Tensor, TensorData};
 use protohead::burn::{
-    CosineHeads, CosineHeadsConfig, cosine_cross_entropy, cosine_cross_entropy_by_row,
-    cosine_logits, cross_entropy_by_row, reconstruction,
+    cosine_cross_entropy, cosine_cross_entropy_by_row, cosine_logits, cross_entropy_by_row,
+    reconstruction,
 };
-use protohead::{Error, LossOptions, Reduction, cosine_cross_entropy as fused, cross_entropy};
+use protohead::{Error, LossOptions, cosine_cross_entropy as fused};
 use protohead_reference as reference;
 
-const SIZES: reference::Sizes = reference::Sizes {
-    heads: 3,
-    rows: 7,
-    dim: 6,
-    classes: 5,
-    active: 4,
-};
-const LABELS: [i64; 7] = [0, 3, 1, -100, 2, 2, 0];
-
-/// Those that this build and machine have, as Burn's.
-fn devices() -> Vec<Device> {
-    protohead_tests::devices::devices()
-        .iter()
-        .map(|device| match device.name {
-            #[cfg(feature = "cpu")]
-            "cpu" => Device::cpu(),
-            #[cfg(feature = "wgpu")]
-            "wgpu" => Device::wgpu(burn::tensor::DeviceKind::DefaultDevice),
-            #[cfg(feature = "cuda")]
-            "cuda" => Device::cuda(0),
-            other => panic!("{other} is reached, but the feature protohead-tests/{other} is off"),
-        })
-        .collect()
-}
-
-fn numbers(count: usize, seed: u64) -> Vec<f32> {
-    let mut state = seed;
-    (0..count)
-        .map(|_| {
-            state = state
-                .wrapping_mul(6_364_136_223_846_793_005)
-                .wrapping_add(1_442_695_040_888_963_407);
-            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-        })
-        .collect()
-}
-
-fn tensor<const D: usize>(values: &[f32], shape: [usize; D], device: &Device) -> Tensor<D> {
-    Tensor::from_data(TensorData::new(values.to_vec(), shape), device)
-}
-
-fn labels(device: &Device) -> Tensor<1, Int> {
-    let values: Vec<i32> = LABELS.iter().map(|&l| l as i32).collect();
-    Tensor::from_data(TensorData::new(values, [LABELS.len()]), device)
-}
-
-fn read<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
-    tensor.try_into_vec_as::<f32>().expect("the device works")
-}
-
-/// f32 against f64: a few rounding errors of sums of this length.
-fn near(name: &str, ours: &[f32], truth: &[f64]) {
-    near_by(name, ours, truth, 4e-6);
-}
-
-fn near_by(name: &str, ours: &[f32], truth: &[f64], relative: f64) {
-    assert_eq!(ours.len(), truth.len(), "{name}");
-    let size = truth.iter().map(|v| v * v).sum::<f64>().sqrt();
-    let error = ours
-        .iter()
-        .zip(truth)
-        .map(|(&a, b)| (f64::from(a) - b).powi(2))
-        .sum::<f64>()
-        .sqrt();
-    assert!(
-        error <= relative * size + 1e-7,
-        "{name}: error {error:e} of {size:e}"
-    );
-}
-
-fn heads(device: &Device, weights: &[f32]) -> CosineHeads {
-    let mut heads = CosineHeadsConfig::new(3, 5, 6)
-        .with_active(Some(4))
-        .init(device);
-    let values = tensor(weights, [3, 5, 6], device);
-    heads.weight = heads.weight.map(|_| values.require_grad());
-    heads
-}
-
-#[test]
-fn the_module_gives_the_references_loss_gradients_and_prototypes() {
-    for device in devices() {
-        let device = device.autodiff();
-        let (x, w) = (numbers(3 * 7 * 6, 1), numbers(3 * 5 * 6, 2));
-        let wide = |values: &[f32]| values.iter().map(|&v| f64::from(v)).collect::<Vec<f64>>();
-        let alphas = vec![1.0, 0.5, -2.0];
-        let options = reference::LossOptions {
-            reduction: reference::Reduction::Mean,
-            label_smoothing: 0.0,
-            ignore_index: -100,
-            head_weights: alphas.clone(),
-        };
-        let truth =
-            reference::cosine_cross_entropy(&wide(&x), &wide(&w), &LABELS, SIZES, 16.0, &options);
-        let (dx, dw) = reference::cosine_cross_entropy_backward(
-            &wide(&x),
-            &wide(&w),
-            &LABELS,
-            SIZES,
-            16.0,
-            &options,
-            &reference::Upstream::Total(1.0),
-        );
-
-        let module = heads(&device, &w);
-        let embeddings = tensor(&x, [3, 7, 6], &device).require_grad();
-        let loss_options = LossOptions {
-            head_weights: Some(alphas.iter().map(|&a| a as f32).collect()),
-            ..LossOptions::default()
-        };
-        let loss = module
-            .loss(embeddings.clone(), labels(&device), &loss_options)
-            .expect("valid");
-        loss.heads.check().expect("labels are valid");
-        near("loss", &read(loss.heads.loss.clone()), &truth.loss);
-        near("total", &read(loss.total.clone()), &[truth.total]);
-        let gradients = loss.total.backward();
-        near(
-            "dX",
-            &read(embeddings.grad(&gradients).expect("tracked")),
-            &dx,
-        );
-        near(
-            "dW",
-            &read(module.weight.val().grad(&gradients).expect("tracked")),
-            &dw,
-        );
-
-        let logits = module.forward(embeddings.clone()).expect("valid");
-        near(
-            "logits",
-            &read(logits),
-            &reference::cosine_logits(&wide(&x), &wide(&w), SIZES, 16.0),
-        );
-
-        let mut sums = reference::ClassSums::zeros(SIZES);
-        sums.add(&wide(&x), &LABELS, SIZES, false);
-        let means = reference::class_means(&sums, &wide(&w), SIZES);
-        let (replaced, means_and_counts) = module
-            .replace_prototypes(embeddings, labels(&device), 4, &Default::default())
-            .expect("valid");
-        near("prototypes", &read(replaced.weight.val()), &means);
-        assert_eq!(
-            means_and_counts
-                .counts
-                .try_into_vec_as::<u32>()
-                .expect("the device works"),
-            sums.counts
-        );
-    }
-}
-
+use super::{LABELS, SIZES, devices, labels, near, near_by, numbers, read, tensor};
 #[test]
 fn an_upstream_gradient_by_row_and_frozen_embeddings_are_honoured() {
     for device in devices() {
@@ -384,20 +231,6 @@ fn a_label_is_judged_before_it_is_narrowed() {
 }
 
 #[test]
-fn prototypes_of_frozen_heads_stay_frozen() {
-    let device = Device::cpu().autodiff();
-    for trained in [true, false] {
-        let heads = heads(&device, &numbers(90, 2));
-        let heads = if trained { heads } else { heads.no_grad() };
-        let embeddings = tensor(&numbers(126, 1), [3, 7, 6], &device);
-        let (heads, _) = heads
-            .replace_prototypes(embeddings, labels(&device), 4, &Default::default())
-            .expect("valid");
-        assert_eq!(heads.weight.val().is_require_grad(), trained);
-    }
-}
-
-#[test]
 fn cross_entropy_of_given_logits_reaches_them() {
     for device in devices() {
         let device = device.autodiff();
@@ -460,23 +293,6 @@ fn reconstruction_reaches_all_three_parts() {
 }
 
 #[test]
-fn the_modules_record_saves_and_loads() {
-    let device = Device::cpu();
-    let saved = CosineHeadsConfig::new(3, 5, 6).init(&device);
-    let bytes = saved
-        .clone()
-        .into_record()
-        .into_bytes()
-        .expect("a record has bytes");
-    let record = ModuleRecord::from_bytes(bytes).expect("the bytes are a record");
-    let loaded = CosineHeadsConfig::new(3, 5, 6)
-        .init(&device)
-        .try_load_record(record)
-        .expect("it fits");
-    assert_eq!(read(saved.weight.val()), read(loaded.weight.val()));
-}
-
-#[test]
 fn a_strategy_that_the_device_cannot_run_takes_no_part() {
     let device = Device::cpu();
     let embeddings = tensor(&numbers(126, 1), [3, 7, 6], &device);
@@ -497,105 +313,4 @@ fn a_strategy_that_the_device_cannot_run_takes_no_part() {
     };
     let forced = protohead::Strategy::Forced(protohead::Variant::Plane);
     assert_eq!(by(protohead::Strategy::Inferred), by(forced));
-}
-
-#[test]
-fn what_does_not_fit_is_refused_at_the_call() {
-    let device = Device::cpu();
-    let module = heads(&device.clone().autodiff(), &numbers(90, 2));
-    let wrong = tensor(&numbers(3 * 7 * 4, 1), [3, 7, 4], &device);
-    assert!(matches!(
-        module.forward(wrong),
-        Err(Error::Shape {
-            operand: "class weights",
-            ..
-        })
-    ));
-    assert_eq!(
-        module.clone().with_active(6).map(|_| ()),
-        Err(Error::ActiveClasses {
-            active: 6,
-            classes: 5
-        })
-    );
-    let weighted = fused::Options {
-        loss: LossOptions {
-            head_weights: Some(vec![1.0, 2.0, 3.0]),
-            ..LossOptions::default()
-        },
-        ..fused::Options::default()
-    };
-    let embeddings = || tensor(&numbers(126, 1), [3, 7, 6], &device);
-    let weights = || tensor(&numbers(90, 2), [3, 5, 6], &device);
-    let summed = cosine_cross_entropy(embeddings(), weights(), labels(&device), &weighted);
-    let by_row = cosine_cross_entropy_by_row(embeddings(), weights(), labels(&device), &weighted);
-    let of_logits = cross_entropy_by_row(
-        embeddings(),
-        labels(&device),
-        &cross_entropy::Options {
-            loss: weighted.loss.clone(),
-            ..cross_entropy::Options::default()
-        },
-    );
-    for refused in [summed.map(drop), by_row.map(drop), of_logits.map(drop)] {
-        assert!(matches!(
-            refused,
-            Err(Error::Shape {
-                operand: "head weights",
-                ..
-            })
-        ));
-    }
-    let unreduced = fused::Options {
-        loss: LossOptions {
-            reduction: Reduction::None,
-            ..LossOptions::default()
-        },
-        ..fused::Options::default()
-    };
-    assert!(matches!(
-        cosine_cross_entropy(embeddings(), weights(), labels(&device), &unreduced),
-        Err(Error::Reduction {
-            got: Reduction::None,
-            ..
-        })
-    ));
-    let elsewhere = labels(&Device::flex());
-    let embeddings = tensor(&numbers(126, 1), [3, 7, 6], &device);
-    assert!(matches!(
-        module.loss(embeddings, elsewhere, &LossOptions::default()),
-        Err(Error::Place {
-            operand: "labels",
-            ..
-        })
-    ));
-    let bad: Tensor<1, Int> =
-        Tensor::from_data(TensorData::new(vec![0i32, 1, 2, 3, 9, 0, 0], [7]), &device);
-    let embeddings = tensor(&numbers(126, 1), [3, 7, 6], &device);
-    let loss = module
-        .loss(embeddings, bad, &LossOptions::default())
-        .expect("shapes fit");
-    assert_eq!(
-        loss.heads.check(),
-        Err(Error::Label {
-            row: 4,
-            label: Some(9),
-            active: 4,
-            rows: 1
-        })
-    );
-    let embeddings = tensor(&numbers(126, 1), [3, 7, 6], &device);
-    let bad = Tensor::from_data(TensorData::new(vec![0i32, -1, 2, 7, 1, 0, 0], [7]), &device);
-    let (_, means) = module
-        .replace_prototypes(embeddings, bad, 4, &Default::default())
-        .expect("shapes fit");
-    assert_eq!(
-        means.check(),
-        Err(Error::Label {
-            row: 1,
-            label: Some(-1),
-            active: 4,
-            rows: 2
-        })
-    );
 }

@@ -4,15 +4,20 @@
     python3 -m venv /tmp/peers && /tmp/peers/bin/pip install -r benches/peers/requirements.txt
     /tmp/peers/bin/python benches/peers/torch_bench.py --serve target/release/serve
 
-Prints a table of medians (milliseconds) and of ratios to ours, and writes it with --out. On the CPU the two take turns, call by
-call. Every call has fresh random inputs, made outside of the time;
-before each that counts comes one that does not, on either side. Other dtypes are measured of the whole step only; shares of the
-machine are of f32's multiply-adds. On CUDA (--device cuda) times are of CUDA events for
-PyTorch, of a waited call for ours; Liger and CCE join in where they are installed, on inputs that are normalised already,
-which spares them the normalisation and its backward.
+Prints a table of medians (milliseconds) and of ratios to ours, and writes it with --out. The two take turns.
+
+On the CPU a turn is a call with fresh random inputs, made outside of the time, after one that does not count. Other dtypes are
+measured of the whole step only; shares of the machine are of f32's multiply-adds.
+
+On CUDA (--device cuda) a turn is CALLS calls one after another on random inputs that lie on the device, and a wait at the end, the
+same for all; the time is that of a call. Shares are of PyTorch's own product of two 8192² matrices in the same dtype. `graph` is
+PyTorch's compiled step as a CUDA graph, beside our `captured`. Liger and CCE join in where they are installed, on inputs that
+are normalised already, which spares them the normalisation and its backward. Memory is what a step reserves beside its inputs.
 """
 
 import argparse
+import functools
+import gc
 import statistics
 import subprocess
 import sys
@@ -22,14 +27,26 @@ import torch
 import torch.nn.functional as F
 
 SCALE = 16.0
+CALLS = 10
 PAUSE = 0.1  # seconds before our turn: OpenMP's threads spin on for a while after PyTorch is done
 SHAPES = {  # heads, rows, dim, classes, active
     "seed": (3, 128, 256, 35, 20),
     "mid": (3, 1024, 256, 1000, 1000),
     "large": (3, 1024, 512, 10_000, 10_000),
     "wide": (1, 512, 512, 100_000, 100_000),
+    "classes_100k": (1, 4096, 512, 100_000, 100_000),
+    "classes_360k": (1, 4096, 512, 360_000, 360_000),
+    "heads_10k": (3, 8192, 256, 10_000, 10_000),
     "proto": (3, 20_000, 256, 20, 20),
     "proto_many": (1, 200_000, 256, 20_000, 20_000),
+}
+
+
+DTYPES = {  # PyTorch's, and how our cases are named
+    "float32": (torch.float32, ""),
+    "tf32": (torch.float32, "_tf32"),
+    "bfloat16": (torch.bfloat16, "_bf16"),
+    "float16": (torch.float16, "_f16"),
 }
 
 
@@ -70,12 +87,12 @@ def index_means(x, w, labels, active):
 
 
 class Torch:
-    """A function of PyTorch, timed with fresh inputs."""
+    """A function of PyTorch, timed with random inputs."""
 
     def __init__(self, function, backward, device, dtype):
         self.function, self.backward, self.device, self.dtype = function, backward, device, dtype
 
-    def __call__(self, shape, seed):
+    def inputs(self, shape, seed):
         heads, rows, dim, classes, active = shape
         g = torch.Generator(device=self.device).manual_seed(seed)
         make = lambda *s: torch.randn(*s, generator=g, device=self.device).to(self.dtype)
@@ -83,24 +100,50 @@ class Torch:
         labels = torch.randint(0, active, (rows,), generator=g, device=self.device)
         if self.backward:
             x.requires_grad_(), w.requires_grad_()
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            self.run(x, w, labels, active)
-            end.record()
-            torch.cuda.synchronize()
-            return begin.elapsed_time(end)
+        return x, w, labels, active
+
+    def __call__(self, shape, seed):
+        inputs = self.inputs(shape, seed)
         start = time.perf_counter()
-        self.run(x, w, labels, active)
+        self.run(*inputs)
         return 1e3 * (time.perf_counter() - start)
+
+    def repeat(self, inputs):
+        """Milliseconds of a call, of CALLS of them."""
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(CALLS):
+            self.run(*inputs)
+        torch.cuda.synchronize()
+        return 1e3 * (time.perf_counter() - start) / CALLS
 
     def run(self, x, w, labels, active):
         if self.backward:
+            x.grad = w.grad = None
             self.function(x, w, labels, active).backward()
         else:
             with torch.no_grad():
                 self.function(x, w, labels, active)
+
+
+class Graph(Torch):
+    """The same as a CUDA graph, recorded when its inputs are made."""
+
+    def inputs(self, shape, seed):
+        inputs = super().inputs(shape, seed)
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            for _ in range(3):
+                super().run(*inputs)
+        torch.cuda.current_stream().wait_stream(beside)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            super().run(*inputs)
+        return inputs
+
+    def run(self, *inputs):
+        self.graph.replay()
 
 
 class Serve:
@@ -121,6 +164,13 @@ class Serve:
 
     def __call__(self, case):
         return int(self.ask(case)[0]) / 1e6
+
+    def repeat(self, case):
+        return int(self.ask(f"{case} {CALLS}")[0]) / CALLS / 1e6
+
+    def end(self):
+        self.process.stdin.close()
+        self.process.wait()
 
     def ceiling(self, kind):
         """Operations or bytes a second, in 1e9, the best of nine."""
@@ -158,28 +208,116 @@ def normalised_peers(device, dtype):
     return peers
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--serve", required=True, help="the program `serve` of protohead-benches")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--shapes", default="seed,mid,large,wide,proto,proto_many")
-    parser.add_argument("--seconds", type=float, default=8.0, help="for each line")
-    parser.add_argument("--out", help="also write the table here")
-    options = parser.parse_args()
-    device, dtype = options.device, getattr(torch, options.dtype)
-    suffix = {"float32": "", "bfloat16": "_bf16", "float16": "_f16"}[options.dtype]
+def cuda_peers(op, backward, heads, dtype):
+    """Who is measured beside us on CUDA."""
+    make = lambda function: Torch(function, backward, "cuda", dtype)
+    if op == "class_means":
+        return {"index_add": make(index_means)}
+    torch._dynamo.reset()
+    compiled = torch.compile(loss_of)
+    peers = {"eager": make(loss_of), "compile": make(compiled)}
+    if heads > 1:
+        peers["compile, heads batched"] = make(torch.compile(batched_loss_of))
+    if backward:
+        peers["graph"] = Graph(compiled, backward, "cuda", dtype)
+        peers.update(normalised_peers("cuda", dtype))
+    return peers
+
+
+def on_cuda(options):
+    """The table of a CUDA device."""
+    dtype, suffix = DTYPES[options.dtype]
+    torch.backends.cuda.matmul.allow_tf32 = options.dtype == "tf32"
+    serve = Serve(options.serve)
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=dtype) for _ in range(2))
+    times = []
+    for _ in range(20):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        a @ b
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    product_rate = 2 * 8192**3 / statistics.median(times)
+    del a, b
+    copy = serve.ceiling("copy")
+    lines = [
+        f"PyTorch {torch.__version__}, {torch.cuda.get_device_name()}, {options.dtype}; medians in ms of a call (ratio to protohead)",
+        "",
+        f"machine: {product_rate / 1e12:.0f} TFLOP/s of PyTorch's product of 8192² matrices, {copy:.0f} GB/s of copying",
+        "",
+        "| op | shape | protohead | share of the machine | beside the inputs, MiB | peers |",
+        "|---|---|---|---|---|---|",
+    ]
+    print("\n".join(lines), flush=True)
+    for name in options.shapes.split(","):
+        shape = SHAPES[name]
+        heads, rows, dim, _, active = shape
+        product = 2 * heads * rows * dim * active
+        ops = [("class_means", False, None)] if name.startswith("proto") else [
+            ("cosine_cross_entropy_forward", False, product),
+            ("cosine_cross_entropy", True, 3 * product),
+        ]
+        for op, backward, work in ops:
+            if suffix and op != "cosine_cross_entropy":
+                continue  # `serve` has only the whole step in other dtypes than f32
+            fresh = Serve(options.serve)
+            case = f"{op}/{name}/protohead{suffix}"
+            memory = int(fresh.ask(f"{case} memory")[1]) >> 20
+            fresh.end()
+            ours = {"protohead": case}
+            if op == "cosine_cross_entropy" and not suffix:
+                ours["captured"] = f"{op}/{name}/protohead_captured"
+            used = {"protohead": memory}
+            calls = {who: functools.partial(serve.repeat, case) for who, case in ours.items()}
+            for who, peer in cuda_peers(op, backward, heads, dtype).items():
+                try:
+                    inputs = peer.inputs(shape, 1)
+                    peer.repeat(inputs)
+                    torch.cuda.synchronize()
+                    before = torch.cuda.memory_allocated()
+                    torch.cuda.reset_peak_memory_stats()
+                    peer.repeat(inputs)
+                    used[who] = (torch.cuda.max_memory_allocated() - before) >> 20
+                    calls[who] = functools.partial(peer.repeat, inputs)
+                except Exception as error:  # a peer that cannot is named, not hidden
+                    print(f"{who} at {name}: {type(error).__name__}: {str(error)[:200]}", flush=True)
+            times = {who: [] for who in calls}
+            for turn in range(options.turns + 1):
+                for who, call in calls.items():
+                    time_of_call = call()
+                    if turn:
+                        times[who].append(time_of_call)
+            medians = {who: statistics.median(of) for who, of in times.items()}
+            calls = peer = inputs = None
+            gc.collect()
+            torch.cuda.empty_cache()
+            mine = medians["protohead"]
+            if work:
+                share = f"{work / mine / 1e-3 / product_rate:.0%} of the product"
+            else:
+                share = f"{4 * heads * (rows + active) * dim / mine / 1e6 / copy:.0%} of copying"
+            others = ", ".join(f"{w} {t:.3g} ({t / mine:.2f}×)" for w, t in medians.items() if w != "protohead")
+            memory = ", ".join(f"{w} {m}" for w, m in used.items())
+            line = f"| {op} | {name} | {mine:.3g} | {share} | {memory} | {others} |"
+            lines.append(line)
+            print(line, flush=True)
+    return lines
+
+
+def on_cpu(options):
+    """The table of the CPU."""
+    dtype, suffix = DTYPES[options.dtype]
     serve = Serve(options.serve)
 
     lines = [
-        f"PyTorch {torch.__version__}, {device}, {options.dtype}, {torch.get_num_threads()} threads; "
+        f"PyTorch {torch.__version__}, cpu, {options.dtype}, {torch.get_num_threads()} threads; "
         f"medians in ms, (ratio to protohead)",
         "",
     ]
     time.sleep(1.0)
     fma, copy = serve.ceiling("fma"), serve.ceiling("copy")
     lines += [f"machine: {fma:.0f} GFLOP/s of multiply-adds, {copy:.1f} GB/s of copying", ""]
-    a = torch.randn(2048, 2048, device=device, dtype=dtype)
+    a = torch.randn(2048, 2048, dtype=dtype)
     sgemm = []
     for _ in range(10):
         start = time.perf_counter()
@@ -194,9 +332,9 @@ def main():
         heads, rows, dim, _, active = shape
         product = 2 * heads * rows * dim * active
         if name.startswith("proto"):
-            peers = {"index_add": Torch(index_means, False, device, dtype)}
+            peers = {"index_add": Torch(index_means, False, "cpu", dtype)}
             if active < 100:  # a step of the loop for each class
-                peers["loop"] = Torch(class_means, False, device, dtype)
+                peers["loop"] = Torch(class_means, False, "cpu", dtype)
             ops = {"class_means": (peers, None)}
         else:
             ops = {}
@@ -206,24 +344,18 @@ def main():
             ]:
                 torch._dynamo.reset()
                 peers = {
-                    "eager": Torch(loss_of, backward, device, dtype),
-                    "compile": Torch(torch.compile(loss_of), backward, device, dtype),
+                    "eager": Torch(loss_of, backward, "cpu", dtype),
+                    "compile": Torch(torch.compile(loss_of), backward, "cpu", dtype),
                 }
                 if heads > 1:
                     batched = torch.compile(batched_loss_of)
-                    peers["compile, heads batched"] = Torch(batched, backward, device, dtype)
-                if backward and device == "cuda":
-                    peers.update(normalised_peers(device, dtype))
+                    peers["compile, heads batched"] = Torch(batched, backward, "cpu", dtype)
                 ops[op] = (peers, work)
         for op, (peers, work) in ops.items():
             if suffix and op != "cosine_cross_entropy":
                 continue  # `serve` has only the whole step in other dtypes than f32
             case = f"{op}/{name}/protohead{suffix}"
             times = {"protohead": []} | {peer: [] for peer in peers}
-            captured = None
-            if op == "cosine_cross_entropy" and device == "cuda" and options.dtype == "float32":
-                captured = f"{op}/{name}/protohead_captured"
-                times["captured"] = []
             serve(case)  # compiles
             for peer in peers.values():
                 peer(shape, 0), peer(shape, 1)
@@ -234,9 +366,6 @@ def main():
                 time.sleep(PAUSE)
                 serve(case)
                 times["protohead"].append(serve(case))
-                if captured:
-                    serve(captured)
-                    times["captured"].append(serve(captured))
                 for peer, function in peers.items():
                     function(shape, 2 * turn)
                     times[peer].append(function(shape, 2 * turn + 1))
@@ -251,7 +380,22 @@ def main():
             line = f"| {op} | {name} | {ours:.3g} | {share} | {others} |"
             lines.append(line)
             print(line, flush=True)
+    return lines
 
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--serve", required=True, help="the program `serve` of protohead-benches")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="float32", choices=list(DTYPES))
+    parser.add_argument("--shapes", default="seed,mid,large,wide,proto,proto_many")
+    parser.add_argument("--seconds", type=float, default=8.0, help="for each line, on the CPU")
+    parser.add_argument("--turns", type=int, default=9, help="for each line, on CUDA")
+    parser.add_argument("--out", help="also write the table here")
+    options = parser.parse_args()
+    if options.device == "cpu" and options.dtype == "tf32":
+        parser.error("a CPU has no TF32")
+    lines = on_cuda(options) if options.device == "cuda" else on_cpu(options)
     if options.out:
         with open(options.out, "w") as file:
             file.write("\n".join(lines) + "\n")

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::ours::Dtype;
+use crate::ours::{Dtype, Step};
 use crate::{Data, Ran, Shape, naive, ours, tensors};
 
 /// What is computed.
@@ -78,6 +78,8 @@ impl Group {
 pub enum Who {
     /// This library.
     Protohead,
+    /// This library, with f32 operands that it may round to TF32.
+    Tf32,
     /// This library, with bf16 operands.
     Bf16,
     /// This library, with f16 operands.
@@ -97,8 +99,9 @@ pub enum Who {
 }
 
 impl Who {
-    const ALL: [Self; 9] = [
+    const ALL: [Self; 10] = [
         Self::Protohead,
+        Self::Tf32,
         Self::Bf16,
         Self::F16,
         Self::Captured,
@@ -113,6 +116,7 @@ impl Who {
     pub fn name(self) -> &'static str {
         match self {
             Self::Protohead => "protohead",
+            Self::Tf32 => "protohead_tf32",
             Self::Bf16 => "protohead_bf16",
             Self::F16 => "protohead_f16",
             Self::Captured => "protohead_captured",
@@ -170,12 +174,12 @@ impl Case {
 
     /// `unfused` is an alternative to the fused op only; `naive` where it ends in seconds. On CubeCL's CPU runtime Burn's
     /// matmul tunes itself for minutes at any shape but the smallest, and then takes seconds: it is shown at `seed`. A CPU captures
-    /// nothing.
+    /// nothing, and rounds nothing to TF32.
     fn is_measured(&self) -> bool {
         let fused = matches!(self.group, Group::FusedForward | Group::Fused);
         match self.who {
             Who::Unfused => fused,
-            Who::Captured => self.group == Group::Fused && !ours::on_cpu(),
+            Who::Captured | Who::Tf32 => self.group == Group::Fused && !ours::on_cpu(),
             Who::Bf16 | Who::F16 | Who::ThroughBurn => self.group == Group::Fused,
             Who::Burn => self.shape.name == "seed" || !ours::on_cpu(),
             Who::Naive => self.shape.name == "seed" || self.shape.name == "proto",
@@ -197,16 +201,33 @@ impl Case {
     /// Runs once on numbers of this seed.
     pub fn run(&self, seed: u64, keep: bool) -> Ran {
         let data = Data::new(self.group, &self.shape, seed);
+        if let Some(step) = self.step(&data) {
+            return step.run(keep);
+        }
         match self.who {
-            Who::Protohead => ours::run(self.group, &self.shape, &data, Dtype::F32, keep),
-            Who::Bf16 => ours::run(self.group, &self.shape, &data, Dtype::Bf16, keep),
-            Who::F16 => ours::run(self.group, &self.shape, &data, Dtype::F16, keep),
-            Who::Captured => ours::run_captured(&self.shape, &data, keep),
             Who::ThroughBurn => tensors::run_through_burn(&self.shape, &data, keep),
-            Who::Unfused => ours::run_unfused(self.group, &self.shape, &data, keep),
             Who::Burn => tensors::run(&tensors::cube(), self.group, &self.shape, &data, keep),
             Who::Flex => tensors::run(&tensors::flex(), self.group, &self.shape, &data, keep),
-            Who::Naive => naive::run(self.group, &self.shape, &data, keep),
+            _ => naive::run(self.group, &self.shape, &data, keep),
+        }
+    }
+
+    /// Ours, with its operands on the device, to be run again and again; nobody else's.
+    pub fn step_of(&self, seed: u64) -> Option<Step> {
+        self.step(&Data::new(self.group, &self.shape, seed))
+    }
+
+    fn step(&self, data: &Data) -> Option<Step> {
+        let (group, shape) = (self.group, &self.shape);
+        let of = |dtype| Some(ours::step(group, shape, data, dtype));
+        match self.who {
+            Who::Protohead => of(Dtype::F32),
+            Who::Tf32 => of(Dtype::Tf32),
+            Who::Bf16 => of(Dtype::Bf16),
+            Who::F16 => of(Dtype::F16),
+            Who::Captured => Some(ours::captured(shape, data, Dtype::F32)),
+            Who::Unfused => Some(ours::unfused(group, shape, data)),
+            Who::ThroughBurn | Who::Burn | Who::Flex | Who::Naive => None,
         }
     }
 
@@ -232,7 +253,7 @@ impl Case {
         };
         let tolerance = match self.who {
             Who::Bf16 => 2e-2,
-            Who::F16 => 2e-3,
+            Who::F16 | Who::Tf32 => 2e-3,
             _ => 1e-5,
         };
         let (ours, truth) = (answer(self.who), answer(Who::Naive));

@@ -12,7 +12,7 @@ mod shapes;
 mod tensors;
 
 pub use case::{Case, Group, Who};
-pub use ours::device_name;
+pub use ours::{Step, device_name};
 pub use shapes::{Data, Shape};
 
 /// What a case computed, for the check: a loss, then gradients, or whatever its group has.

@@ -1,20 +1,21 @@
 //! This library, on CUDA where there is a device, otherwise on the CPU.
 
 use std::sync::OnceLock;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use cubecl::MemoryScope;
 use cubecl::client::Client;
 use cubecl::ir::{ElemType, FloatKind, IntKind};
 use cubecl::prelude::CubeElement;
 use cubecl::std::tensor::TensorHandle;
 use half::{bf16, f16};
 use protohead::class_means::ClassSums;
-use protohead::{Upstream, Wanted};
+use protohead::{Gradients, Upstream, Wanted};
 use protohead::{
     class_means, cosine_cross_entropy as fused, cosine_logits, cross_entropy, reconstruction,
 };
 
-use crate::{Answer, Data, Group, Ran, Shape};
+use crate::{Data, Group, Ran, Shape};
 
 /// The device that is measured.
 pub(crate) fn client() -> &'static Client {
@@ -37,10 +38,12 @@ pub fn device_name() -> &'static str {
     if on_cpu() { "cpu" } else { "cuda" }
 }
 
-/// The dtype of the operands.
-#[derive(Clone, Copy, Debug)]
+/// What the products take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Dtype {
     F32,
+    /// f32 that may be rounded to TF32.
+    Tf32,
     F16,
     Bf16,
 }
@@ -54,7 +57,7 @@ fn upload_as(dtype: Dtype, values: &[f32], shape: impl Into<Vec<usize>>) -> Tens
         values.iter().flat_map(|&v| narrow(v)).collect()
     };
     let (bytes, kind) = match dtype {
-        Dtype::F32 => (f32::as_bytes(values).to_vec(), FloatKind::F32),
+        Dtype::F32 | Dtype::Tf32 => (f32::as_bytes(values).to_vec(), FloatKind::F32),
         Dtype::F16 => (narrow(|v| f16::from_f32(v).to_le_bytes()), FloatKind::F16),
         Dtype::Bf16 => (narrow(|v| bf16::from_f32(v).to_le_bytes()), FloatKind::BF16),
     };
@@ -73,31 +76,82 @@ fn labels(data: &Data) -> TensorHandle {
     )
 }
 
-/// Waits for the tensors, and reads them if they are to be kept.
-fn finish(start: Instant, tensors: &[&TensorHandle], keep: bool) -> Ran {
+/// An op with its operands on the device.
+pub struct Step {
+    operands: Vec<TensorHandle>,
+    call: Box<dyn FnMut() -> Vec<TensorHandle>>,
+}
+
+impl Step {
+    fn new<const N: usize>(
+        operands: [&TensorHandle; N],
+        call: impl FnMut() -> Vec<TensorHandle> + 'static,
+    ) -> Self {
+        Self {
+            operands: operands.map(TensorHandle::clone).to_vec(),
+            call: Box::new(call),
+        }
+    }
+
+    /// The time of one call, from its operands being there to its results being there, which are read if they are to be kept.
+    pub(crate) fn run(mut self, keep: bool) -> Ran {
+        wait(&self.operands);
+        let start = Instant::now();
+        let results = (self.call)();
+        wait(&results);
+        let time = start.elapsed();
+        let answer = keep.then(|| results.iter().map(read).collect());
+        Ran { time, answer }
+    }
+
+    /// The time of so many calls, of which only the last is waited for.
+    pub fn repeat(&mut self, calls: u32) -> Duration {
+        wait(&self.operands);
+        let start = Instant::now();
+        let mut results = Vec::new();
+        for _ in 0..calls {
+            results = (self.call)();
+        }
+        wait(&results);
+        start.elapsed()
+    }
+
+    /// Bytes that the device's pools took for the operands, and more of them once the step had run.
+    pub fn memory(&mut self) -> (u64, u64) {
+        let reserved = || {
+            client()
+                .memory_report(MemoryScope::CurrentStream)
+                .usage()
+                .bytes_reserved
+        };
+        wait(&self.operands);
+        let before = reserved();
+        self.repeat(2);
+        (before, reserved() - before)
+    }
+}
+
+/// Waits for the tensors.
+fn wait(tensors: &[TensorHandle]) {
     let handles: Vec<_> = tensors.iter().map(|tensor| &tensor.handle).collect();
     cubecl::future::block_on(client().sync_buffers(handles)).expect("the device works");
-    let time = start.elapsed();
-    let answer = keep.then(|| -> Answer {
-        let read = |tensor: &&TensorHandle| {
-            let bytes = client()
-                .read_one(tensor.handle.clone())
-                .expect("the device works");
-            match tensor.dtype {
-                ElemType::Float(FloatKind::F16) => bytes
-                    .chunks_exact(2)
-                    .map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32())
-                    .collect(),
-                ElemType::Float(FloatKind::BF16) => bytes
-                    .chunks_exact(2)
-                    .map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32())
-                    .collect(),
-                _ => f32::from_bytes(&bytes).to_vec(),
-            }
-        };
-        tensors.iter().map(read).collect()
-    });
-    Ran { time, answer }
+}
+
+fn read(tensor: &TensorHandle) -> Vec<f32> {
+    let bytes = client()
+        .read_one(tensor.handle.clone())
+        .expect("the device works");
+    match tensor.dtype {
+        ElemType::Float(FloatKind::F16) => bytes
+            .chunks_exact(2)
+            .map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32())
+            .collect(),
+        ElemType::Float(FloatKind::BF16) => bytes
+            .chunks_exact(2)
+            .map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32())
+            .collect(),
+        _ => f32::from_bytes(&bytes).to_vec(),
+    }
 }
 
 fn inputs(shape: &Shape, data: &Data, dtype: Dtype) -> fused::Inputs {
@@ -115,15 +169,30 @@ fn inputs(shape: &Shape, data: &Data, dtype: Dtype) -> fused::Inputs {
     }
 }
 
-/// Waits for the inputs, so that their copies are not timed.
-fn ready(tensors: &[&TensorHandle]) -> Instant {
-    let handles: Vec<_> = tensors.iter().map(|tensor| &tensor.handle).collect();
-    cubecl::future::block_on(client().sync_buffers(handles)).expect("the device works");
-    Instant::now()
+fn operands(inputs: &fused::Inputs) -> [&TensorHandle; 3] {
+    [&inputs.embeddings, &inputs.weights, &inputs.labels]
 }
 
-/// Runs an op; only the fused one takes another dtype than f32.
-pub(crate) fn run(group: Group, shape: &Shape, data: &Data, dtype: Dtype, keep: bool) -> Ran {
+fn options(shape: &Shape, dtype: Dtype) -> fused::Options {
+    fused::Options {
+        active: Some(shape.active),
+        allow_tf32: dtype == Dtype::Tf32,
+        ..fused::Options::default()
+    }
+}
+
+const VALID: &str = "the operands are valid";
+
+fn both(gradients: Gradients) -> [TensorHandle; 2] {
+    let asked = "asked for";
+    [
+        gradients.embeddings.expect(asked),
+        gradients.weights.expect(asked),
+    ]
+}
+
+/// An op; only the fused one takes another dtype than f32.
+pub(crate) fn step(group: Group, shape: &Shape, data: &Data, dtype: Dtype) -> Step {
     let client = client();
     let Shape {
         heads,
@@ -133,25 +202,21 @@ pub(crate) fn run(group: Group, shape: &Shape, data: &Data, dtype: Dtype, keep: 
         active,
         ..
     } = *shape;
-    let options = fused::Options {
-        active: Some(active),
-        ..fused::Options::default()
-    };
-    let valid = "the operands are valid";
     match group {
         Group::CosineLogits => {
-            let inputs = inputs(shape, data, dtype);
+            let of = inputs(shape, data, dtype);
             let inputs = cosine_logits::Inputs {
-                embeddings: inputs.embeddings,
-                weights: inputs.weights,
+                embeddings: of.embeddings,
+                weights: of.weights,
             };
-            let start = ready(&[&inputs.embeddings, &inputs.weights]);
             let options = cosine_logits::Options {
                 active: Some(active),
                 ..cosine_logits::Options::default()
             };
-            let logits = cosine_logits::forward(client, &inputs, &options).expect(valid);
-            finish(start, &[&logits], keep)
+            Step::new(
+                [&inputs.embeddings.clone(), &inputs.weights.clone()],
+                move || vec![cosine_logits::forward(client, &inputs, &options).expect(VALID)],
+            )
         }
         Group::CrossEntropy => {
             let inputs = cross_entropy::Inputs {
@@ -159,40 +224,54 @@ pub(crate) fn run(group: Group, shape: &Shape, data: &Data, dtype: Dtype, keep: 
                 labels: labels(data),
             };
             let options = cross_entropy::Options::default();
-            let start = ready(&[&inputs.logits, &inputs.labels]);
-            let output = cross_entropy::forward(client, &inputs, &options).expect(valid);
-            let one = Upstream::default();
-            let grad =
-                cross_entropy::backward(client, &inputs, &options, &output, &one).expect(valid);
-            finish(start, &[&output.total, &grad], keep)
+            Step::new(
+                [&inputs.logits.clone(), &inputs.labels.clone()],
+                move || {
+                    let output = cross_entropy::forward(client, &inputs, &options).expect(VALID);
+                    let one = Upstream::default();
+                    let grad = cross_entropy::backward(client, &inputs, &options, &output, &one)
+                        .expect(VALID);
+                    vec![output.total, grad]
+                },
+            )
         }
         Group::FusedForward => {
             let inputs = inputs(shape, data, dtype);
-            let start = ready(&[&inputs.embeddings, &inputs.weights, &inputs.labels]);
-            let output = fused::forward(client, &inputs, &options).expect(valid);
-            finish(start, &[&output.total], keep)
+            let options = options(shape, dtype);
+            Step::new(operands(&inputs.clone()), move || {
+                vec![
+                    fused::forward(client, &inputs, &options)
+                        .expect(VALID)
+                        .total,
+                ]
+            })
         }
         Group::Fused => {
             let inputs = inputs(shape, data, dtype);
-            let start = ready(&[&inputs.embeddings, &inputs.weights, &inputs.labels]);
-            let one = Upstream::default();
-            let (output, gradients) =
-                fused::forward_backward(client, &inputs, &options, &one, Wanted::BOTH)
-                    .expect(valid);
-            let dx = gradients.embeddings.expect("asked for");
-            let dw = gradients.weights.expect("asked for");
-            finish(start, &[&output.total, &dx, &dw], keep)
+            let options = options(shape, dtype);
+            Step::new(operands(&inputs.clone()), move || {
+                let one = Upstream::default();
+                let (output, gradients) =
+                    fused::forward_backward(client, &inputs, &options, &one, Wanted::BOTH)
+                        .expect(VALID);
+                let [dx, dw] = both(gradients);
+                vec![output.total, dx, dw]
+            })
         }
         Group::ClassMeans => {
             let embeddings = upload(&data.embeddings, [heads, rows, dim]);
             let weights = upload(&data.weights, [heads, classes, dim]);
             let labels = labels(data);
-            let start = ready(&[&embeddings, &weights, &labels]);
             let options = class_means::Options::default();
-            let mut sums = ClassSums::new(client, heads, active, dim, &options).expect(valid);
-            sums.accumulate(client, &embeddings, &labels).expect(valid);
-            let means = sums.write_means(client, &weights).expect(valid);
-            finish(start, &[&means], keep)
+            Step::new(
+                [&embeddings.clone(), &weights.clone(), &labels.clone()],
+                move || {
+                    let mut sums =
+                        ClassSums::new(client, heads, active, dim, &options).expect(VALID);
+                    sums.accumulate(client, &embeddings, &labels).expect(VALID);
+                    vec![sums.write_means(client, &weights).expect(VALID)]
+                },
+            )
         }
         Group::Reconstruction => {
             let part = |i: usize| {
@@ -206,70 +285,68 @@ pub(crate) fn run(group: Group, shape: &Shape, data: &Data, dtype: Dtype, keep: 
                 first: part(1),
                 second: part(2),
             };
-            let start = ready(&[&inputs.whole, &inputs.first, &inputs.second]);
-            let output =
-                reconstruction::forward(client, &inputs, &Default::default()).expect(valid);
-            let gradients = reconstruction::backward(
-                client,
-                &inputs,
-                &Default::default(),
-                &Upstream::default(),
-                reconstruction::Wanted::ALL,
-            )
-            .expect(valid);
-            let whole = gradients.whole.expect("asked for");
-            let parts = gradients.part.expect("asked for");
-            finish(start, &[&output.loss, &whole, &parts], keep)
+            let of = inputs.clone();
+            Step::new([&of.whole, &of.first, &of.second], move || {
+                let options = reconstruction::Options::default();
+                let output = reconstruction::forward(client, &inputs, &options).expect(VALID);
+                let gradients = reconstruction::backward(
+                    client,
+                    &inputs,
+                    &options,
+                    &Upstream::default(),
+                    reconstruction::Wanted::ALL,
+                )
+                .expect(VALID);
+                let whole = gradients.whole.expect("asked for");
+                let parts = gradients.part.expect("asked for");
+                vec![output.loss, whole, parts]
+            })
         }
     }
 }
 
-pub(crate) fn run_captured(shape: &Shape, data: &Data, keep: bool) -> Ran {
-    let client = client();
-    let inputs = inputs(shape, data, Dtype::F32);
-    let options = fused::Options {
-        active: Some(shape.active),
-        ..fused::Options::default()
-    };
+/// The whole step, recorded before and replayed.
+pub(crate) fn captured(shape: &Shape, data: &Data, dtype: Dtype) -> Step {
+    let inputs = inputs(shape, data, dtype);
     let one = Upstream::default();
-    let mut step = fused::Captured::new(client, &inputs, &options, &one, Wanted::BOTH)
-        .expect("the operands are valid");
-    let start = ready(&[&inputs.embeddings, &inputs.weights, &inputs.labels]);
-    step.replay().expect("the device replays it");
-    let gradients = step.gradients();
-    let dx = gradients.embeddings.as_ref().expect("asked for");
-    let dw = gradients.weights.as_ref().expect("asked for");
-    finish(start, &[&step.output().total, dx, dw], keep)
+    let options = options(shape, dtype);
+    let mut step =
+        fused::Captured::new(client(), &inputs, &options, &one, Wanted::BOTH).expect(VALID);
+    Step::new(operands(&inputs.clone()), move || {
+        step.replay().expect("the device replays it");
+        let [dx, dw] = both(step.gradients().clone());
+        vec![step.output().total.clone(), dx, dw]
+    })
 }
 
-pub(crate) fn run_unfused(group: Group, shape: &Shape, data: &Data, keep: bool) -> Ran {
+/// Logits, then their cross-entropy.
+pub(crate) fn unfused(group: Group, shape: &Shape, data: &Data) -> Step {
     let client = client();
-    let valid = "the operands are valid";
     let of = inputs(shape, data, Dtype::F32);
     let inputs = cosine_logits::Inputs {
-        embeddings: of.embeddings,
-        weights: of.weights,
+        embeddings: of.embeddings.clone(),
+        weights: of.weights.clone(),
     };
     let options = cosine_logits::Options {
         active: Some(shape.active),
         ..cosine_logits::Options::default()
     };
-    let start = ready(&[&inputs.embeddings, &inputs.weights, &of.labels]);
-    let on_logits = cross_entropy::Inputs {
-        logits: cosine_logits::forward(client, &inputs, &options).expect(valid),
-        labels: of.labels,
-    };
-    let loss_options = cross_entropy::Options::default();
-    let output = cross_entropy::forward(client, &on_logits, &loss_options).expect(valid);
-    if group == Group::FusedForward {
-        return finish(start, &[&output.total], keep);
-    }
-    let one = Upstream::default();
-    let dz =
-        cross_entropy::backward(client, &on_logits, &loss_options, &output, &one).expect(valid);
-    let gradients =
-        cosine_logits::backward(client, &inputs, &options, &dz, Wanted::BOTH).expect(valid);
-    let dx = gradients.embeddings.expect("asked for");
-    let dw = gradients.weights.expect("asked for");
-    finish(start, &[&output.total, &dx, &dw], keep)
+    let labels = of.labels.clone();
+    Step::new(operands(&of.clone()), move || {
+        let on_logits = cross_entropy::Inputs {
+            logits: cosine_logits::forward(client, &inputs, &options).expect(VALID),
+            labels: labels.clone(),
+        };
+        let loss_options = cross_entropy::Options::default();
+        let output = cross_entropy::forward(client, &on_logits, &loss_options).expect(VALID);
+        if group == Group::FusedForward {
+            return vec![output.total];
+        }
+        let one = Upstream::default();
+        let dz =
+            cross_entropy::backward(client, &on_logits, &loss_options, &output, &one).expect(VALID);
+        let gradients = cosine_logits::backward(client, &inputs, &options, &dz, Wanted::BOTH);
+        let [dx, dw] = both(gradients.expect(VALID));
+        vec![output.total, dx, dw]
+    })
 }

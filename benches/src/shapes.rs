@@ -46,6 +46,12 @@ impl Shape {
     ];
     /// Twice the rows of `proto_many`, to see that time is linear in them.
     pub const PROTO_TWICE: Self = shape("proto_twice", [1, 400_000, 256, 20_000, 20_000]);
+    /// Vocabularies and face sets, for GPUs.
+    pub const VOCABULARIES: [Self; 3] = [
+        shape("classes_100k", [1, 4096, 512, 100_000, 100_000]),
+        shape("classes_360k", [1, 4096, 512, 360_000, 360_000]),
+        shape("heads_10k", [3, 8192, 256, 10_000, 10_000]),
+    ];
     /// What every case is checked on: off every multiple.
     pub const SMALL: Self = shape("small", [2, 37, 19, 13, 11]);
     /// What our own cases are checked on besides: too many classes for the variant of small problems.
@@ -57,6 +63,7 @@ impl Shape {
             .into_iter()
             .chain(Self::PROTOTYPES)
             .chain([Self::PROTO_TWICE])
+            .chain(Self::VOCABULARIES)
             .find(|shape| shape.name == name)
     }
 }

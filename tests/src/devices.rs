@@ -34,17 +34,30 @@ impl std::fmt::Display for Run<'_> {
     }
 }
 
-/// Every device; found once, and said once on stderr with its variants.
+/// Every device, or the ones that `PROTOHEAD_DEVICES` names (`cpu,cuda`); found once, and said once on stderr with its variants.
 pub fn devices() -> &'static [Tested] {
     static DEVICES: OnceLock<Vec<Tested>> = OnceLock::new();
     DEVICES.get_or_init(|| {
         let mut found = Vec::new();
-        for (name, device) in [
-            ("cpu", cubecl::Device::cpu()),
-            ("wgpu", cubecl::Device::wgpu(Default::default())),
-            ("cuda", cubecl::Device::cuda(0)),
-        ] {
-            match device {
+        let reach = [
+            ("cpu", cubecl::Device::cpu as fn() -> _),
+            ("wgpu", || cubecl::Device::wgpu(Default::default())),
+            ("cuda", || cubecl::Device::cuda(0)),
+        ];
+        let wanted = std::env::var("PROTOHEAD_DEVICES").ok();
+        for name in wanted.iter().flat_map(|wanted| wanted.split(',')) {
+            assert!(
+                reach.iter().any(|(known, _)| *known == name),
+                "PROTOHEAD_DEVICES: {name} is none of cpu, wgpu, cuda"
+            );
+        }
+        for (name, device) in reach {
+            if let Some(wanted) = &wanted
+                && !wanted.split(',').any(|wanted| wanted == name)
+            {
+                continue;
+            }
+            match device() {
                 Ok(device) => match std::panic::catch_unwind(|| device.client()) {
                     Ok(client) => found.push(tested(name, client)),
                     Err(_) => eprintln!("protohead tests: no {name} device on this machine"),

@@ -2,6 +2,7 @@
 
 pub mod close;
 pub mod devices;
+pub mod fused;
 pub mod nvidia;
 pub mod problem;
 pub mod proof;

@@ -70,6 +70,9 @@ impl fmt::Debug for Captured {
 impl Captured {
     /// Runs the step twice, and records it. The outputs are unspecified until the first [`replay`](Self::replay).
     ///
+    /// On CUDA no other thread may wait for the device meanwhile: the driver refuses that while a stream records, and gives up
+    /// the recording.
+    ///
     /// # Errors
     /// As [`forward_backward`]; [`Error::Device`] if the device records graphs, but not this one.
     pub fn new(
@@ -90,25 +93,30 @@ impl Captured {
         // Nothing is allocated either: what a run leaves in the pools, the recorded one takes. But a pool that has to grow leaves
         // its small pages to what lies there already, so it grows before.
         drop(step()?);
-        client.graph_prepare().map_err(Error::device)?;
-        let first = step();
-        if first.is_err() {
-            // Gives up what was prepared; there is no graph to have.
-            let _ = client.stop_capture();
-        }
-        let (mut output, mut gradients) = first?;
-        let mut recording = None;
-        // What was prepared stands only where graphs are supported.
-        if client.is_capturing() {
-            drop((output, gradients));
+        let record = || -> Result<_, Error> {
+            client.graph_prepare().map_err(Error::device)?;
+            let first = step();
+            if first.is_err() {
+                // Gives up what was prepared; there is no graph to have.
+                let _ = client.stop_capture();
+            }
+            let done = first?;
+            // What was prepared stands only where graphs are supported.
+            if !client.is_capturing() {
+                return Ok((done, None));
+            }
+            drop(done);
             client.start_capture().map_err(Error::device)?;
             let recorded = call.forward_backward(&arriving, wanted);
-            recording = Some(Recording {
-                graph: client.stop_capture().map_err(Error::device)?,
-                _read: (arriving.gradient.clone(), call.head_weights.clone()),
-            });
-            (output, gradients) = recorded?;
-        }
+            let graph = client.stop_capture().map_err(Error::device)?;
+            Ok((recorded?, Some(graph)))
+        };
+        // CUDA refuses other threads' allocations while a stream records, and the recording with them.
+        let ((output, gradients), graph) = client.exclusive(record).map_err(Error::device)??;
+        let recording = graph.map(|graph| Recording {
+            graph,
+            _read: (arriving.gradient.clone(), call.head_weights.clone()),
+        });
         Ok(Self {
             client: client.clone(),
             inputs: inputs.clone(),

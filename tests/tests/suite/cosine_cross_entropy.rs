@@ -1,19 +1,15 @@
 //! The fused op against the reference.
 
-use cubecl::bytes::Bytes;
 use cubecl::std::tensor::TensorHandle;
 use proptest::prelude::*;
 use proptest::test_runner::TestCaseError;
-use protohead::cosine_cross_entropy::{
-    Captured, Inputs, Options, backward, forward, forward_backward,
-};
-use protohead::{Gradients, LossOutput, Reduction, Strategy, Upstream, Variant, Wanted};
+use protohead::cosine_cross_entropy::{backward, forward, forward_backward};
+use protohead::{Gradients, Reduction, Strategy, Upstream, Variant, Wanted};
 use protohead_reference as reference;
 use protohead_tests::close::{Comparison, Share, lengths};
 use protohead_tests::devices::{Run, all_runs, fused_runs};
-use protohead_tests::problem::{
-    Data, Dtype, LabelDtype, LabelKind, Problem, download, problem, wide,
-};
+use protohead_tests::fused::arguments;
+use protohead_tests::problem::{Data, Dtype, LabelDtype, LabelKind, Problem, download, problem};
 
 use crate::support::{config, fails};
 
@@ -48,24 +44,6 @@ fn expected<T: reference::Real>(problem: &Problem, data: &Data) -> Expected<T> {
         of_total: gradients(&reference::Upstream::Total(T::of(0.7))),
         of_loss: gradients(&reference::Upstream::Loss(of(&data.upstream))),
     }
-}
-
-fn arguments(run: &Run, problem: &Problem, data: &Data) -> (Inputs, Options) {
-    let client = run.client;
-    let (heads, rows, dim, classes, active) = problem.sizes;
-    let inputs = Inputs {
-        embeddings: problem.upload(client, &data.embeddings, &[heads, rows, dim]),
-        weights: problem.upload(client, &data.weights, &[heads, classes, dim]),
-        labels: problem.upload_labels(client, &data.labels),
-    };
-    let options = Options {
-        scale: problem.scale,
-        active: Some(active),
-        allow_tf32: false,
-        loss: problem.options(data),
-        strategy: run.strategy,
-    };
-    (inputs, options)
 }
 
 fn check(
@@ -311,69 +289,6 @@ proptest! {
     #[test]
     fn the_fused_op_agrees_with_the_reference(problem in problem()) {
         agrees(&problem)?;
-    }
-}
-
-/// Recorded with some operands and replayed with others, twice: the bits of the call with the others.
-#[test]
-fn a_captured_step_replays_on_what_its_inputs_hold() {
-    let recorded = Problem {
-        labels: LabelKind::SomeIgnored,
-        smoothing: 0.1,
-        weighted: true,
-        seed: 11,
-        ..Problem::plain((3, 70, 24, 20, 17))
-    };
-    let fresh = Problem {
-        seed: 12,
-        ..recorded.clone()
-    };
-    let data = fresh.data();
-    let labels: Vec<i32> = data.labels.iter().map(|&l| l as i32).collect();
-    for run in fused_runs(recorded.sizes) {
-        let client = run.client;
-        let (inputs, options) = arguments(&run, &recorded, &recorded.data());
-        let upstream = Upstream::Total(0.5);
-        let mut step = Captured::new(client, &inputs, &options, &upstream, Wanted::BOTH)
-            .expect("the operands are valid");
-        assert_eq!(step.is_graph(), run.device != "cpu", "on {run}");
-        let (other, _) = arguments(&run, &fresh, &data);
-        let once = |output: &LossOutput, gradients: &Gradients| {
-            let download = |gradient: &Option<TensorHandle>| {
-                download(client, gradient.as_ref().expect("it was asked for"))
-            };
-            (
-                output.read_total(client).expect("the labels are valid"),
-                output.read_predictions(client).expect("they are"),
-                download(&gradients.embeddings),
-                download(&gradients.weights),
-            )
-        };
-        let write = |data: &Data, labels: &[i32]| {
-            let of = step.inputs();
-            client.write(
-                &of.embeddings.handle,
-                Bytes::from_elems(data.embeddings.clone()),
-            );
-            client.write(&of.weights.handle, Bytes::from_elems(data.weights.clone()));
-            client.write(&of.labels.handle, Bytes::from_elems(labels.to_vec()));
-        };
-        write(&data, &labels);
-        let (output, gradients) =
-            forward_backward(client, &other, &options, &upstream, Wanted::BOTH).expect("valid");
-        let expected = once(&output, &gradients);
-        // What the pools give back must not be what the graph writes to.
-        drop((output, gradients, other, inputs));
-        let bystander = recorded.upload(client, &data.embeddings, &[3, 70, 24]);
-        for _ in 0..2 {
-            step.replay().expect("the device replays it");
-            assert_eq!(once(step.output(), step.gradients()), expected, "on {run}");
-        }
-        assert_eq!(
-            download(client, &bystander),
-            wide(&data.embeddings),
-            "on {run}"
-        );
     }
 }
 

@@ -3,7 +3,7 @@
 //! A CPU device runs the units of a cube on its cores and the cubes one after another, so the *unit* variants
 //! take one cube of as many units as there are cores, and each unit owns whole register tiles. A GPU runs
 //! many cubes of many units with shared memory, which is the *plane* variants' shape; where it has tensor cores for the
-//! operands, ops with a product run their *cmma* variants.
+//! operands, ops with a product run their *cmma* variants, the same kernels with another instruction.
 
 use std::cell::Cell;
 
@@ -12,10 +12,8 @@ use cubecl::ir::ElemType;
 use cubecl::ir::features::Plane;
 use cubecl::prelude::*;
 
-use crate::cmma::Tile;
-
 use crate::error::Error;
-use crate::packing::plane::{block_pitch, pitch};
+use crate::tiles::{Engine, Tile};
 
 /// The shape of a kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -58,10 +56,10 @@ impl Strategy {
     }
 }
 
-/// Units along each side of a plane variant's cube.
-pub(crate) const PLANE_SIDE: usize = 16;
 /// Units of a plane variant's cube.
-pub(crate) const PLANE_UNITS: usize = PLANE_SIDE * PLANE_SIDE;
+pub(crate) const PLANE_UNITS: usize = 256;
+/// Shared memory of a plane variant without a product, at most.
+const PLANE_SHARED: usize = 4 << 10;
 
 /// A variant with the numbers it runs under.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,9 +71,7 @@ pub(crate) struct Blueprint {
     pub plane: usize,
     /// Rows of the unit variant's register tile.
     pub tile_rows: usize,
-    /// The plane variant's register tile is `micro × micro` a unit.
-    pub micro: usize,
-    /// The cmma variant's tile.
+    /// The tile of a product on a GPU.
     pub product: Option<Tile>,
     /// Units of a cube.
     pub units: usize,
@@ -94,26 +90,30 @@ impl Blueprint {
         let gpu = client.properties().hardware.num_cpu_cores.is_none();
         let on_tensor_cores = || Tile::on_tensor_cores(client, dtype, allow_tf32);
         let tile = match strategy {
-            Strategy::Inferred if gpu => on_tensor_cores(),
-            Strategy::Forced(Variant::Cmma) => match on_tensor_cores() {
-                Some(tile) => Some(tile),
-                None => Some(Tile::plain(client, dtype)?),
+            Strategy::Inferred if gpu => match on_tensor_cores() {
+                Some(tile) => tile,
+                None => Tile::of_multiply_adds(client)?,
             },
-            _ => None,
+            Strategy::Forced(Variant::Plane) => Tile::of_multiply_adds(client)?,
+            Strategy::Forced(Variant::Cmma) => match on_tensor_cores() {
+                Some(tile) => tile,
+                None => Tile::stand_in(client, dtype)?,
+            },
+            _ => return Self::new(client, strategy),
         };
-        match tile {
-            Some(tile) => Ok(Self {
-                variant: Variant::Cmma,
-                lanes: tile.vector,
-                plane: exchanging_units(client),
-                tile_rows: 0,
-                micro: 0,
-                product: Some(tile),
-                units: crate::cmma::UNITS,
-                forced: strategy != Strategy::Inferred,
-            }),
-            None => Self::new(client, strategy),
-        }
+        let variant = match tile.engine {
+            Engine::Fma if !tile.stands_in => Variant::Plane,
+            _ => Variant::Cmma,
+        };
+        Ok(Self {
+            variant,
+            lanes: max_lanes(client),
+            plane: exchanging_units(client),
+            tile_rows: 0,
+            product: Some(tile),
+            units: PLANE_UNITS,
+            forced: strategy != Strategy::Inferred,
+        })
     }
 
     /// For the fused op on a GPU, where the problem is small.
@@ -140,10 +140,8 @@ impl Blueprint {
     /// For any other op.
     pub(crate) fn new(client: &Client, strategy: Strategy) -> Result<Self, Error> {
         let hardware = &client.properties().hardware;
-        let fits = |micro| {
-            hardware.max_units_per_cube as usize >= PLANE_UNITS
-                && hardware.max_shared_memory_size >= plane_shared_bytes(micro)
-        };
+        let fits = hardware.max_units_per_cube as usize >= PLANE_UNITS
+            && hardware.max_shared_memory_size >= PLANE_SHARED;
         let variant = match strategy {
             Strategy::Forced(variant) => variant,
             Strategy::Inferred if hardware.num_cpu_cores.is_some() => Variant::Unit,
@@ -163,18 +161,16 @@ impl Blueprint {
                     lanes,
                     plane: 1,
                     tile_rows: tile_rows.min(lanes * crate::packing::unit::TILE_VECTORS),
-                    micro: 0,
                     product: None,
                     units: cores.min(hardware.max_units_per_cube).max(1) as usize,
                     forced: strategy != Strategy::Inferred,
                 })
             }
-            Variant::Plane if fits(2) => Ok(Self {
+            Variant::Plane if fits => Ok(Self {
                 variant,
-                lanes: 1 << hardware.max_vector_size.clamp(1, 16).ilog2(),
+                lanes: max_lanes(client),
                 plane: exchanging_units(client),
                 tile_rows: 0,
-                micro: if fits(4) { 4 } else { 2 },
                 product: None,
                 units: PLANE_UNITS,
                 forced: strategy != Strategy::Inferred,
@@ -190,7 +186,7 @@ impl Blueprint {
             Variant::Plane => Err(Error::Variant {
                 variant: "plane",
                 needed: PLANE_UNITS,
-                shared: plane_shared_bytes(2),
+                shared: PLANE_SHARED,
                 units: hardware.max_units_per_cube as usize,
                 memory: hardware.max_shared_memory_size,
             }),
@@ -210,8 +206,7 @@ impl Blueprint {
     pub(crate) fn tile(&self) -> usize {
         match self.variant {
             Variant::Unit => self.lanes * crate::packing::unit::TILE_VECTORS,
-            Variant::Plane | Variant::Small => self.micro * PLANE_SIDE,
-            Variant::Cmma => self.product.map_or(1, |tile| tile.side),
+            _ => self.product.map_or(1, |tile| tile.side),
         }
     }
 
@@ -286,10 +281,14 @@ fn exchanging_units(client: &Client) -> usize {
     if usable { size as usize } else { 1 }
 }
 
-/// Shared memory of the hungriest plane kernel: the block of logit gradients and two operand slabs.
-fn plane_shared_bytes(micro: usize) -> usize {
-    let tile = micro * PLANE_SIDE;
-    size_of::<f32>() * (tile * block_pitch(micro) + 2 * PLANE_SIDE * pitch(micro))
+/// Elements of the widest vector.
+fn max_lanes(client: &Client) -> usize {
+    1 << client
+        .properties()
+        .hardware
+        .max_vector_size
+        .clamp(1, 16)
+        .ilog2()
 }
 
 /// The number of cubes for `work` items, one a cube, split over two grid axes where one is too short.

@@ -35,13 +35,13 @@ pub mod reconstruction;
 pub mod burn;
 
 mod blueprint;
-mod cmma;
 mod error;
 mod gradients;
 mod loss;
 mod math;
 mod operand;
 mod packing;
+mod tiles;
 
 /// The CubeCL whose clients and tensors the ops take.
 pub use cubecl;

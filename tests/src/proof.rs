@@ -266,6 +266,13 @@ fn reconstruct(client: &Client, dtype: FloatKind) {
 
 fn row(op: &str, dtype: FloatKind, compiled: &Compiled, ptxas: Option<&Path>) -> Row {
     let count = |what: &str| compiled.ptx.matches(what).count();
+    if let Some(folder) = std::env::var_os("DUMP_PTX") {
+        std::fs::write(
+            Path::new(&folder).join(format!("{}_{}.ptx", compiled.name, compiled.arch)),
+            &compiled.ptx,
+        )
+        .unwrap();
+    }
     Row {
         op: op.into(),
         dtype: format!("{dtype:?}").to_lowercase(),

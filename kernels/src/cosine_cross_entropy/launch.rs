@@ -6,7 +6,7 @@ use cubecl::server::Handle;
 use cubecl::std::tensor::TensorHandle;
 use serde::{Deserialize, Serialize};
 
-use super::{cmma, plane, small, unit};
+use super::{small, tiled, unit};
 use crate::blueprint::{Blueprint, Strategy, Variant};
 use crate::cosine_logits::CosineProblem;
 use crate::error::Error;
@@ -15,7 +15,7 @@ use crate::loss::reduce::{self, Reduced};
 use crate::loss::rows::{self, Arriving};
 use crate::loss::{LossOptions, LossOutput, Upstream};
 use crate::operand::{F32, Labels, U32, empty};
-use crate::packing::{Operand, Packed};
+use crate::tiles::Tile;
 
 /// The operands, never modified.
 #[derive(Clone, Debug)]
@@ -78,10 +78,10 @@ impl Default for Options {
 /// ```
 pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<LossOutput, Error> {
     let call = Call::new(client, inputs, options)?;
-    Ok(match call.blueprint.variant {
-        Variant::Unit => call.unit_forward()?,
-        Variant::Small => call.small(None).0,
-        _ => call.gpu_forward(),
+    Ok(match call.blueprint.product {
+        Some(tile) => call.gpu_forward(tile),
+        None if call.blueprint.variant == Variant::Small => call.small(None).0,
+        None => call.unit_forward()?,
     })
 }
 
@@ -106,10 +106,10 @@ pub fn backward(
     if !wanted.any() {
         return Ok(Gradients::default());
     }
-    Ok(match call.blueprint.variant {
-        Variant::Unit => call.unit_backward(output, &arriving, wanted)?,
-        Variant::Small => call.small(Some((&arriving, wanted))).1,
-        _ => call.gpu_backward(output, &arriving, wanted),
+    Ok(match call.blueprint.product {
+        Some(tile) => call.gpu_backward(tile, output, &arriving, wanted),
+        None if call.blueprint.variant == Variant::Small => call.small(Some((&arriving, wanted))).1,
+        None => call.unit_backward(output, &arriving, wanted)?,
     })
 }
 
@@ -252,19 +252,21 @@ impl<'a> Call<'a> {
         arriving: &Arriving,
         wanted: Wanted,
     ) -> Result<(LossOutput, Gradients), Error> {
-        Ok(match self.blueprint.variant {
-            Variant::Unit => {
+        Ok(match self.blueprint.product {
+            Some(tile) => {
+                let output = self.gpu_forward(tile);
+                let gradients = self.gpu_backward(tile, &output, arriving, wanted);
+                (output, gradients)
+            }
+            None if self.blueprint.variant == Variant::Small => {
+                self.small(Some((arriving, wanted)))
+            }
+            None => {
                 if let Some(both) = self.unit_forward_backward(arriving, wanted)? {
                     return Ok(both);
                 }
                 let output = self.unit_forward()?;
                 let gradients = self.unit_backward(&output, arriving, wanted)?;
-                (output, gradients)
-            }
-            Variant::Small => self.small(Some((arriving, wanted))),
-            _ => {
-                let output = self.gpu_forward();
-                let gradients = self.gpu_backward(&output, arriving, wanted);
                 (output, gradients)
             }
         })
@@ -327,16 +329,9 @@ impl<'a> Call<'a> {
         Ok(Some((self.output(results), gradients)))
     }
 
-    fn packed(&self) -> Packed {
-        self.problem.packed(self.client, &self.blueprint)
-    }
-
-    fn gpu_forward(&self) -> LossOutput {
+    fn gpu_forward(&self, tile: Tile) -> LossOutput {
         let rows = self.row_results();
-        match self.blueprint.product {
-            Some(tile) => cmma::launch_forward(self, tile, &rows),
-            None => plane::launch_forward(self, &self.packed(), &rows),
-        }
+        tiled::launch_forward(self, tile, &rows);
         let reduced = reduce::launch(
             self.client,
             &self.blueprint,
@@ -349,7 +344,13 @@ impl<'a> Call<'a> {
         self.output(Results { rows, reduced })
     }
 
-    fn gpu_backward(&self, output: &LossOutput, arriving: &Arriving, wanted: Wanted) -> Gradients {
+    fn gpu_backward(
+        &self,
+        tile: Tile,
+        output: &LossOutput,
+        arriving: &Arriving,
+        wanted: Wanted,
+    ) -> Gradients {
         let sizes = &self.problem.sizes;
         let rows = rows::launch(
             self.client,
@@ -363,20 +364,8 @@ impl<'a> Call<'a> {
             sizes.rows_padded,
         );
         let gradients = self.gradients(wanted);
-        if let Some(tile) = self.blueprint.product {
-            if wanted.any() {
-                cmma::launch_backward(self, tile, &rows, &gradients);
-            }
-            return gradients;
-        }
-        let packed = self.packed();
-        for (grad, owner) in [
-            (&gradients.embeddings, Operand::Embeddings),
-            (&gradients.weights, Operand::Weights),
-        ] {
-            if let Some(grad) = grad {
-                plane::launch_backward(self, &packed, &rows, grad, owner);
-            }
+        if wanted.any() {
+            tiled::launch_backward(self, tile, &rows, &gradients);
         }
         gradients
     }

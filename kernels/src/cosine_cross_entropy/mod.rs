@@ -20,11 +20,10 @@
 //!
 //! Memory beside the outputs:
 //!
-//! - plane: unit-norm f32 copies of the operands, `4·H·(N + K)·D` bytes, and as much for their gradients. Where few cubes would own
-//!   them, gradients are summed in parts by more: up to 32 MiB for either operand, here as in cmma.
-//! - cmma: a copy of the embeddings in their dtype, their gradient in f32, `20·H·N` bytes for each of the parts that a row's softmax
-//!   is found in (some a chunk of classes), and 160 MiB for what has a class axis, a chunk of classes at a time; more only where a
-//!   single tile of classes with all rows is more.
+//! - plane and cmma: a copy of the embeddings (plane: in f32; cmma: in their dtype), their gradient in f32, `20·H·N` bytes for each of
+//!   the parts that a row's softmax is found in (some a chunk of classes), and 160 MiB for what has a class axis, a chunk of classes at
+//!   a time; more only where a single tile of classes with all rows is more. Where few cubes would own gradients, they are summed in
+//!   parts by more: up to 32 MiB for either operand.
 //! - unit: a workspace of 60 MiB, or 8 MiB a core where there are many, through which the operands go in chunks; more only where a
 //!   panel of rows and 32 classes for each core are more (f16 and bf16 gradients of a head with more rows than fit are carried in f32 beside it).
 //! - small: the logit gradients, at most 32 MiB.
@@ -36,10 +35,9 @@
 //! they are in PyTorch's own ops of that dtype; sums are f32. The other variants keep f32 throughout.
 
 mod captured;
-mod cmma;
 mod launch;
-mod plane;
 mod small;
+mod tiled;
 mod unit;
 
 pub use captured::Captured;

@@ -4,11 +4,11 @@ use cubecl::client::Client;
 use cubecl::std::tensor::TensorHandle;
 use serde::{Deserialize, Serialize};
 
-use super::{CosineProblem, cmma, plane, unit};
-use crate::blueprint::{Blueprint, Strategy, Variant};
+use super::{CosineProblem, tiled, unit};
+use crate::blueprint::{Blueprint, Strategy};
 use crate::error::Error;
 use crate::gradients::{Gradients, Wanted};
-use crate::operand::{Strided, addressable, empty};
+use crate::operand::{Strided, addressable, count, empty};
 use crate::packing::{Operand, Packed};
 
 /// The operands, never modified.
@@ -68,24 +68,20 @@ pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<Te
     let call = Call::new(client, inputs, options)?;
     let sizes = call.problem.sizes;
     if call.blueprint.product.is_none() {
-        let elements = sizes.heads as u128 * sizes.rows as u128 * sizes.active as u128;
-        addressable("logits", elements)?;
+        addressable("logits", count(&[sizes.heads, sizes.rows, sizes.active]))?;
     }
     let logits = empty(
         client,
         [sizes.heads, sizes.rows, sizes.active],
         call.problem.embeddings.dtype(),
     );
-    if let Some(tile) = call.blueprint.product {
-        cmma::launch_forward(&call, tile, &logits, options.scale);
-        return Ok(logits);
+    match call.blueprint.product {
+        Some(tile) => tiled::launch_forward(&call, tile, &logits, options.scale),
+        None => {
+            let packed = call.problem.packed(client, &call.blueprint);
+            unit::launch_forward(client, &call.blueprint, &packed, &logits, options.scale);
+        }
     }
-    let packed = call.problem.packed(client, &call.blueprint);
-    let launch = match call.blueprint.variant {
-        Variant::Unit => unit::launch_forward,
-        _ => plane::launch_forward,
-    };
-    launch(client, &call.blueprint, &packed, &logits, options.scale);
     Ok(logits)
 }
 
@@ -130,19 +126,17 @@ pub fn backward(
         return Ok(gradients);
     }
     if let Some(tile) = call.blueprint.product {
-        cmma::launch_backward(&call, tile, &upstream, options.scale, &gradients);
+        tiled::launch_backward(&call, tile, &upstream, options.scale, &gradients);
         return Ok(gradients);
     }
-    if call.blueprint.variant == Variant::Unit {
-        addressable("the workspace", unit::scratch(&call.blueprint, &sizes))?;
-    }
+    addressable("the workspace", unit::scratch(&call.blueprint, &sizes))?;
     let packed = call.problem.packed(client, &call.blueprint);
     for (grad, owner) in [
         (&gradients.embeddings, Operand::Embeddings),
         (&gradients.weights, Operand::Weights),
     ] {
         if let Some(grad) = grad {
-            let call = BackwardCall {
+            unit::launch_backward(&BackwardCall {
                 client,
                 blueprint: &call.blueprint,
                 packed: &packed,
@@ -150,11 +144,7 @@ pub fn backward(
                 grad,
                 owner,
                 scale: options.scale,
-            };
-            match call.blueprint.variant {
-                Variant::Unit => unit::launch_backward(&call),
-                _ => plane::launch_backward(&call),
-            }
+            });
         }
     }
     Ok(gradients)
@@ -187,7 +177,7 @@ impl<'a> Call<'a> {
     }
 }
 
-/// A backward launch of either variant, for one operand.
+/// A backward launch of the unit variant, for one operand.
 pub(super) struct BackwardCall<'a> {
     pub client: &'a Client,
     pub blueprint: &'a Blueprint,

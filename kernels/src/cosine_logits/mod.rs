@@ -7,10 +7,9 @@
 //! dŵ = scale Σ_n dz x̂_n      dw likewise
 //! ```
 
-mod cmma;
 mod launch;
-mod plane;
 mod problem;
+mod tiled;
 mod unit;
 
 pub use launch::{Inputs, Options, backward, forward};

@@ -4,7 +4,7 @@ use cubecl::client::Client;
 use cubecl::ir::ElemType;
 use cubecl::std::tensor::TensorHandle;
 
-use crate::blueprint::{Blueprint, Variant};
+use crate::blueprint::Blueprint;
 use crate::error::Error;
 use crate::gradients::{Gradients, Wanted};
 use crate::operand::{Strided, addressable, count, empty};
@@ -35,8 +35,8 @@ impl CosineProblem {
         scale: f32,
         active: Option<usize>,
     ) -> Result<Self, Error> {
-        // The cmma variant copies a bounded part of either at a time, with indices as wide as it takes.
-        let chunked = blueprint.variant == Variant::Cmma;
+        // On a GPU a bounded part of either is copied at a time, with indices as wide as it takes.
+        let chunked = blueprint.product.is_some();
         let float = if chunked {
             Strided::of_any_size
         } else {

@@ -78,47 +78,6 @@ impl<N: Size> OnlineSoftmax<N> {
     }
 }
 
-/// The states of several rows.
-#[derive(CubeType)]
-pub(crate) struct SoftmaxRows<N: Size> {
-    pub peak: Array<Vector<f32, N>>,
-    pub sum: Array<Vector<f32, N>>,
-    pub best: Array<Vector<u32, N>>,
-    pub target: Array<Vector<f32, N>>,
-    pub total: Array<Vector<f32, N>>,
-}
-
-#[cube]
-impl<N: Size> SoftmaxRows<N> {
-    pub(crate) fn new(#[comptime] rows: usize) -> SoftmaxRows<N> {
-        SoftmaxRows::<N> {
-            peak: Array::new(rows),
-            sum: Array::new(rows),
-            best: Array::new(rows),
-            target: Array::new(rows),
-            total: Array::new(rows),
-        }
-    }
-
-    pub(crate) fn get(&self, row: usize) -> OnlineSoftmax<N> {
-        OnlineSoftmax::<N> {
-            peak: self.peak[row],
-            sum: self.sum[row],
-            best: self.best[row],
-            target: self.target[row],
-            total: self.total[row],
-        }
-    }
-
-    pub(crate) fn set(&mut self, row: usize, state: &OnlineSoftmax<N>) {
-        self.peak[row] = state.peak;
-        self.sum[row] = state.sum;
-        self.best[row] = state.best;
-        self.target[row] = state.target;
-        self.total[row] = state.total;
-    }
-}
-
 /// The state of a whole row, or of a unit's part of it.
 #[derive(CubeType, Clone, Copy)]
 pub(crate) struct RowSoftmax {

@@ -1,13 +1,12 @@
-//! The operands of a cosine head, made ready for products: unit rows in f32, zero-padded to whole tiles.
+//! The operands of a cosine head, made ready for products on a CPU: unit rows in f32, zero-padded to whole tiles.
 //!
 //! `x̂ = x / max(‖x‖₂, 1e-12)` for the embeddings of every head and for the active class weights, in one
 //! buffer: first `[heads, rows_padded, dim_padded]`, then `[heads, active_padded, dim_padded]`. The padding is
-//! zero, so no product has to look at it. The unit variants also get *panels*, the same values with
+//! zero, so no product has to look at it. Beside them are *panels*, the same values with
 //! `width` rows interleaved: `[.., dim_padded, width]`, so that a vector load takes one coordinate of
 //! several rows.
 
 mod layout;
-pub(crate) mod plane;
 pub(crate) mod unit;
 
 pub(crate) use layout::{Layout, LayoutLaunch, Operand};
@@ -16,14 +15,14 @@ use cubecl::client::Client;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
-use crate::blueprint::{Blueprint, Variant};
+use crate::blueprint::Blueprint;
 use crate::operand::Strided;
 
 /// The packed operands of one problem.
 #[derive(Clone)]
 pub(crate) struct Packed {
     pub rows: Handle,   // f32, [heads · (rows_padded + active_padded), dim_padded]
-    pub panels: Handle, // f32, the same rows in panels; a single element where no variant reads it
+    pub panels: Handle, // f32, the same rows in panels
     pub norms: Handle,  // f32, [heads · (rows_padded + active_padded)], before clamping
     pub sizes: PackedSizes,
 }
@@ -67,18 +66,6 @@ impl PackedSizes {
         self.packed_rows() * self.dim_padded
     }
 
-    /// Floats of a gradient of every packed row of `owner`.
-    pub(crate) fn gradient_len(&self, owner: Operand) -> usize {
-        self.heads * self.padded(owner) * self.dim_padded
-    }
-
-    fn padded(&self, operand: Operand) -> usize {
-        match operand {
-            Operand::Embeddings => self.rows_padded,
-            Operand::Weights => self.active_padded,
-        }
-    }
-
     pub(crate) fn launch_arg(&self) -> LayoutLaunch {
         LayoutLaunch::new(
             self.heads,
@@ -106,19 +93,11 @@ impl Packed {
         let float = size_of::<f32>();
         let packed = Self {
             rows: client.empty(sizes.elements() * float),
-            panels: client.empty(match blueprint.variant {
-                Variant::Unit => sizes.elements() * float,
-                _ => float,
-            }),
+            panels: client.empty(sizes.elements() * float),
             norms: client.empty(sizes.packed_rows() * float),
             sizes,
         };
-        match blueprint.variant {
-            Variant::Unit => unit::launch(client, embeddings, weights, &packed, vector, blueprint),
-            _ => {
-                plane::launch(client, embeddings, weights, &packed, vector, blueprint);
-            }
-        }
+        unit::launch(client, embeddings, weights, &packed, vector, blueprint);
         packed
     }
 
@@ -128,9 +107,9 @@ impl Packed {
         unsafe { BufferArg::from_raw_parts(self.rows.clone(), self.sizes.elements() / vector) }
     }
 
-    /// The panels in vectors of `lanes`; only where the unit variant packed them.
+    /// The panels in vectors of `lanes`.
     pub(crate) fn panels_arg(&self, lanes: usize) -> BufferArg {
-        // SAFETY: `new` allocated this many elements for the unit variant, whose lanes divide the tile.
+        // SAFETY: `new` allocated this many elements, and lanes divide the tile.
         unsafe { BufferArg::from_raw_parts(self.panels.clone(), self.sizes.elements() / lanes) }
     }
 

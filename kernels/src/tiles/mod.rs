@@ -1,19 +1,20 @@
-//! Products of whole tiles on tensor cores, for the cmma variants.
+//! Products of whole tiles on a GPU: the plane and the cmma variants of ops with a product, which differ in what multiplies.
 //!
 //! A cube of eight planes multiplies two tiles of `side` rows that share a reduced axis. Both go through shared memory in
 //! slabs of `depth`, two stages of them: while the planes multiply one, the next waits in registers. Each plane owns
 //! `side/2 × side/4` results in fragments of 16 × 8.
 //!
-//! The operands are unit-norm rows of the caller's dtype, zero-padded to whole tiles, so no product looks at a bound; the
+//! The operands are unit-norm rows, zero-padded to whole tiles, so no product looks at a bound; the
 //! class weights are packed a chunk of classes at a time, and so is everything that has a class axis. Sums are f32.
 //!
-//! | engine | instruction | operands |
-//! |---|---|---|
-//! | `Mma` | `ldmatrix`, `mma.sync.m16n8k16` | f16, bf16 |
-//! | `Tf32` | `mma.sync.m16n8k8` | f32 rounded to TF32, where the caller allows it |
-//! | `Plain` | multiply-adds, a unit summing the elements that its fragments would hold | any, on any device |
+//! | variant | engine | instruction | packed operands |
+//! |---|---|---|---|
+//! | cmma | `Mma` | `ldmatrix`, `mma.sync.m16n8k16` | f16, bf16 |
+//! | cmma | `Tf32` | `mma.sync.m16n8k8` | f32, rounded to TF32, where the caller allows it |
+//! | plane | `Fma` | multiply-adds, on any device | f32 |
 //!
-//! `Plain` is never inferred: it is how the variant is checked where there are no tensor cores, all but the instruction.
+//! Where a GPU without tensor cores is forced to cmma, `Fma` stands in on operands of the caller's dtype: that is how the variant is
+//! checked there, all but the instruction.
 
 mod chunks;
 mod logits;
@@ -23,7 +24,7 @@ mod product;
 pub(crate) use chunks::{Backward, Chunk, Chunks};
 pub(crate) use logits::{ChunkShape, LogitTile};
 pub(crate) use pack::pack_chunk;
-pub(crate) use product::{Lies, column_of, place, row_of};
+pub(crate) use product::{Lies, column_of, place, result_of, row_of};
 
 use cubecl::client::Client;
 use cubecl::ir::{ElemType, FloatKind};
@@ -47,19 +48,25 @@ pub(crate) enum Engine {
     /// Tensor cores on f32 operands rounded to TF32.
     Tf32,
     /// Multiply-adds.
-    Plain,
+    Fma,
 }
 
 /// The numbers of a tile product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Tile {
     pub engine: Engine,
+    /// Of the unit rows and the logit gradients.
+    pub packed: ElemType,
+    /// Whether it only checks the cmma variant, and takes small chunks, so that small problems have several.
+    pub stands_in: bool,
     /// Rows of either tile.
     pub side: usize,
     /// Of the reduced axis, in one stage.
     pub depth: usize,
     /// Elements of a vector in memory: 16 bytes where the device has such.
     pub vector: usize,
+    /// Whether shared memory can be seen as vectors of four, which WGSL's cannot.
+    pub views: bool,
     /// Elements between rows of a stage, so that eight of them fall into different banks.
     pub pad: usize,
 }
@@ -89,45 +96,64 @@ impl Tile {
         };
         let tile = Self::new(client, engine, dtype);
         let whole_planes = properties.hardware.plane_size_max as usize == PLANE;
-        (whole_planes && tile.fits(client, dtype)).then_some(tile)
+        (whole_planes && tile.fits(client)).then_some(tile)
     }
 
-    /// The tile of multiply-adds, on any GPU that has room for it.
-    pub(crate) fn plain(client: &Client, dtype: ElemType) -> Result<Self, Error> {
-        let tile = Self::new(client, Engine::Plain, dtype);
-        if tile.fits(client, dtype) {
-            return Ok(tile);
+    /// The tile of multiply-adds in f32, on any GPU that has room for it.
+    pub(crate) fn of_multiply_adds(client: &Client) -> Result<Self, Error> {
+        Self::new(client, Engine::Fma, F32).checked(client, "plane")
+    }
+
+    /// What stands in for tensor cores on operands of this dtype.
+    pub(crate) fn stand_in(client: &Client, dtype: ElemType) -> Result<Self, Error> {
+        let tile = Self {
+            stands_in: true,
+            ..Self::new(client, Engine::Fma, dtype)
+        };
+        tile.checked(client, "cmma")
+    }
+
+    fn checked(self, client: &Client, variant: &'static str) -> Result<Self, Error> {
+        if self.fits(client) {
+            return Ok(self);
         }
         let hardware = &client.properties().hardware;
         Err(Error::Variant {
-            variant: "cmma",
+            variant,
             needed: UNITS,
-            shared: tile.shared_bytes(dtype),
+            shared: self.shared_bytes(),
             units: hardware.max_units_per_cube as usize,
             memory: hardware.max_shared_memory_size,
         })
     }
 
-    fn new(client: &Client, engine: Engine, dtype: ElemType) -> Self {
-        let widest = (16 / dtype.size()).min(client.properties().hardware.max_vector_size);
+    fn new(client: &Client, engine: Engine, packed: ElemType) -> Self {
+        let hardware = &client.properties().hardware;
+        let widest = (16 / packed.size()).min(hardware.max_vector_size);
+        // Only CUDA and HIP know.
+        let is_known = hardware.num_streaming_multiprocessors.is_some();
         let (side, depth, pad, vector) = match engine {
             Engine::Mma => (128, 64, 8, widest),
             Engine::Tf32 => (128, 32, 4, widest),
-            // WGSL has vectors of four.
-            Engine::Plain => (64, 16, 0, widest.min(4)),
+            // Small tiles where nobody knows how many would keep the device busy.
+            Engine::Fma if is_known => (128, 8, 4, widest.min(4)),
+            Engine::Fma => (64, 8, 4, widest.min(4)),
         };
         Self {
             engine,
+            packed,
+            stands_in: false,
             side,
             depth,
             vector,
+            views: is_known && vector == 4 || engine != Engine::Fma,
             pad,
         }
     }
 
-    fn fits(&self, client: &Client, dtype: ElemType) -> bool {
+    fn fits(&self, client: &Client) -> bool {
         let hardware = &client.properties().hardware;
-        hardware.max_shared_memory_size >= self.shared_bytes(dtype)
+        hardware.max_shared_memory_size >= self.shared_bytes()
             && hardware.max_units_per_cube as usize >= UNITS
     }
 
@@ -149,6 +175,8 @@ impl Tile {
     /// Elements from one row of a stage to the next.
     pub(crate) fn pitch(&self, lies: Lies) -> usize {
         match lies {
+            // Either way a step's elements lie in a row; what brings rows writes columns, in different banks.
+            _ if self.engine == Engine::Fma => self.side + self.pad,
             Lies::Rows => self.depth + self.pad,
             // Without ldmatrix four rows of scalars are read at once, eight banks apart.
             Lies::Columns if self.engine == Engine::Tf32 => self.side + 8,
@@ -159,18 +187,25 @@ impl Tile {
     /// Elements of a stage.
     pub(crate) fn stage(&self, lies: Lies) -> usize {
         match lies {
+            _ if self.engine == Engine::Fma => self.depth * self.pitch(lies),
             Lies::Rows => self.side * self.pitch(lies),
             Lies::Columns => self.depth * self.pitch(lies),
         }
     }
 
-    /// Vectors of a stage that a unit brings.
+    /// Vectors of a stage.
+    pub(crate) fn vectors(&self) -> usize {
+        self.side * self.depth / self.vector
+    }
+
+    /// Vectors of a stage that a unit brings, at most.
     pub(crate) fn brought(&self) -> usize {
-        self.side * self.depth / self.vector / UNITS
+        self.vectors().div_ceil(UNITS)
     }
 
     /// Shared memory of the hungriest kernel: two stages of two operands, and what the planes merge through.
-    fn shared_bytes(&self, dtype: ElemType) -> usize {
-        4 * self.stage(Lies::Rows).max(self.stage(Lies::Columns)) * dtype.size() + 2 * 4 * UNITS
+    fn shared_bytes(&self) -> usize {
+        4 * self.stage(Lies::Rows).max(self.stage(Lies::Columns)) * self.packed.size()
+            + 2 * 4 * UNITS
     }
 }

@@ -4,13 +4,15 @@ use cubecl::prelude::*;
 
 use super::super::launch::{Call, RowResults};
 use crate::blueprint::{PLANE_UNITS, cubes_for};
-use crate::cmma::{
-    ChunkShape, Chunks, Lies, LogitTile, PLANES_ACROSS, Tile, UNITS, column_of, place, row_of,
-};
 use crate::loss::target::{LabelRule, is_class, label_rule, target_of};
+use crate::math::group::{Group, group_softmax, member};
 use crate::math::merge::merge_softmax;
 use crate::math::online_softmax::{FLOOR, RowSoftmax};
 use crate::operand::whole;
+use crate::tiles::{
+    ChunkShape, Chunks, Lies, LogitTile, PLANES_ACROSS, Tile, UNITS, column_of, place, result_of,
+    row_of,
+};
 
 /// Numbers kept of each row in each part, beside the best class: peak, sum, target logit, sum of logits.
 const KEPT: usize = 4;
@@ -25,16 +27,17 @@ pub(in crate::cosine_cross_entropy) fn launch_forward(
     let sizes = &call.problem.sizes;
     let chunks = Chunks::new(client, &call.blueprint, tile, &call.problem);
     let row_tiles = sizes.heads * sizes.rows_padded / tile.side;
-    // Enough cubes that every multiprocessor has one, and the last wave is not nearly empty.
+    // Enough cubes that every multiprocessor has two, and few enough that merging is little of their work.
     let processors = client.properties().hardware.num_streaming_multiprocessors;
-    let wanted = 4 * processors.unwrap_or(1) as usize;
+    let wanted = 2 * processors.unwrap_or(1) as usize;
     let each = chunks.forward();
     let count = each.len();
     let splits_of = |padded: usize| (wanted / row_tiles).clamp(1, padded / tile.side);
     let parts_of_chunk = splits_of(sizes.active_padded.div_ceil(count));
     let parts = parts_of_chunk * count;
-    let kept = client.empty(sizes.heads * parts * KEPT * sizes.rows * size_of::<f32>());
-    let best = client.empty(sizes.heads * parts * sizes.rows * size_of::<u32>());
+    let elements = sizes.heads * sizes.rows * parts;
+    let kept = client.empty(elements * KEPT * size_of::<f32>());
+    let best = client.empty(elements * size_of::<u32>());
     let rule = || {
         label_rule(
             call.labels.dtype(),
@@ -53,8 +56,8 @@ pub(in crate::cosine_cross_entropy) fn launch_forward(
                 chunks.embeddings_arg(),
                 chunks.weights_arg(&chunk),
                 call.labels.buffer_arg(),
-                BufferArg::from_raw_parts(kept.clone(), sizes.heads * parts * KEPT * sizes.rows),
-                BufferArg::from_raw_parts(best.clone(), sizes.heads * parts * sizes.rows),
+                BufferArg::from_raw_parts(kept.clone(), elements),
+                BufferArg::from_raw_parts(best.clone(), elements),
                 chunks.shape_arg(&chunk),
                 at * parts_of_chunk,
                 parts_of_chunk,
@@ -63,19 +66,23 @@ pub(in crate::cosine_cross_entropy) fn launch_forward(
                 call.options.scale,
                 tile,
                 call.options.loss.label_smoothing != 0.0,
-                call.problem.embeddings.dtype(),
+                tile.packed,
                 call.labels.dtype(),
             );
         }
     }
+    let group = Group {
+        size: parts.next_power_of_two().min(32),
+        exchange: call.blueprint.plane,
+    };
     // SAFETY: every part was written for every row; the results are [heads, rows].
     unsafe {
         merge::launch_unchecked(
             client,
-            cubes_for(client, (sizes.heads * sizes.rows).div_ceil(PLANE_UNITS)),
+            group.cubes(client, sizes.heads * sizes.rows),
             CubeDim::new_1d(PLANE_UNITS as u32),
-            BufferArg::from_raw_parts(kept, sizes.heads * parts * KEPT * sizes.rows),
-            BufferArg::from_raw_parts(best, sizes.heads * parts * sizes.rows),
+            BufferArg::from_raw_parts(kept, elements),
+            BufferArg::from_raw_parts(best, elements),
             call.labels.buffer_arg(),
             whole(&results.loss, 1),
             whole(&results.lse, 1),
@@ -86,6 +93,7 @@ pub(in crate::cosine_cross_entropy) fn launch_forward(
             parts,
             rule(),
             call.options.loss.label_smoothing,
+            group,
             call.labels.dtype(),
         );
     }
@@ -93,11 +101,11 @@ pub(in crate::cosine_cross_entropy) fn launch_forward(
 
 #[cube(launch_unchecked)]
 fn forward<E: Float, I: Int, N: Size>(
-    embeddings: &[Vector<E, N>], // [heads, rows_padded, dim]
-    weights: &[Vector<E, N>],    // [heads, classes, dim]
-    labels: &[I],                // [rows]
-    kept: &mut [f32],            // [heads, parts, KEPT, rows]
-    best: &mut [u32],            // [heads, parts, rows]
+    embeddings: &[Vector<E, N>],           // [heads, rows_padded, dim]
+    weights: &[Vector<E, N>],              // [heads, classes, dim]
+    labels: &[I],                          // [rows]
+    kept: &mut [Vector<f32, Const<KEPT>>], // [heads, rows, parts]
+    best: &mut [u32],                      // [heads, rows, parts]
     shape: ChunkShape,
     first_part: usize, // of this chunk
     splits: usize,     // of this chunk
@@ -121,6 +129,7 @@ fn forward<E: Float, I: Int, N: Size>(
     let class_tiles = shape.classes / side;
     let at = place();
     let owned = comptime!(2 * tile.tall()); // rows of which this unit holds results
+    let columns = comptime!(2 * tile.wide()); // of each
 
     let stage = comptime!(2 * tile.stage(Lies::Rows));
     let mut left_stages = Shared::<[E]>::new_aligned_slice(stage, 16usize);
@@ -163,36 +172,71 @@ fn forward<E: Float, I: Int, N: Size>(
         );
         let first_class = shape.first + of.in_chunk;
         #[unroll]
+        for i in 0..comptime!(tile.results()) {
+            results[i] *= scale;
+        }
+        if comptime!(smooth) {
+            #[unroll]
+            for r in 0..owned {
+                #[unroll]
+                for c in 0..columns {
+                    if first_class + column_of(&at, comptime!(c / 2), comptime!(c % 2), tile)
+                        < shape.active
+                    {
+                        totals[r] += results[comptime!(result_of(r, c, tile))];
+                    }
+                }
+            }
+        }
+        if first_class + side > shape.active {
+            #[unroll]
+            for c in 0..columns {
+                if first_class + column_of(&at, comptime!(c / 2), comptime!(c % 2), tile)
+                    >= shape.active
+                {
+                    #[unroll]
+                    for r in 0..owned {
+                        results[comptime!(result_of(r, c, tile))] = FLOOR;
+                    }
+                }
+            }
+        }
+        #[unroll]
         for r in 0..owned {
-            let before = peaks[r];
-            let mut peak = before;
-            let mut best_class = bests[r];
-            #[unroll]
-            for c in 0..comptime!(2 * tile.wide()) {
-                let from = comptime!((r / 2 * tile.wide() + c / 2) * 4 + r % 2 * 2 + c % 2);
-                let class = first_class + column_of(&at, comptime!(c / 2), comptime!(c % 2), tile);
-                let mut z = results[from] * scale;
-                if class as u32 == targets[r] {
-                    target_logits[r] = z;
+            // Few tiles have a row's target, and few its best class so far: what is seldom is looked for apart.
+            let target = targets[r] - first_class as u32;
+            if target < comptime!(tile.side as u32) {
+                #[unroll]
+                for c in 0..columns {
+                    if column_of(&at, comptime!(c / 2), comptime!(c % 2), tile) as u32 == target {
+                        target_logits[r] = results[comptime!(result_of(r, c, tile))];
+                    }
                 }
-                if class >= shape.active {
-                    z = FLOOR;
-                } else if comptime!(smooth) {
-                    totals[r] += z;
-                }
-                best_class = select(z > peak, class as u32, best_class);
-                peak = max(peak, z);
-                results[from] = z;
             }
-            let mut sum = sums[r] * (before - peak).exp();
+            let mut top = results[comptime!(result_of(r, 0, tile))];
             #[unroll]
-            for c in 0..comptime!(2 * tile.wide()) {
-                let from = comptime!((r / 2 * tile.wide() + c / 2) * 4 + r % 2 * 2 + c % 2);
-                sum += (results[from] - peak).exp();
+            for c in 1..columns {
+                top = max(top, results[comptime!(result_of(r, c, tile))]);
             }
-            peaks[r] = peak;
+            if top > peaks[r] {
+                sums[r] *= (peaks[r] - top).exp();
+                peaks[r] = top;
+                #[unroll]
+                for back in 1..=columns {
+                    // The first of equal classes is found last.
+                    let c = comptime!(columns - back);
+                    let class =
+                        first_class + column_of(&at, comptime!(c / 2), comptime!(c % 2), tile);
+                    let is_top = results[comptime!(result_of(r, c, tile))] == top;
+                    bests[r] = select(is_top, class as u32, bests[r]);
+                }
+            }
+            let mut sum = sums[r];
+            #[unroll]
+            for c in 0..columns {
+                sum += (results[comptime!(result_of(r, c, tile))] - peaks[r]).exp();
+            }
             sums[r] = sum;
-            bests[r] = best_class;
         }
     }
 
@@ -200,8 +244,6 @@ fn forward<E: Float, I: Int, N: Size>(
     let sharing = comptime!(4 * PLANES_ACROSS);
     let mut values = Shared::<[f32]>::new_slice(UNITS);
     let mut classes = Shared::<[u32]>::new_slice(UNITS);
-    let group = at.plane_row * 8 + at.lane / 4;
-    let member = at.plane_column * 4 + at.lane % 4;
     #[unroll]
     for r in 0..owned {
         let merged = merge_softmax(
@@ -212,74 +254,76 @@ fn forward<E: Float, I: Int, N: Size>(
                 target: target_logits[r],
                 total: totals[r],
             },
-            group,
-            member,
+            at.group,
+            at.member,
             &mut values,
             &mut classes,
             sharing,
         );
         let row = first_row + row_of(&at, comptime!(r / 2), comptime!(r % 2), tile);
-        if member == 0 && row < shape.rows {
-            let part = head * parts + first_part + split;
-            kept[(part * KEPT) * shape.rows + row] = merged.peak;
-            kept[(part * KEPT + 1) * shape.rows + row] = merged.sum;
-            kept[(part * KEPT + 2) * shape.rows + row] = merged.target;
-            kept[(part * KEPT + 3) * shape.rows + row] = merged.total;
-            best[part * shape.rows + row] = merged.best;
+        if at.member == 0 && row < shape.rows {
+            let to = (head * shape.rows + row) * parts + first_part + split;
+            let mut numbers = Vector::<f32, Const<KEPT>>::empty();
+            numbers.insert(0usize, merged.peak);
+            numbers.insert(1usize, merged.sum);
+            numbers.insert(2usize, merged.target);
+            numbers.insert(3usize, merged.total);
+            kept[to] = numbers;
+            best[to] = merged.best;
         }
     }
 }
 
-/// A unit merges a row's parts, in order.
+/// A group merges a row's parts.
 #[cube(launch_unchecked)]
 fn merge<I: Int>(
-    kept: &[f32],            // [heads, parts, KEPT, rows]
-    best: &[u32],            // [heads, parts, rows]
-    labels: &[I],            // [rows]
-    row_loss: &mut [f32],    // [heads, rows]
-    lse: &mut [f32],         // [heads, rows]
-    predictions: &mut [u32], // [heads, rows]
+    kept: &[Vector<f32, Const<KEPT>>], // [heads, rows, parts]
+    best: &[u32],                      // [heads, rows, parts]
+    labels: &[I],                      // [rows]
+    row_loss: &mut [f32],              // [heads, rows]
+    lse: &mut [f32],                   // [heads, rows]
+    predictions: &mut [u32],           // [heads, rows]
     heads: usize,
     rows: usize,
     active: u32,
     parts: usize,
     rule: LabelRule,
     smoothing: f32,
+    #[comptime] group: Group,
     #[define(I)] _label: ElemType,
 ) {
-    let at = ABSOLUTE_POS;
-    if at >= heads * rows {
-        terminate!();
+    let of = member(group);
+    let out = of.group;
+    let is_there = out < heads * rows;
+    let mut part = of.lane;
+    let mut to = 0usize.runtime();
+    if is_there {
+        to = parts;
     }
-    let head = at / rows;
-    let row = at % rows;
-    let first = head * parts;
-    let mut merged = RowSoftmax {
-        peak: kept[first * KEPT * rows + row],
-        sum: 0.0f32.runtime(),
-        best: best[first * rows + row],
-        target: 0.0f32.runtime(),
-        total: 0.0f32.runtime(),
-    };
-    for part in 1..parts {
-        let peak = kept[(first + part) * KEPT * rows + row];
+    let mut state = RowSoftmax::new();
+    while part < to {
+        let numbers = kept[out * parts + part];
+        let peak = numbers.extract(0usize);
+        let sum = numbers.extract(1usize);
         // Parts are in the order of their classes: of equal peaks the first class stays.
-        if peak > merged.peak {
-            merged.peak = peak;
-            merged.best = best[(first + part) * rows + row];
+        if peak > state.peak {
+            state.sum *= (state.peak - peak).exp();
+            state.peak = peak;
+            state.best = best[out * parts + part];
         }
+        state.sum += sum * (peak - state.peak).exp();
+        state.target += numbers.extract(2usize);
+        state.total += numbers.extract(3usize);
+        part += group.size;
     }
-    for part in 0..parts {
-        let from = (first + part) * KEPT * rows + row;
-        merged.sum += kept[from + rows] * (kept[from] - merged.peak).exp();
-        merged.target += kept[from + 2 * rows];
-        merged.total += kept[from + 3 * rows];
+    let merged = group_softmax(state, group);
+    if is_there && of.lane == 0 {
+        lse[out] = merged.lse();
+        predictions[out] = merged.best;
+        let mut loss = 0.0f32.runtime();
+        if is_class(target_of::<I>(labels[out % rows], &rule)) {
+            loss = merged.loss(active, smoothing);
+        }
+        row_loss[out] = loss;
     }
-    lse[at] = merged.lse();
-    predictions[at] = merged.best;
-    let mut loss = 0.0f32.runtime();
-    if is_class(target_of::<I>(labels[row], &rule)) {
-        loss = merged.loss(active, smoothing);
-    }
-    row_loss[at] = loss;
 }

@@ -60,7 +60,9 @@ impl RowOfGroup {
     }
 }
 
-/// `x / max(‖x‖, EPSILON)` of the rows `first .. first + real` of every head, zero-padded to `[heads, count, dim_padded]`.
+/// `x / max(‖x‖, EPSILON)` of the rows `first .. first + real` of every head, zero-padded to `[heads, count, dim_padded]`, rounded to
+/// `dtype`.
+#[allow(clippy::too_many_arguments)] // a range, and how it is packed
 pub(crate) fn pack_chunk(
     client: &Client,
     blueprint: &Blueprint,
@@ -69,12 +71,13 @@ pub(crate) fn pack_chunk(
     real: usize,
     count: usize,
     dim_padded: usize,
+    dtype: ElemType,
 ) -> Handle {
     let [heads, _, dim] = operand.dims3();
     let vector = operand.vector_size(blueprint);
     let group = Group::of(blueprint, dim / vector);
     let elements = heads * count * dim_padded;
-    let packed = client.empty(elements * operand.dtype().size());
+    let packed = client.empty(elements * dtype.size());
     // SAFETY: `Strided` proved the operand, which has rows up to `first + real`; `packed` has `heads · count` rows.
     unsafe {
         pack::launch_unchecked(
@@ -89,19 +92,21 @@ pub(crate) fn pack_chunk(
             RowsLaunch::new(heads, first, real, count, dim / vector, dim_padded / vector),
             group,
             operand.dtype(),
+            dtype,
         );
     }
     packed
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn pack<F: Float, M: Size>(
+fn pack<F: Float, P: Float, M: Size>(
     source: &[Vector<F, M>],
     strides: RowStrides,
-    packed: &mut [Vector<F, M>], // [heads, count, dim_padded]
+    packed: &mut [Vector<P, M>], // [heads, count, dim_padded]
     rows: Rows,
     #[comptime] group: Group,
     #[define(F)] _dtype: ElemType,
+    #[define(P)] _packed: ElemType,
 ) {
     let at = RowOfGroup::locate(&rows, &strides, group);
     let mut squares = 0.0f32.runtime();
@@ -118,10 +123,10 @@ fn pack<F: Float, M: Size>(
     if at.is_there {
         let mut d = at.lane;
         while d < rows.columns_padded {
-            let mut value = Vector::<F, M>::cast_from(Vector::<f32, M>::new(0.0));
+            let mut value = Vector::<P, M>::cast_from(Vector::<f32, M>::new(0.0));
             if at.real && d < rows.columns {
                 let x = Vector::<f32, M>::cast_from(source[at.from + d]);
-                value = Vector::<F, M>::cast_from(x * inverse);
+                value = Vector::<P, M>::cast_from(x * inverse);
             }
             packed[at.number * rows.columns_padded + d] = value;
             d += group.size;

@@ -1,4 +1,4 @@
-//! A cube computes a tile of logits on tensor cores; the backward pass copies a chunk of logit gradients into whole tiles
+//! A cube computes a tile of logits; the backward pass copies a chunk of logit gradients into whole tiles
 //! and multiplies them with both operands.
 
 use cubecl::prelude::*;
@@ -8,10 +8,10 @@ use cubecl::std::tensor::TensorHandle;
 use super::launch::Call;
 use crate::Gradients;
 use crate::blueprint::{PLANE_UNITS, cubes_for};
-use crate::cmma::{
+use crate::operand::{RowStrides, Strided, address_type, whole};
+use crate::tiles::{
     Backward, Chunk, ChunkShape, Chunks, Lies, Tile, UNITS, column_of, place, row_of,
 };
-use crate::operand::{RowStrides, Strided, address_type, whole};
 
 pub(super) fn launch_forward(call: &Call, tile: Tile, logits: &TensorHandle, scale: f32) {
     let client = call.client;
@@ -34,6 +34,7 @@ pub(super) fn launch_forward(call: &Call, tile: Tile, logits: &TensorHandle, sca
                 chunks.shape_arg(&chunk),
                 scale,
                 tile,
+                tile.packed,
                 logits.dtype,
             );
         }
@@ -74,20 +75,22 @@ pub(super) fn launch_backward(
                 chunk.classes,
                 chunk.padded,
                 upstream.dtype(),
+                tile.packed,
             );
         }
     });
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn forward<E: Float, N: Size>(
+fn forward<E: Float, F: Float, N: Size>(
     embeddings: &[Vector<E, N>], // [heads, rows_padded, dim]
     weights: &[Vector<E, N>],    // [heads, classes, dim]
-    logits: &mut [E],            // [heads, rows, active]
+    logits: &mut [F],            // [heads, rows, active]
     shape: ChunkShape,
     scale: f32,
     #[comptime] tile: Tile,
-    #[define(E)] _dtype: ElemType,
+    #[define(E)] _packed: ElemType,
+    #[define(F)] _dtype: ElemType,
 ) {
     let of = shape.tile_of_cube(tile);
     if of.head >= shape.heads {
@@ -118,7 +121,7 @@ fn forward<E: Float, N: Size>(
             if row < shape.rows && class < shape.active {
                 let from = comptime!((r / 2 * tile.wide() + c / 2) * 4 + r % 2 * 2 + c % 2);
                 logits[(of.head * shape.rows + row) * shape.active + class] =
-                    E::cast_from(results[from] * scale);
+                    F::cast_from(results[from] * scale);
             }
         }
     }
@@ -126,8 +129,8 @@ fn forward<E: Float, N: Size>(
 
 /// A chunk of the upstream gradient, zero-padded to whole tiles.
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn copy<E: Float>(
-    upstream: &[E], // [heads, rows, active]
+fn copy<F: Float, E: Float>(
+    upstream: &[F], // [heads, rows, active]
     strides: RowStrides,
     logits: &mut [E], // [heads, rows_padded, padded]
     rows: usize,
@@ -135,7 +138,8 @@ fn copy<E: Float>(
     first: usize,
     classes: usize,
     padded: usize,
-    #[define(E)] _dtype: ElemType,
+    #[define(F)] _dtype: ElemType,
+    #[define(E)] _packed: ElemType,
 ) {
     let at = ABSOLUTE_POS;
     if at >= logits.len() {
@@ -146,7 +150,7 @@ fn copy<E: Float>(
     let head = at / padded / rows_padded;
     let mut value = E::new(0.0);
     if row < rows && class < classes {
-        value = upstream[head * strides.head + row * strides.row + first + class];
+        value = E::cast_from(upstream[head * strides.head + row * strides.row + first + class]);
     }
     logits[at] = value;
 }

@@ -1,4 +1,4 @@
-//! `results = left · rightᵀ` over a reduced axis, for a tile of each.
+//! `results += left · rightᵀ` over a reduced axis, for a tile of each.
 
 use cubecl::cmma::{MatrixIdent, MmaDefinition};
 use cubecl::prelude::*;
@@ -27,15 +27,24 @@ pub(crate) struct Place {
     pub plane_row: usize,
     pub plane_column: usize,
     pub lane: usize,
+    /// Units of the same group have results of the same rows,
+    pub group: usize,
+    /// each of other columns.
+    pub member: usize,
 }
 
 #[cube]
 pub(crate) fn place() -> Place {
     let unit = UNIT_POS as usize;
+    let plane_row = unit / comptime!(PLANE * PLANES_ACROSS);
+    let plane_column = unit / PLANE % PLANES_ACROSS;
+    let lane = unit % PLANE;
     Place {
-        plane_row: unit / comptime!(PLANE * PLANES_ACROSS),
-        plane_column: unit / PLANE % PLANES_ACROSS,
-        lane: unit % PLANE,
+        plane_row,
+        plane_column,
+        lane,
+        group: plane_row * 8 + lane / 4,
+        member: plane_column * 4 + lane % 4,
     }
 }
 
@@ -47,7 +56,11 @@ pub(crate) fn row_of(
     #[comptime] half: usize,
     #[comptime] tile: Tile,
 ) -> usize {
-    at.plane_row * comptime!(tile.side / 2) + comptime!(16 * i + 8 * half) + at.lane / 4
+    if comptime!(tile.engine == Engine::Fma) {
+        of_four(at.group, comptime!(2 * i + half))
+    } else {
+        at.plane_row * comptime!(tile.side / 2) + comptime!(16 * i + 8 * half) + at.lane / 4
+    }
 }
 
 /// The column of the tile that result `(_, j, odd or 2 + odd)` belongs to.
@@ -58,10 +71,25 @@ pub(crate) fn column_of(
     #[comptime] odd: usize,
     #[comptime] tile: Tile,
 ) -> usize {
-    at.plane_column * comptime!(tile.side / 4) + comptime!(8 * j + odd) + at.lane % 4 * 2
+    if comptime!(tile.engine == Engine::Fma) {
+        of_four(at.member, comptime!(2 * j + odd))
+    } else {
+        at.plane_column * comptime!(tile.side / 4) + comptime!(8 * j + odd) + at.lane % 4 * 2
+    }
 }
 
-/// Multiplies over `slabs` stages' depths. Result `(i, j, e)` of a unit is at `(i · wide + j) · 4 + e`: row
+/// Where a unit has the result of its row `r` and its column `c`.
+pub(crate) fn result_of(r: usize, c: usize, tile: Tile) -> usize {
+    (r / 2 * tile.wide() + c / 2) * 4 + r % 2 * 2 + c % 2
+}
+
+/// Sixteen units, four neighbours each, and again.
+#[cube]
+fn of_four(unit: usize, #[comptime] number: usize) -> usize {
+    unit * 4 + comptime!(number / 4 * 64 + number % 4)
+}
+
+/// Adds a product over `slabs` stages' depths to the results. Result `(i, j, e)` of a unit is at `(i · wide + j) · 4 + e`: row
 /// [`row_of`]`(i, e / 2)`, column [`column_of`]`(j, e % 2)`. The stages have room for two slabs each.
 #[cube]
 pub(crate) fn tile_product<E: Float, N: Size>(
@@ -77,10 +105,6 @@ pub(crate) fn tile_product<E: Float, N: Size>(
     #[comptime] right_lies: Lies,
     #[comptime] tile: Tile,
 ) {
-    #[unroll]
-    for i in 0..comptime!(tile.results()) {
-        results[i] = 0.0;
-    }
     let mut from_left = Array::<Vector<E, N>>::new(comptime!(tile.brought()));
     let mut from_right = Array::<Vector<E, N>>::new(comptime!(tile.brought()));
     fetch(
@@ -137,14 +161,12 @@ pub(crate) fn tile_product<E: Float, N: Size>(
                 right_lies,
                 tile,
             ),
-            Engine::Plain => multiply_plain(
+            Engine::Fma => multiply_fma(
                 results,
                 &*left_stages,
                 left_stage,
                 &*right_stages,
                 right_stage,
-                left_lies,
-                right_lies,
                 tile,
             ),
         }
@@ -183,17 +205,29 @@ fn fetch<E: Float, N: Size>(
     #[unroll]
     for p in 0..comptime!(tile.brought()) {
         let v = UNIT_POS as usize + p * UNITS;
-        match comptime!(lies) {
-            Lies::Rows => {
-                let across = comptime!(tile.depth / tile.vector);
-                into[p] = source[at.base + v / across * at.stride + slab * across + v % across];
-            }
-            Lies::Columns => {
-                let across = comptime!(tile.side / tile.vector);
-                let row = slab * comptime!(tile.depth) + v / across;
-                into[p] = source[at.base + row * at.stride + v % across];
+        if brings(v, p, tile) {
+            match comptime!(lies) {
+                Lies::Rows => {
+                    let across = comptime!(tile.depth / tile.vector);
+                    into[p] = source[at.base + v / across * at.stride + slab * across + v % across];
+                }
+                Lies::Columns => {
+                    let across = comptime!(tile.side / tile.vector);
+                    let row = slab * comptime!(tile.depth) + v / across;
+                    into[p] = source[at.base + row * at.stride + v % across];
+                }
             }
         }
+    }
+}
+
+/// Whether a stage has this vector: a small one has fewer than there are units.
+#[cube]
+fn brings(v: usize, #[comptime] p: usize, #[comptime] tile: Tile) -> bool {
+    if comptime!((p + 1) * UNITS <= tile.vectors()) {
+        true.runtime()
+    } else {
+        v < comptime!(tile.vectors())
     }
 }
 
@@ -210,20 +244,30 @@ fn stash<E: Float, N: Size>(
         Lies::Rows => comptime!(tile.depth / tile.vector),
         Lies::Columns => comptime!(tile.side / tile.vector),
     };
+    let pitch = comptime!(tile.pitch(lies));
     #[unroll]
     for p in 0..comptime!(tile.brought()) {
         let v = UNIT_POS as usize + p * UNITS;
-        let to =
-            start + v / across * comptime!(tile.pitch(lies)) + v % across * comptime!(tile.vector);
-        if comptime!(tile.engine == Engine::Plain) {
-            // WGSL has no view of scalars as vectors.
-            #[unroll]
-            for lane in 0..comptime!(tile.vector) {
-                stages[to + lane] = from[p].extract(lane);
+        if brings(v, p, tile) {
+            if comptime!(tile.engine == Engine::Fma && lies == Lies::Rows) {
+                // A step's elements next to each other.
+                #[unroll]
+                for lane in 0..comptime!(tile.vector) {
+                    let step = v % across * comptime!(tile.vector) + lane;
+                    stages[start + step * pitch + v / across] = from[p].extract(lane);
+                }
+            } else {
+                let to = start + v / across * pitch + v % across * comptime!(tile.vector);
+                if comptime!(tile.views) {
+                    let vectors = stages.as_vectorized_mut().with_vector_size_mut::<N>();
+                    vectors[to / comptime!(tile.vector)] = from[p];
+                } else {
+                    #[unroll]
+                    for lane in 0..comptime!(tile.vector) {
+                        stages[to + lane] = from[p].extract(lane);
+                    }
+                }
             }
-        } else {
-            let vectors = stages.as_vectorized_mut().with_vector_size_mut::<N>();
-            vectors[to / comptime!(tile.vector)] = from[p];
         }
     }
 }
@@ -396,31 +440,75 @@ fn multiply_tf32<E: Float>(
     }
 }
 
-/// The same results by multiply-adds.
+/// Multiply-adds: a step at a time, a unit multiplies its rows' elements with its columns'.
 #[cube]
-fn multiply_plain<E: Float>(
+fn multiply_fma<E: Float>(
     results: &mut Array<f32>,
     left: &[E],
     left_stage: usize,
     right: &[E],
     right_stage: usize,
-    #[comptime] left_lies: Lies,
-    #[comptime] right_lies: Lies,
     #[comptime] tile: Tile,
 ) {
     let at = place();
-    for k in 0..comptime!(tile.depth) {
+    let rows = comptime!(2 * tile.tall());
+    let columns = comptime!(2 * tile.wide());
+    let pitch = comptime!(tile.pitch(Lies::Rows));
+    #[unroll]
+    for step in 0..comptime!(tile.depth) {
+        let mut of_rows = Array::<f32>::new(rows);
+        let mut of_columns = Array::<f32>::new(columns);
+        fours(
+            &mut of_rows,
+            left,
+            left_stage + step * pitch,
+            at.group,
+            rows,
+            tile,
+        );
+        fours(
+            &mut of_columns,
+            right,
+            right_stage + step * pitch,
+            at.member,
+            columns,
+            tile,
+        );
         #[unroll]
-        for i in 0..comptime!(2 * tile.tall()) {
-            let row = row_of(&at, comptime!(i / 2), comptime!(i % 2), tile);
-            let l = f32::cast_from(left[staged(left_stage, row, k, left_lies, tile)]);
+        for r in 0..rows {
             #[unroll]
-            for j in 0..comptime!(2 * tile.wide()) {
-                let column = column_of(&at, comptime!(j / 2), comptime!(j % 2), tile);
-                let r = f32::cast_from(right[staged(right_stage, column, k, right_lies, tile)]);
-                let out = comptime!((i / 2 * tile.wide() + j / 2) * 4 + i % 2 * 2 + j % 2);
-                results[out] = fma(l, r, results[out]);
+            for c in 0..columns {
+                let out = comptime!(result_of(r, c, tile));
+                results[out] = fma(of_rows[r], of_columns[c], results[out]);
             }
+        }
+    }
+}
+
+/// The elements [`of_four`] of a step that begins at `start`.
+#[cube]
+fn fours<E: Float>(
+    into: &mut Array<f32>,
+    stages: &[E],
+    start: usize,
+    unit: usize,
+    #[comptime] count: usize,
+    #[comptime] tile: Tile,
+) {
+    if comptime!(tile.views) {
+        let vectors = stages.as_vectorized().with_vector_size::<Const<4>>();
+        #[unroll]
+        for four in 0..comptime!(count / 4) {
+            let vector = vectors[start / 4 + unit + comptime!(four * 16)];
+            #[unroll]
+            for e in 0..4usize {
+                into[comptime!(four * 4 + e)] = f32::cast_from(vector.extract(e));
+            }
+        }
+    } else {
+        #[unroll]
+        for number in 0..count {
+            into[number] = f32::cast_from(stages[start + of_four(unit, number)]);
         }
     }
 }

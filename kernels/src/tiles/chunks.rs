@@ -5,8 +5,8 @@ use cubecl::prelude::*;
 use cubecl::server::Handle;
 
 use super::pack::finish_chunk;
-use super::product::{Lies, Source, column_of, place, row_of, tile_product};
-use super::{Engine, Tile, UNITS, pack_chunk};
+use super::product::{Lies, Place, Source, column_of, place, result_of, row_of, tile_product};
+use super::{Tile, UNITS, pack_chunk};
 use crate::Gradients;
 use crate::blueprint::{Blueprint, cubes_for};
 use crate::cosine_logits::CosineProblem;
@@ -21,7 +21,7 @@ pub(crate) struct Chunks<'a> {
     pub blueprint: &'a Blueprint,
     pub tile: Tile,
     pub problem: &'a CosineProblem,
-    /// Unit rows of the operands' dtype, `[heads, rows_padded, dim_padded]`.
+    /// Unit rows, `[heads, rows_padded, dim_padded]`.
     pub embeddings: Handle,
 }
 
@@ -33,7 +33,7 @@ pub(crate) struct Chunk {
     pub classes: usize,
     /// The same, padded to whole tiles.
     pub padded: usize,
-    /// Unit rows of the operands' dtype, `[heads, padded, dim_padded]`.
+    /// Unit rows, `[heads, padded, dim_padded]`.
     pub weights: Handle,
 }
 
@@ -59,6 +59,7 @@ impl<'a> Chunks<'a> {
                 sizes.rows,
                 sizes.rows_padded,
                 sizes.dim_padded,
+                tile.packed,
             ),
         }
     }
@@ -66,18 +67,17 @@ impl<'a> Chunks<'a> {
     /// Where chunks begin, if every class of a chunk takes `bytes`; and how many classes a chunk has at most.
     fn ranges(&self, bytes: usize) -> (impl Iterator<Item = usize> + use<>, usize) {
         let side = self.tile.side;
-        // The engine that is for checking takes small chunks, so that small problems have several; of tiles too, and so many
-        // that the last chunk can have fewer than there are parts.
-        let fitting = match self.tile.engine {
-            Engine::Plain => 3,
-            _ => (WORKSPACE / bytes / side).max(1),
+        // Several tiles, so that the last chunk can have fewer than there are parts.
+        let fitting = match self.tile.stands_in {
+            true => 3,
+            false => (WORKSPACE / bytes / side).max(1),
         };
         let step = (fitting * side).min(self.problem.sizes.active_padded);
         ((0..self.problem.sizes.active).step_by(step), step)
     }
 
     fn size(&self) -> usize {
-        self.problem.embeddings.dtype().size()
+        self.tile.packed.size()
     }
 
     fn chunk(&self, first: usize, step: usize) -> Chunk {
@@ -96,6 +96,7 @@ impl<'a> Chunks<'a> {
                 classes,
                 padded,
                 sizes.dim_padded,
+                self.tile.packed,
             ),
         }
     }
@@ -140,7 +141,7 @@ pub(crate) struct Backward<'a> {
 }
 
 impl Backward<'_> {
-    /// Runs; `logit_gradients` fills `[heads, rows_padded, chunk.padded]` of the operands' dtype, with zeros in the padding.
+    /// Runs; `logit_gradients` fills `[heads, rows_padded, chunk.padded]` of the packed dtype, with zeros in the padding.
     pub(crate) fn run(&self, logit_gradients: impl Fn(&Chunk, &Handle)) {
         let chunks = self.chunks;
         let sizes = &chunks.problem.sizes;
@@ -269,7 +270,7 @@ impl Backward<'_> {
                 u32::from(overwrite),
                 lies,
                 *tile,
-                self.chunks.problem.embeddings.dtype(),
+                tile.packed,
             );
         }
     }
@@ -326,6 +327,19 @@ fn product<E: Float, N: Size>(
     let mut right_stages =
         Shared::<[E]>::new_aligned_slice(comptime!(2 * tile.stage(Lies::Columns)), 16usize);
     let mut results = Array::<f32>::new(comptime!(tile.results()));
+    let at = place();
+    #[unroll]
+    for r in 0..comptime!(2 * tile.tall()) {
+        #[unroll]
+        for j in 0..comptime!(tile.wide()) {
+            let mut sum = Vector::<f32, Const<2>>::new(0.0);
+            if overwrite == 0 {
+                sum = out[pair_of(&at, head_of_part * count + first, column, dim, r, j, tile)];
+            }
+            results[comptime!(result_of(r, 2 * j, tile))] = sum.extract(0usize);
+            results[comptime!(result_of(r, 2 * j + 1, tile))] = sum.extract(1usize);
+        }
+    }
     tile_product::<E, N>(
         &mut results,
         left,
@@ -339,24 +353,29 @@ fn product<E: Float, N: Size>(
         Lies::Columns,
         tile,
     );
-    let at = place();
     #[unroll]
-    for i in 0..comptime!(tile.tall()) {
+    for r in 0..comptime!(2 * tile.tall()) {
         #[unroll]
-        for half in 0..2usize {
-            let row = head_of_part * count + first + row_of(&at, i, half, tile);
-            #[unroll]
-            for j in 0..comptime!(tile.wide()) {
-                let to = (row * dim + column + column_of(&at, j, 0usize, tile)) / 2;
-                let from = comptime!((i * tile.wide() + j) * 4 + 2 * half);
-                let mut sum = Vector::<f32, Const<2>>::empty();
-                sum.insert(0usize, results[from]);
-                sum.insert(1usize, results[comptime!(from + 1)]);
-                if overwrite == 0 {
-                    sum += out[to];
-                }
-                out[to] = sum;
-            }
+        for j in 0..comptime!(tile.wide()) {
+            let mut sum = Vector::<f32, Const<2>>::empty();
+            sum.insert(0usize, results[comptime!(result_of(r, 2 * j, tile))]);
+            sum.insert(1usize, results[comptime!(result_of(r, 2 * j + 1, tile))]);
+            out[pair_of(&at, head_of_part * count + first, column, dim, r, j, tile)] = sum;
         }
     }
+}
+
+/// Where the results of row `r` and columns `2 j`, `2 j + 1` of this unit go, in pairs, in rows of `dim`.
+#[cube]
+fn pair_of(
+    at: &Place,
+    first: usize,
+    column: usize,
+    dim: usize,
+    #[comptime] r: usize,
+    #[comptime] j: usize,
+    #[comptime] tile: Tile,
+) -> usize {
+    let row = first + row_of(at, comptime!(r / 2), comptime!(r % 2), tile);
+    (row * dim + column + column_of(at, j, 0usize, tile)) / 2
 }

@@ -6,11 +6,11 @@ use cubecl::server::Handle;
 use super::super::launch::Call;
 use crate::Gradients;
 use crate::blueprint::{PLANE_UNITS, cubes_for};
-use crate::cmma::{
-    Backward, Chunk, ChunkShape, Chunks, Lies, Tile, UNITS, column_of, place, row_of,
-};
 use crate::loss::rows::Rows;
 use crate::math::group::{Group, group_max};
+use crate::tiles::{
+    Backward, Chunk, ChunkShape, Chunks, Lies, Tile, UNITS, column_of, place, result_of, row_of,
+};
 
 /// Gradients from a forward pass's `rows`.
 pub(in crate::cosine_cross_entropy) fn launch_backward(
@@ -21,7 +21,7 @@ pub(in crate::cosine_cross_entropy) fn launch_backward(
 ) {
     let client = call.client;
     let sizes = &call.problem.sizes;
-    let dtype = call.problem.embeddings.dtype();
+    let dtype = tile.packed;
     // Softmax probabilities of many classes would be subnormal in f16: its exponents are used from the top.
     let unit: f32 = match dtype {
         F16 => 4096.0,
@@ -145,32 +145,50 @@ fn logit_gradients<E: Float, N: Size>(
         tile,
     );
     let at = place();
+    let columns = comptime!(2 * tile.wide());
     let uniform = smoothing / f32::cast_from(shape.active as u32);
+    let first_class = shape.first + of.in_chunk;
     #[unroll]
     for r in 0..comptime!(2 * tile.tall()) {
         let row = of.first_row + row_of(&at, comptime!(r / 2), comptime!(r % 2), tile);
         let lse = state[of.head * 2 * shape.rows_padded + row];
         let arriving = state[(of.head * 2 + 1) * shape.rows_padded + row];
-        let target = targets[row];
+        // Where nothing arrives, nothing goes on, whatever the logits are.
+        if arriving == 0.0 {
+            #[unroll]
+            for c in 0..columns {
+                results[comptime!(result_of(r, c, tile))] = 0.0;
+            }
+        } else {
+            #[unroll]
+            for c in 0..columns {
+                let from = comptime!(result_of(r, c, tile));
+                let p = (results[from] * scale - lse).exp();
+                results[from] = arriving * (p - uniform);
+            }
+            let target = targets[row] - first_class as u32;
+            if target < comptime!(tile.side as u32) {
+                #[unroll]
+                for c in 0..columns {
+                    if column_of(&at, comptime!(c / 2), comptime!(c % 2), tile) as u32 == target {
+                        let from = comptime!(result_of(r, c, tile));
+                        results[from] -= arriving * (1.0 - smoothing);
+                    }
+                }
+            }
+        }
+        let to = (of.head * shape.rows_padded + row) * shape.classes + of.in_chunk;
         #[unroll]
         for j in 0..comptime!(tile.wide()) {
-            let column = of.in_chunk + column_of(&at, j, 0usize, tile);
+            let column = column_of(&at, j, 0usize, tile);
             let mut pair = Vector::<f32, Const<2>>::new(0.0);
             #[unroll]
             for odd in 0..2usize {
-                let from = comptime!((r / 2 * tile.wide() + j) * 4 + r % 2 * 2 + odd);
-                let class = shape.first + column + odd;
-                if class < shape.active {
-                    let mut wanted = uniform;
-                    if class as u32 == target {
-                        wanted += 1.0 - smoothing;
-                    }
-                    let p = (results[from] * scale - lse).exp();
-                    pair.insert(odd, arriving * (p - wanted));
+                if first_class + column + odd < shape.active {
+                    pair.insert(odd, results[comptime!(result_of(r, 2 * j + odd, tile))]);
                 }
             }
-            let to = ((of.head * shape.rows_padded + row) * shape.classes + column) / 2;
-            gradients[to] = Vector::<E, Const<2>>::cast_from(pair);
+            gradients[(to + column) / 2] = Vector::<E, Const<2>>::cast_from(pair);
         }
     }
 }

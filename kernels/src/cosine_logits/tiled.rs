@@ -9,9 +9,7 @@ use super::launch::Call;
 use crate::Gradients;
 use crate::blueprint::{PLANE_UNITS, cubes_for};
 use crate::operand::{RowStrides, Strided, address_type, whole};
-use crate::tiles::{
-    Backward, Chunk, ChunkShape, Chunks, Lies, Tile, UNITS, column_of, place, row_of,
-};
+use crate::tiles::{Backward, Chunk, ChunkShape, Chunks, Lies, Tile, column_of, place, row_of};
 
 pub(super) fn launch_forward(call: &Call, tile: Tile, logits: &TensorHandle, scale: f32) {
     let client = call.client;
@@ -25,7 +23,7 @@ pub(super) fn launch_forward(call: &Call, tile: Tile, logits: &TensorHandle, sca
             forward::launch_unchecked(
                 client,
                 cubes_for(client, cubes),
-                CubeDim::new_1d(UNITS as u32),
+                CubeDim::new_1d(tile.units() as u32),
                 address_type(&[elements]),
                 tile.vector,
                 chunks.embeddings_arg(),
@@ -109,7 +107,7 @@ fn forward<E: Float, F: Float, N: Size>(
         &mut right_stages,
         tile,
     );
-    let at = place();
+    let at = place(tile);
     #[unroll]
     for r in 0..comptime!(2 * tile.tall()) {
         let row = of.first_row + row_of(&at, comptime!(r / 2), comptime!(r % 2), tile);

@@ -2,7 +2,6 @@
 
 pub(crate) mod group;
 pub(crate) mod lanes;
-pub(crate) mod merge;
 pub(crate) mod norm;
 pub(crate) mod online_softmax;
 pub(crate) mod parts;

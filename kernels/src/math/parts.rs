@@ -11,16 +11,26 @@ const PARTS: usize = 1 << 23;
 
 /// In how many parts a GPU's cubes sum what fewer cubes than it has room for would sum alone: `owners` cubes, each of `steps`
 /// steps, into `elements` sums. The parts are added in their order.
+///
+/// As few as leave less than a tenth of the GPU's time unused, if it runs two cubes on a multiprocessor at a time.
 pub(crate) fn parts_of_sums(
     client: &Client,
     owners: usize,
     steps: usize,
     elements: usize,
 ) -> usize {
-    // Where it is not known, as of a middling GPU.
+    // Where it is not known, as of a small GPU.
     let processors = client.properties().hardware.num_streaming_multiprocessors;
-    let wanted = 2 * processors.unwrap_or(16) as usize;
-    (wanted / owners).min(PARTS / elements).clamp(1, steps)
+    let slots = 2 * processors.unwrap_or(16) as usize;
+    let most = (4 * slots / owners).min(PARTS / elements).clamp(1, steps);
+    let used = |parts: usize| {
+        let cubes = parts * owners;
+        cubes as f64 / cubes.next_multiple_of(slots) as f64
+    };
+    let best = (1..=most).map(used).fold(0.0, f64::max);
+    (1..=most)
+        .find(|&parts| used(parts) >= best.min(0.9))
+        .unwrap_or(1)
 }
 
 /// Adds the other parts of `sums [parts, elements]`, in their order, to the first. They are whole tiles, so vectors of four divide

@@ -6,7 +6,7 @@ use cubecl::server::Handle;
 
 use super::pack::finish_chunk;
 use super::product::{Lies, Place, Source, column_of, place, result_of, row_of, tile_product};
-use super::{Tile, UNITS, pack_chunk};
+use super::{Tile, pack_chunk};
 use crate::Gradients;
 use crate::blueprint::{Blueprint, cubes_for};
 use crate::cosine_logits::CosineProblem;
@@ -257,7 +257,7 @@ impl Backward<'_> {
             product::launch_unchecked(
                 client,
                 cubes_for(client, cubes),
-                CubeDim::new_1d(UNITS as u32),
+                CubeDim::new_1d(tile.units() as u32),
                 tile.vector,
                 left,
                 right,
@@ -327,7 +327,7 @@ fn product<E: Float, N: Size>(
     let mut right_stages =
         Shared::<[E]>::new_aligned_slice(comptime!(2 * tile.stage(Lies::Columns)), 16usize);
     let mut results = Array::<f32>::new(comptime!(tile.results()));
-    let at = place();
+    let at = place(tile);
     #[unroll]
     for r in 0..comptime!(2 * tile.tall()) {
         #[unroll]

@@ -1,8 +1,8 @@
 //! Products of whole tiles on a GPU: the plane and the cmma variants of ops with a product, which differ in what multiplies.
 //!
-//! A cube of eight planes multiplies two tiles of `side` rows that share a reduced axis. Both go through shared memory in
-//! slabs of `depth`, two stages of them: while the planes multiply one, the next waits in registers. Each plane owns
-//! `side/2 × side/4` results in fragments of 16 × 8.
+//! A cube multiplies two tiles of `side` rows that share a reduced axis. Both go through shared memory in
+//! slabs of `depth`, two stages of them: while the planes multiply one, the next waits in registers. Two planes lie along the rows
+//! and `across` along the columns; each owns its part of the results, in fragments of 16 × 8.
 //!
 //! The operands are unit-norm rows, zero-padded to whole tiles, so no product looks at a bound; the
 //! class weights are packed a chunk of classes at a time, and so is everything that has a class axis. Sums are f32.
@@ -20,25 +20,24 @@ mod chunks;
 mod logits;
 mod pack;
 mod product;
+mod store;
 
 pub(crate) use chunks::{Backward, Chunk, Chunks};
 pub(crate) use logits::{ChunkShape, LogitTile};
 pub(crate) use pack::pack_chunk;
-pub(crate) use product::{Lies, column_of, place, result_of, row_of};
+pub(crate) use product::{Lies, Place, column_of, place, result_of, row_of};
+pub(crate) use store::store_tile;
 
 use cubecl::client::Client;
 use cubecl::ir::{ElemType, FloatKind};
 
-use crate::blueprint::PLANE_UNITS;
 use crate::error::Error;
 use crate::operand::F32;
 
-/// Units of a cube: eight planes of 32.
-pub(crate) const UNITS: usize = PLANE_UNITS;
 /// Units of a plane. Fragments are laid out for this many.
 pub(crate) const PLANE: usize = 32;
-/// Planes along a tile's columns; two lie along its rows.
-pub(crate) const PLANES_ACROSS: usize = 4;
+/// Planes along a tile's rows.
+pub(crate) const PLANES_DOWN: usize = 2;
 
 /// What multiplies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -61,6 +60,8 @@ pub(crate) struct Tile {
     pub stands_in: bool,
     /// Rows of either tile.
     pub side: usize,
+    /// Planes along a tile's columns.
+    pub across: usize,
     /// Of the reduced axis, in one stage.
     pub depth: usize,
     /// Elements of a vector in memory: 16 bytes where the device has such.
@@ -120,7 +121,7 @@ impl Tile {
         let hardware = &client.properties().hardware;
         Err(Error::Variant {
             variant,
-            needed: UNITS,
+            needed: self.units(),
             shared: self.shared_bytes(),
             units: hardware.max_units_per_cube as usize,
             memory: hardware.max_shared_memory_size,
@@ -132,18 +133,19 @@ impl Tile {
         let widest = (16 / packed.size()).min(hardware.max_vector_size);
         // Only CUDA and HIP know.
         let is_known = hardware.num_streaming_multiprocessors.is_some();
-        let (side, depth, pad, vector) = match engine {
-            Engine::Mma => (128, 64, 8, widest),
-            Engine::Tf32 => (128, 32, 4, widest),
+        let (side, across, depth, pad, vector) = match engine {
+            Engine::Mma => (128, 2, 32, 8, widest),
+            Engine::Tf32 => (128, 2, 16, 4, widest),
             // Small tiles where nobody knows how many would keep the device busy.
-            Engine::Fma if is_known => (128, 8, 4, widest.min(4)),
-            Engine::Fma => (64, 8, 4, widest.min(4)),
+            Engine::Fma if is_known => (128, 4, 8, 4, widest.min(4)),
+            Engine::Fma => (64, 4, 8, 4, widest.min(4)),
         };
         Self {
             engine,
             packed,
             stands_in: false,
             side,
+            across,
             depth,
             vector,
             views: is_known && vector == 4 || engine != Engine::Fma,
@@ -154,22 +156,36 @@ impl Tile {
     fn fits(&self, client: &Client) -> bool {
         let hardware = &client.properties().hardware;
         hardware.max_shared_memory_size >= self.shared_bytes()
-            && hardware.max_units_per_cube as usize >= UNITS
+            && hardware.max_units_per_cube as usize >= self.units()
+    }
+
+    /// Units of a cube.
+    pub(crate) fn units(&self) -> usize {
+        PLANE * PLANES_DOWN * self.across
     }
 
     /// Fragments of 16 rows that a plane owns.
     pub(crate) fn tall(&self) -> usize {
-        self.side / 32
+        self.side / PLANES_DOWN / 16
     }
 
     /// Fragments of 8 columns that a plane owns.
     pub(crate) fn wide(&self) -> usize {
-        self.side / 32
+        self.side / self.across / 8
     }
 
     /// Results that a unit owns: four of each fragment.
     pub(crate) fn results(&self) -> usize {
         4 * self.tall() * self.wide()
+    }
+
+    /// Rows of a unit whose softmax lies in shared memory while the unit's registers hold results of a product: all or none.
+    pub(crate) fn stowed(&self) -> usize {
+        if self.results() < 64 {
+            0
+        } else {
+            2 * self.tall()
+        }
     }
 
     /// Elements from one row of a stage to the next.
@@ -200,12 +216,14 @@ impl Tile {
 
     /// Vectors of a stage that a unit brings, at most.
     pub(crate) fn brought(&self) -> usize {
-        self.vectors().div_ceil(UNITS)
+        self.vectors().div_ceil(self.units())
     }
 
-    /// Shared memory of the hungriest kernel: two stages of two operands, and what the planes merge through.
+    /// Shared memory of the hungriest kernel: two stages of two operands; the softmax of every row that is stowed, and of one that
+    /// is merged, four numbers each; targets.
     fn shared_bytes(&self) -> usize {
         4 * self.stage(Lies::Rows).max(self.stage(Lies::Columns)) * self.packed.size()
-            + 2 * 4 * UNITS
+            + 4 * size_of::<f32>() * self.units() * (self.stowed() + 1)
+            + size_of::<u32>() * self.side
     }
 }

@@ -6,8 +6,7 @@ use cubecl::prelude::*;
 use cubecl::server::Handle;
 use cubecl::std::tensor::TensorHandle;
 
-use super::UNITS;
-use crate::blueprint::Blueprint;
+use crate::blueprint::{Blueprint, PLANE_UNITS};
 use crate::math::group::{Group, group_sum, member};
 use crate::math::norm::{inverse_norm, projection};
 use crate::operand::{RowStrides, Strided, address_type, whole};
@@ -83,7 +82,7 @@ pub(crate) fn pack_chunk(
         pack::launch_unchecked(
             client,
             group.cubes(client, heads * count),
-            CubeDim::new_1d(UNITS as u32),
+            CubeDim::new_1d(PLANE_UNITS as u32),
             address_type(&[operand.elements(), elements]),
             vector,
             operand.buffer_arg(vector),
@@ -159,7 +158,7 @@ pub(super) fn finish_chunk(
         finish::launch_unchecked(
             client,
             group.cubes(client, heads * count),
-            CubeDim::new_1d(UNITS as u32),
+            CubeDim::new_1d(PLANE_UNITS as u32),
             address_type(&[operand.elements(), heads * stored * dim]),
             vector,
             operand.buffer_arg(vector),

@@ -3,7 +3,7 @@
 use cubecl::cmma::{MatrixIdent, MmaDefinition};
 use cubecl::prelude::*;
 
-use super::{Engine, PLANE, PLANES_ACROSS, Tile, UNITS};
+use super::{Engine, PLANE, PLANES_DOWN, Tile};
 
 /// How a tile lies in its row-major matrix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -34,10 +34,10 @@ pub(crate) struct Place {
 }
 
 #[cube]
-pub(crate) fn place() -> Place {
+pub(crate) fn place(#[comptime] tile: Tile) -> Place {
     let unit = UNIT_POS as usize;
-    let plane_row = unit / comptime!(PLANE * PLANES_ACROSS);
-    let plane_column = unit / PLANE % PLANES_ACROSS;
+    let plane_row = unit / comptime!(PLANE * tile.across);
+    let plane_column = unit / PLANE % tile.across;
     let lane = unit % PLANE;
     Place {
         plane_row,
@@ -59,7 +59,9 @@ pub(crate) fn row_of(
     if comptime!(tile.engine == Engine::Fma) {
         of_four(at.group, comptime!(2 * i + half))
     } else {
-        at.plane_row * comptime!(tile.side / 2) + comptime!(16 * i + 8 * half) + at.lane / 4
+        at.plane_row * comptime!(tile.side / PLANES_DOWN)
+            + comptime!(16 * i + 8 * half)
+            + at.lane / 4
     }
 }
 
@@ -74,13 +76,24 @@ pub(crate) fn column_of(
     if comptime!(tile.engine == Engine::Fma) {
         of_four(at.member, comptime!(2 * j + odd))
     } else {
-        at.plane_column * comptime!(tile.side / 4) + comptime!(8 * j + odd) + at.lane % 4 * 2
+        at.plane_column * comptime!(tile.side / tile.across)
+            + comptime!(8 * j + odd)
+            + at.lane % 4 * 2
     }
 }
 
 /// Where a unit has the result of its row `r` and its column `c`.
 pub(crate) fn result_of(r: usize, c: usize, tile: Tile) -> usize {
     (r / 2 * tile.wide() + c / 2) * 4 + r % 2 * 2 + c % 2
+}
+
+/// Where the results of a plane's fragments begin: row and column of the tile.
+#[cube]
+pub(crate) fn place_of_plane(at: &Place, #[comptime] tile: Tile) -> (usize, usize) {
+    (
+        at.plane_row * comptime!(tile.side / PLANES_DOWN),
+        at.plane_column * comptime!(tile.side / tile.across),
+    )
 }
 
 /// Sixteen units, four neighbours each, and again.
@@ -107,30 +120,11 @@ pub(crate) fn tile_product<E: Float, N: Size>(
 ) {
     let mut from_left = Array::<Vector<E, N>>::new(comptime!(tile.brought()));
     let mut from_right = Array::<Vector<E, N>>::new(comptime!(tile.brought()));
-    fetch(
-        &mut from_left,
-        left,
-        left_at,
-        0usize.runtime(),
-        left_lies,
-        tile,
-    );
-    fetch(
-        &mut from_right,
-        right,
-        right_at,
-        0usize.runtime(),
-        right_lies,
-        tile,
-    );
-    stash(left_stages, &from_left, 0usize.runtime(), left_lies, tile);
-    stash(
-        right_stages,
-        &from_right,
-        0usize.runtime(),
-        right_lies,
-        tile,
-    );
+    let start = 0usize.runtime();
+    fetch(&mut from_left, left, left_at, start, left_lies, tile);
+    fetch(&mut from_right, right, right_at, start, right_lies, tile);
+    stash(left_stages, &from_left, start, left_lies, tile);
+    stash(right_stages, &from_right, start, right_lies, tile);
     sync_cube();
     for slab in 0..slabs {
         let more = slab + 1 < slabs;
@@ -173,20 +167,10 @@ pub(crate) fn tile_product<E: Float, N: Size>(
         if more {
             // Nobody reads this stage since the last barrier.
             let other = (slab + 1) % 2;
-            stash(
-                left_stages,
-                &from_left,
-                other * comptime!(tile.stage(left_lies)),
-                left_lies,
-                tile,
-            );
-            stash(
-                right_stages,
-                &from_right,
-                other * comptime!(tile.stage(right_lies)),
-                right_lies,
-                tile,
-            );
+            let left_other = other * comptime!(tile.stage(left_lies));
+            let right_other = other * comptime!(tile.stage(right_lies));
+            stash(left_stages, &from_left, left_other, left_lies, tile);
+            stash(right_stages, &from_right, right_other, right_lies, tile);
         }
         sync_cube();
     }
@@ -204,7 +188,7 @@ fn fetch<E: Float, N: Size>(
 ) {
     #[unroll]
     for p in 0..comptime!(tile.brought()) {
-        let v = UNIT_POS as usize + p * UNITS;
+        let v = UNIT_POS as usize + p * comptime!(tile.units());
         if brings(v, p, tile) {
             match comptime!(lies) {
                 Lies::Rows => {
@@ -224,7 +208,7 @@ fn fetch<E: Float, N: Size>(
 /// Whether a stage has this vector: a small one has fewer than there are units.
 #[cube]
 fn brings(v: usize, #[comptime] p: usize, #[comptime] tile: Tile) -> bool {
-    if comptime!((p + 1) * UNITS <= tile.vectors()) {
+    if comptime!((p + 1) * tile.units() <= tile.vectors()) {
         true.runtime()
     } else {
         v < comptime!(tile.vectors())
@@ -247,7 +231,7 @@ fn stash<E: Float, N: Size>(
     let pitch = comptime!(tile.pitch(lies));
     #[unroll]
     for p in 0..comptime!(tile.brought()) {
-        let v = UNIT_POS as usize + p * UNITS;
+        let v = UNIT_POS as usize + p * comptime!(tile.units());
         if brings(v, p, tile) {
             if comptime!(tile.engine == Engine::Fma && lies == Lies::Rows) {
                 // A step's elements next to each other.
@@ -301,13 +285,13 @@ fn multiply_mma<E: Float>(
     #[comptime] right_lies: Lies,
     #[comptime] tile: Tile,
 ) {
-    let at = place();
+    let at = place(tile);
     let mma = MmaDefinition::<E, E, f32>::new(16usize, 8usize, 16usize);
     let size!(NA) = mma.vector_size(MatrixIdent::A);
     let size!(NC) = mma.vector_size(MatrixIdent::Accumulator);
     let lane_row = at.lane % 8;
-    let first_row = at.plane_row * comptime!(tile.side / 2);
-    let first_column = at.plane_column * comptime!(tile.side / 4);
+    let first_row = at.plane_row * comptime!(tile.side / PLANES_DOWN);
+    let first_column = at.plane_column * comptime!(tile.side / tile.across);
     #[unroll]
     for step in 0..comptime!(tile.depth / 16) {
         let k = step * 16;
@@ -395,12 +379,12 @@ fn multiply_tf32<E: Float>(
     #[comptime] right_lies: Lies,
     #[comptime] tile: Tile,
 ) {
-    let at = place();
+    let at = place(tile);
     let mma = MmaDefinition::<tf32, tf32, f32>::new(16usize, 8usize, 8usize);
     let size!(NA) = mma.vector_size(MatrixIdent::A);
     let size!(NC) = mma.vector_size(MatrixIdent::Accumulator);
-    let first_row = at.plane_row * comptime!(tile.side / 2) + at.lane / 4;
-    let first_column = at.plane_column * comptime!(tile.side / 4) + at.lane / 4;
+    let first_row = at.plane_row * comptime!(tile.side / PLANES_DOWN) + at.lane / 4;
+    let first_column = at.plane_column * comptime!(tile.side / tile.across) + at.lane / 4;
     #[unroll]
     for step in 0..comptime!(tile.depth / 8) {
         let k = step * 8 + at.lane % 4;
@@ -450,7 +434,7 @@ fn multiply_fma<E: Float>(
     right_stage: usize,
     #[comptime] tile: Tile,
 ) {
-    let at = place();
+    let at = place(tile);
     let rows = comptime!(2 * tile.tall());
     let columns = comptime!(2 * tile.wide());
     let pitch = comptime!(tile.pitch(Lies::Rows));

@@ -127,7 +127,8 @@ fn rows<F: Float, I: Int, N: Size>(
     let of_weights = head * weight_strides.head;
     let of_embeddings = head * embedding_strides.head;
 
-    // Cosines at first, then logit gradients: [OWNED, CLASSES].
+    // Logits at first, then their gradients: [OWNED, CLASSES]. They are scaled before they are there, so that everybody reads the
+    // same bits: a compiler that contracts `z · scale − peak` would give the peak itself another exponential than 1.
     let mut logits = Shared::<[f32]>::new_slice(comptime!(OWNED * CLASSES));
     let mut weight_inverses = Shared::<[f32]>::new_slice(CLASSES);
     let mut norms = Shared::<[f32]>::new_slice(OWNED);
@@ -193,7 +194,7 @@ fn rows<F: Float, I: Int, N: Size>(
             let dot = group_sum(dots[r], plan.of_class);
             if class < active && lane == 0 {
                 // One after the other: the product of two small norms would underflow.
-                logits[r * CLASSES + class] = dot * inverse / max(norms[r], EPSILON);
+                logits[r * CLASSES + class] = dot * inverse / max(norms[r], EPSILON) * scale;
             }
         }
     }
@@ -206,7 +207,7 @@ fn rows<F: Float, I: Int, N: Size>(
     let mut state = RowSoftmax::new();
     let mut class = here.lane;
     while class < active {
-        let z = Vector::<f32, One>::new(logits[own * CLASSES + class] * scale);
+        let z = Vector::<f32, One>::new(logits[own * CLASSES + class]);
         state.fold::<One>(z, class as u32, target);
         class += plan.of_row.size;
     }
@@ -244,7 +245,7 @@ fn rows<F: Float, I: Int, N: Size>(
         while class < active {
             let at = own * CLASSES + class;
             let gradient = logit_gradient::<One>(
-                Vector::<f32, One>::new(logits[at] * scale),
+                Vector::<f32, One>::new(logits[at]),
                 row_lse,
                 Vector::<f32, One>::new(upstream),
                 Vector::<u32, One>::new(class as u32).equal(&Vector::<u32, One>::new(target)),

@@ -9,7 +9,8 @@ use crate::blueprint::{PLANE_UNITS, cubes_for};
 use crate::loss::rows::Rows;
 use crate::math::group::{Group, group_max};
 use crate::tiles::{
-    Backward, Chunk, ChunkShape, Chunks, Lies, Tile, UNITS, column_of, place, result_of, row_of,
+    Backward, Chunk, ChunkShape, Chunks, Lies, Tile, column_of, place, result_of, row_of,
+    store_tile,
 };
 
 /// Gradients from a forward pass's `rows`.
@@ -57,13 +58,13 @@ pub(in crate::cosine_cross_entropy) fn launch_backward(
             logit_gradients::launch_unchecked(
                 client,
                 cubes_for(client, cubes),
-                CubeDim::new_1d(UNITS as u32),
+                CubeDim::new_1d(tile.units() as u32),
                 tile.vector,
                 chunks.embeddings_arg(),
                 chunks.weights_arg(chunk),
                 rows.state_arg(1),
                 rows.targets_arg(1),
-                BufferArg::from_raw_parts(logits.clone(), elements / 2),
+                BufferArg::from_raw_parts(logits.clone(), elements / tile.vector),
                 chunks.shape_arg(chunk),
                 call.options.scale,
                 call.options.loss.label_smoothing,
@@ -116,11 +117,11 @@ fn relative(
 
 #[cube(launch_unchecked)]
 fn logit_gradients<E: Float, N: Size>(
-    embeddings: &[Vector<E, N>],           // [heads, rows_padded, dim]
-    weights: &[Vector<E, N>],              // [heads, classes, dim]
-    state: &[f32],                         // [heads, 2, rows_padded]
-    targets: &[u32],                       // [rows_padded]
-    gradients: &mut [Vector<E, Const<2>>], // [heads, rows_padded, classes]
+    embeddings: &[Vector<E, N>],    // [heads, rows_padded, dim]
+    weights: &[Vector<E, N>],       // [heads, classes, dim]
+    state: &[f32],                  // [heads, 2, rows_padded]
+    targets: &[u32],                // [rows_padded]
+    gradients: &mut [Vector<E, N>], // [heads, rows_padded, classes]
     shape: ChunkShape,
     scale: f32,
     smoothing: f32,
@@ -144,7 +145,7 @@ fn logit_gradients<E: Float, N: Size>(
         &mut right_stages,
         tile,
     );
-    let at = place();
+    let at = place(tile);
     let columns = comptime!(2 * tile.wide());
     let uniform = smoothing / f32::cast_from(shape.active as u32);
     let first_class = shape.first + of.in_chunk;
@@ -177,18 +178,26 @@ fn logit_gradients<E: Float, N: Size>(
                 }
             }
         }
-        let to = (of.head * shape.rows_padded + row) * shape.classes + of.in_chunk;
+    }
+    if first_class + comptime!(tile.side) > shape.active {
         #[unroll]
-        for j in 0..comptime!(tile.wide()) {
-            let column = column_of(&at, j, 0usize, tile);
-            let mut pair = Vector::<f32, Const<2>>::new(0.0);
-            #[unroll]
-            for odd in 0..2usize {
-                if first_class + column + odd < shape.active {
-                    pair.insert(odd, results[comptime!(result_of(r, 2 * j + odd, tile))]);
+        for c in 0..columns {
+            let class = first_class + column_of(&at, comptime!(c / 2), comptime!(c % 2), tile);
+            if class >= shape.active {
+                #[unroll]
+                for r in 0..comptime!(2 * tile.tall()) {
+                    results[comptime!(result_of(r, c, tile))] = 0.0;
                 }
             }
-            gradients[(to + column) / 2] = Vector::<E, Const<2>>::cast_from(pair);
         }
     }
+    let first = (of.head * shape.rows_padded + of.first_row) * shape.classes + of.in_chunk;
+    store_tile::<E, N>(
+        &results,
+        gradients,
+        first,
+        shape.classes,
+        &mut left_stages,
+        tile,
+    );
 }

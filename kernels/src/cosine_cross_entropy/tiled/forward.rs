@@ -1,21 +1,19 @@
 //! Tiles of logits folded into parts of a softmax, and the parts merged.
+//!
+//! Peaks and exponents are taken of cosines, which are scaled once their difference is known: a class that is the peak has the
+//! exponential 1, however a compiler contracts.
 
 use cubecl::prelude::*;
 
 use super::super::launch::{Call, RowResults};
 use crate::blueprint::{PLANE_UNITS, cubes_for};
-use crate::loss::target::{LabelRule, is_class, label_rule, target_of};
+use crate::loss::target::{IGNORED, LabelRule, is_class, label_rule, target_of};
 use crate::math::group::{Group, group_softmax, member};
-use crate::math::merge::merge_softmax;
 use crate::math::online_softmax::{FLOOR, RowSoftmax};
 use crate::operand::whole;
 use crate::tiles::{
-    ChunkShape, Chunks, Lies, LogitTile, PLANES_ACROSS, Tile, UNITS, column_of, place, result_of,
-    row_of,
+    ChunkShape, Chunks, Lies, LogitTile, Place, Tile, column_of, place, result_of, row_of,
 };
-
-/// Numbers kept of each row in each part, beside the best class: peak, sum, target logit, sum of logits.
-const KEPT: usize = 4;
 
 /// Row losses, lse and predictions into `results`.
 pub(in crate::cosine_cross_entropy) fn launch_forward(
@@ -36,8 +34,22 @@ pub(in crate::cosine_cross_entropy) fn launch_forward(
     let parts_of_chunk = splits_of(sizes.active_padded.div_ceil(count));
     let parts = parts_of_chunk * count;
     let elements = sizes.heads * sizes.rows * parts;
-    let kept = client.empty(elements * KEPT * size_of::<f32>());
+    let float = size_of::<f32>();
+    let softmax = client.empty(elements * 2 * float);
+    let totals = client.empty(elements * float);
     let best = client.empty(elements * size_of::<u32>());
+    let of_target = client.empty(sizes.heads * sizes.rows * float);
+    let parts_args = || {
+        // SAFETY: both launches see what was allocated above.
+        unsafe {
+            [
+                BufferArg::from_raw_parts(softmax.clone(), elements),
+                BufferArg::from_raw_parts(totals.clone(), elements),
+                BufferArg::from_raw_parts(best.clone(), elements),
+                BufferArg::from_raw_parts(of_target.clone(), sizes.heads * sizes.rows),
+            ]
+        }
+    };
     let rule = || {
         label_rule(
             call.labels.dtype(),
@@ -46,18 +58,21 @@ pub(in crate::cosine_cross_entropy) fn launch_forward(
         )
     };
     for (at, chunk) in each.enumerate() {
-        // SAFETY: the operands are packed in whole tiles; `kept` and `best` have `parts` parts, of which these are some.
+        let [softmax, totals, best, of_target] = parts_args();
+        // SAFETY: the operands are packed in whole tiles; of all `parts` parts these are some.
         unsafe {
             forward::launch_unchecked(
                 client,
                 cubes_for(client, row_tiles * parts_of_chunk),
-                CubeDim::new_1d(UNITS as u32),
+                CubeDim::new_1d(tile.units() as u32),
                 tile.vector,
                 chunks.embeddings_arg(),
                 chunks.weights_arg(&chunk),
                 call.labels.buffer_arg(),
-                BufferArg::from_raw_parts(kept.clone(), elements),
-                BufferArg::from_raw_parts(best.clone(), elements),
+                softmax,
+                totals,
+                best,
+                of_target,
                 chunks.shape_arg(&chunk),
                 at * parts_of_chunk,
                 parts_of_chunk,
@@ -75,14 +90,17 @@ pub(in crate::cosine_cross_entropy) fn launch_forward(
         size: parts.next_power_of_two().min(32),
         exchange: call.blueprint.plane,
     };
+    let [softmax, totals, best, of_target] = parts_args();
     // SAFETY: every part was written for every row; the results are [heads, rows].
     unsafe {
         merge::launch_unchecked(
             client,
             group.cubes(client, sizes.heads * sizes.rows),
             CubeDim::new_1d(PLANE_UNITS as u32),
-            BufferArg::from_raw_parts(kept, elements),
-            BufferArg::from_raw_parts(best, elements),
+            softmax,
+            totals,
+            best,
+            of_target,
             call.labels.buffer_arg(),
             whole(&results.loss, 1),
             whole(&results.lse, 1),
@@ -93,6 +111,7 @@ pub(in crate::cosine_cross_entropy) fn launch_forward(
             parts,
             rule(),
             call.options.loss.label_smoothing,
+            call.options.loss.label_smoothing != 0.0,
             group,
             call.labels.dtype(),
         );
@@ -104,8 +123,10 @@ fn forward<E: Float, I: Int, N: Size>(
     embeddings: &[Vector<E, N>],           // [heads, rows_padded, dim]
     weights: &[Vector<E, N>],              // [heads, classes, dim]
     labels: &[I],                          // [rows]
-    kept: &mut [Vector<f32, Const<KEPT>>], // [heads, rows, parts]
+    softmax: &mut [Vector<f32, Const<2>>], // [heads, rows, parts]: peak, sum
+    all_logits: &mut [f32],                // [heads, rows, parts]: their sum, if smooth
     best: &mut [u32],                      // [heads, rows, parts]
+    of_target: &mut [f32],                 // [heads, rows]: the logit, of those that have a target
     shape: ChunkShape,
     first_part: usize, // of this chunk
     splits: usize,     // of this chunk
@@ -127,31 +148,53 @@ fn forward<E: Float, I: Int, N: Size>(
     let head = CUBE_POS / row_tiles % shape.heads;
     let first_row = CUBE_POS % row_tiles * side;
     let class_tiles = shape.classes / side;
-    let at = place();
+    let at = place(tile);
     let owned = comptime!(2 * tile.tall()); // rows of which this unit holds results
     let columns = comptime!(2 * tile.wide()); // of each
+    // The largest logit is that of the largest cosine, or of the smallest.
+    let mut sign = 1.0f32.runtime();
+    if scale < 0.0 {
+        sign = -1.0f32;
+    }
+    // With a scale of 0 every class is alike, but one that is not there is none.
+    let scale = max(scale.abs(), 1e-30);
 
     let stage = comptime!(2 * tile.stage(Lies::Rows));
     let mut left_stages = Shared::<[E]>::new_aligned_slice(stage, 16usize);
     let mut right_stages = Shared::<[E]>::new_aligned_slice(stage, 16usize);
     let mut results = Array::<f32>::new(comptime!(tile.results()));
+    let unit = UNIT_POS as usize;
+    let mut targets = Shared::<[u32]>::new_slice(side);
     let mut peaks = Array::<f32>::new(owned);
     let mut sums = Array::<f32>::new(owned);
     let mut bests = Array::<u32>::new(owned);
-    let mut target_logits = Array::<f32>::new(owned);
     let mut totals = Array::<f32>::new(owned);
-    let mut targets = Array::<u32>::new(owned);
     #[unroll]
     for r in 0..owned {
         peaks[r] = FLOOR;
         sums[r] = 0.0;
         bests[r] = 0u32.runtime();
-        target_logits[r] = 0.0;
         totals[r] = 0.0;
-        let row = first_row + row_of(&at, comptime!(r / 2), comptime!(r % 2), tile);
-        targets[r] = u32::MAX.runtime();
-        if row < shape.rows {
-            targets[r] = target_of::<I>(labels[row], &rule);
+    }
+    let room = comptime!(tile.stowed() * tile.units());
+    let mut stowed_peaks = Shared::<[f32]>::new_slice(room);
+    let mut stowed_sums = Shared::<[f32]>::new_slice(room);
+    let mut stowed_bests = Shared::<[u32]>::new_slice(room);
+    let mut stowed_totals = Shared::<[f32]>::new_slice(comptime!(if smooth { room } else { 1 }));
+    #[unroll]
+    for r in 0..comptime!(tile.stowed()) {
+        let slot = comptime!(r * tile.units()) + unit;
+        stowed_peaks[slot] = peaks[r];
+        stowed_sums[slot] = sums[r];
+        stowed_bests[slot] = bests[r];
+        if comptime!(smooth) {
+            stowed_totals[slot] = totals[r];
+        }
+    }
+    if unit < side {
+        targets[unit] = IGNORED.runtime();
+        if first_row + unit < shape.rows {
+            targets[unit] = target_of::<I>(labels[first_row + unit], &rule);
         }
     }
 
@@ -173,27 +216,12 @@ fn forward<E: Float, I: Int, N: Size>(
         let first_class = shape.first + of.in_chunk;
         #[unroll]
         for i in 0..comptime!(tile.results()) {
-            results[i] *= scale;
-        }
-        if comptime!(smooth) {
-            #[unroll]
-            for r in 0..owned {
-                #[unroll]
-                for c in 0..columns {
-                    if first_class + column_of(&at, comptime!(c / 2), comptime!(c % 2), tile)
-                        < shape.active
-                    {
-                        totals[r] += results[comptime!(result_of(r, c, tile))];
-                    }
-                }
-            }
+            results[i] *= sign;
         }
         if first_class + side > shape.active {
             #[unroll]
             for c in 0..columns {
-                if first_class + column_of(&at, comptime!(c / 2), comptime!(c % 2), tile)
-                    >= shape.active
-                {
+                if first_class + column(&at, c, tile) >= shape.active {
                     #[unroll]
                     for r in 0..owned {
                         results[comptime!(result_of(r, c, tile))] = FLOOR;
@@ -203,13 +231,32 @@ fn forward<E: Float, I: Int, N: Size>(
         }
         #[unroll]
         for r in 0..owned {
+            let slot = comptime!(r * tile.units()) + unit;
+            if comptime!(tile.stowed() > 0) {
+                peaks[r] = stowed_peaks[slot];
+                sums[r] = stowed_sums[slot];
+                bests[r] = stowed_bests[slot];
+                if comptime!(smooth) {
+                    totals[r] = stowed_totals[slot];
+                }
+            }
+            if comptime!(smooth) {
+                #[unroll]
+                for c in 0..columns {
+                    if first_class + column(&at, c, tile) < shape.active {
+                        totals[r] += results[comptime!(result_of(r, c, tile))];
+                    }
+                }
+            }
             // Few tiles have a row's target, and few its best class so far: what is seldom is looked for apart.
-            let target = targets[r] - first_class as u32;
+            let row = row_of(&at, comptime!(r / 2), comptime!(r % 2), tile);
+            let target = targets[row] - first_class as u32;
             if target < comptime!(tile.side as u32) {
                 #[unroll]
                 for c in 0..columns {
-                    if column_of(&at, comptime!(c / 2), comptime!(c % 2), tile) as u32 == target {
-                        target_logits[r] = results[comptime!(result_of(r, c, tile))];
+                    if column(&at, c, tile) as u32 == target {
+                        of_target[head * shape.rows + first_row + row] =
+                            results[comptime!(result_of(r, c, tile))] * scale;
                     }
                 }
             }
@@ -219,66 +266,110 @@ fn forward<E: Float, I: Int, N: Size>(
                 top = max(top, results[comptime!(result_of(r, c, tile))]);
             }
             if top > peaks[r] {
-                sums[r] *= (peaks[r] - top).exp();
+                sums[r] *= ((peaks[r] - top) * scale).exp();
                 peaks[r] = top;
+                let mut best_column = 0u32.runtime();
                 #[unroll]
                 for back in 1..=columns {
                     // The first of equal classes is found last.
                     let c = comptime!(columns - back);
-                    let class =
-                        first_class + column_of(&at, comptime!(c / 2), comptime!(c % 2), tile);
                     let is_top = results[comptime!(result_of(r, c, tile))] == top;
-                    bests[r] = select(is_top, class as u32, bests[r]);
+                    best_column = select(is_top, column(&at, c, tile) as u32, best_column);
                 }
+                bests[r] = first_class as u32 + best_column;
             }
             let mut sum = sums[r];
             #[unroll]
             for c in 0..columns {
-                sum += (results[comptime!(result_of(r, c, tile))] - peaks[r]).exp();
+                sum += ((results[comptime!(result_of(r, c, tile))] - peaks[r]) * scale).exp();
             }
             sums[r] = sum;
+            if comptime!(tile.stowed() > 0) {
+                stowed_peaks[slot] = peaks[r];
+                stowed_sums[slot] = sums[r];
+                stowed_bests[slot] = bests[r];
+                if comptime!(smooth) {
+                    stowed_totals[slot] = totals[r];
+                }
+            }
+        }
+    }
+    #[unroll]
+    for r in 0..comptime!(tile.stowed()) {
+        let slot = comptime!(r * tile.units()) + unit;
+        peaks[r] = stowed_peaks[slot];
+        sums[r] = stowed_sums[slot];
+        bests[r] = stowed_bests[slot];
+        if comptime!(smooth) {
+            totals[r] = stowed_totals[slot];
         }
     }
 
     // The units of a row: four of each plane across.
-    let sharing = comptime!(4 * PLANES_ACROSS);
-    let mut values = Shared::<[f32]>::new_slice(UNITS);
-    let mut classes = Shared::<[u32]>::new_slice(UNITS);
+    let sharing = comptime!(4 * tile.across);
+    let mut shared_peaks = Shared::<[f32]>::new_slice(comptime!(tile.units()));
+    let mut shared_sums = Shared::<[f32]>::new_slice(comptime!(tile.units()));
+    let mut shared_bests = Shared::<[u32]>::new_slice(comptime!(tile.units()));
+    let mut shared_totals =
+        Shared::<[f32]>::new_slice(comptime!(if smooth { tile.units() } else { 1 }));
+    let first = at.group * sharing;
+    let slot = first + at.member;
     #[unroll]
     for r in 0..owned {
-        let merged = merge_softmax(
-            RowSoftmax {
-                peak: peaks[r],
-                sum: sums[r],
-                best: bests[r],
-                target: target_logits[r],
-                total: totals[r],
-            },
-            at.group,
-            at.member,
-            &mut values,
-            &mut classes,
-            sharing,
-        );
+        shared_peaks[slot] = peaks[r];
+        shared_sums[slot] = sums[r];
+        shared_bests[slot] = bests[r];
+        if comptime!(smooth) {
+            shared_totals[slot] = totals[r];
+        }
+        sync_cube();
         let row = first_row + row_of(&at, comptime!(r / 2), comptime!(r % 2), tile);
         if at.member == 0 && row < shape.rows {
+            let mut peak = shared_peaks[first];
+            let mut best_class = shared_bests[first];
+            for other in first + 1..first + sharing {
+                let other_peak = shared_peaks[other];
+                let other_best = shared_bests[other];
+                if other_peak > peak || (other_peak == peak && other_best < best_class) {
+                    peak = other_peak;
+                    best_class = other_best;
+                }
+            }
+            let mut sum = 0.0f32.runtime();
+            let mut total = 0.0f32.runtime();
+            for other in first..first + sharing {
+                sum += shared_sums[other] * ((shared_peaks[other] - peak) * scale).exp();
+                if comptime!(smooth) {
+                    total += shared_totals[other];
+                }
+            }
             let to = (head * shape.rows + row) * parts + first_part + split;
-            let mut numbers = Vector::<f32, Const<KEPT>>::empty();
-            numbers.insert(0usize, merged.peak);
-            numbers.insert(1usize, merged.sum);
-            numbers.insert(2usize, merged.target);
-            numbers.insert(3usize, merged.total);
-            kept[to] = numbers;
-            best[to] = merged.best;
+            let mut pair = Vector::<f32, Const<2>>::empty();
+            pair.insert(0usize, max(peak * scale, FLOOR));
+            pair.insert(1usize, sum);
+            softmax[to] = pair;
+            best[to] = best_class;
+            if comptime!(smooth) {
+                all_logits[to] = total * scale;
+            }
         }
+        sync_cube();
     }
+}
+
+/// The column of this unit's `c`-th result of a row.
+#[cube]
+fn column(at: &Place, #[comptime] c: usize, #[comptime] tile: Tile) -> usize {
+    column_of(at, comptime!(c / 2), comptime!(c % 2), tile)
 }
 
 /// A group merges a row's parts.
 #[cube(launch_unchecked)]
 fn merge<I: Int>(
-    kept: &[Vector<f32, Const<KEPT>>], // [heads, rows, parts]
+    softmax: &[Vector<f32, Const<2>>], // [heads, rows, parts]: peak, sum
+    all_logits: &[f32],                // [heads, rows, parts]: their sum, if smooth
     best: &[u32],                      // [heads, rows, parts]
+    of_target: &[f32],                 // [heads, rows]: the logit, of those that have a target
     labels: &[I],                      // [rows]
     row_loss: &mut [f32],              // [heads, rows]
     lse: &mut [f32],                   // [heads, rows]
@@ -289,6 +380,7 @@ fn merge<I: Int>(
     parts: usize,
     rule: LabelRule,
     smoothing: f32,
+    #[comptime] smooth: bool,
     #[comptime] group: Group,
     #[define(I)] _label: ElemType,
 ) {
@@ -302,26 +394,27 @@ fn merge<I: Int>(
     }
     let mut state = RowSoftmax::new();
     while part < to {
-        let numbers = kept[out * parts + part];
-        let peak = numbers.extract(0usize);
-        let sum = numbers.extract(1usize);
+        let pair = softmax[out * parts + part];
+        let peak = pair.extract(0usize);
         // Parts are in the order of their classes: of equal peaks the first class stays.
         if peak > state.peak {
             state.sum *= (state.peak - peak).exp();
             state.peak = peak;
             state.best = best[out * parts + part];
         }
-        state.sum += sum * (peak - state.peak).exp();
-        state.target += numbers.extract(2usize);
-        state.total += numbers.extract(3usize);
+        state.sum += pair.extract(1usize) * (peak - state.peak).exp();
+        if comptime!(smooth) {
+            state.total += all_logits[out * parts + part];
+        }
         part += group.size;
     }
-    let merged = group_softmax(state, group);
+    let mut merged = group_softmax(state, group);
     if is_there && of.lane == 0 {
         lse[out] = merged.lse();
         predictions[out] = merged.best;
         let mut loss = 0.0f32.runtime();
         if is_class(target_of::<I>(labels[out % rows], &rule)) {
+            merged.target = of_target[out];
             loss = merged.loss(active, smoothing);
         }
         row_loss[out] = loss;

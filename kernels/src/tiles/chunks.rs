@@ -5,7 +5,7 @@ use cubecl::prelude::*;
 use cubecl::server::Handle;
 
 use super::pack::finish_chunk;
-use super::product::{Lies, Place, Source, column_of, place, result_of, row_of, tile_product};
+use super::product::{Lies, Source, column_of, place, result_of, row_of, tile_product};
 use super::{Tile, pack_chunk};
 use crate::Gradients;
 use crate::blueprint::{Blueprint, cubes_for};
@@ -327,18 +327,9 @@ fn product<E: Float, N: Size>(
     let mut right_stages =
         Shared::<[E]>::new_aligned_slice(comptime!(2 * tile.stage(Lies::Columns)), 16usize);
     let mut results = Array::<f32>::new(comptime!(tile.results()));
-    let at = place(tile);
     #[unroll]
-    for r in 0..comptime!(2 * tile.tall()) {
-        #[unroll]
-        for j in 0..comptime!(tile.wide()) {
-            let mut sum = Vector::<f32, Const<2>>::new(0.0);
-            if overwrite == 0 {
-                sum = out[pair_of(&at, head_of_part * count + first, column, dim, r, j, tile)];
-            }
-            results[comptime!(result_of(r, 2 * j, tile))] = sum.extract(0usize);
-            results[comptime!(result_of(r, 2 * j + 1, tile))] = sum.extract(1usize);
-        }
+    for i in 0..comptime!(tile.results()) {
+        results[i] = 0.0;
     }
     tile_product::<E, N>(
         &mut results,
@@ -353,29 +344,21 @@ fn product<E: Float, N: Size>(
         Lies::Columns,
         tile,
     );
+    let at = place(tile);
     #[unroll]
     for r in 0..comptime!(2 * tile.tall()) {
+        let row =
+            head_of_part * count + first + row_of(&at, comptime!(r / 2), comptime!(r % 2), tile);
         #[unroll]
         for j in 0..comptime!(tile.wide()) {
+            let to = (row * dim + column + column_of(&at, j, 0usize, tile)) / 2;
             let mut sum = Vector::<f32, Const<2>>::empty();
             sum.insert(0usize, results[comptime!(result_of(r, 2 * j, tile))]);
             sum.insert(1usize, results[comptime!(result_of(r, 2 * j + 1, tile))]);
-            out[pair_of(&at, head_of_part * count + first, column, dim, r, j, tile)] = sum;
+            if overwrite == 0 {
+                sum += out[to];
+            }
+            out[to] = sum;
         }
     }
-}
-
-/// Where the results of row `r` and columns `2 j`, `2 j + 1` of this unit go, in pairs, in rows of `dim`.
-#[cube]
-fn pair_of(
-    at: &Place,
-    first: usize,
-    column: usize,
-    dim: usize,
-    #[comptime] r: usize,
-    #[comptime] j: usize,
-    #[comptime] tile: Tile,
-) -> usize {
-    let row = first + row_of(at, comptime!(r / 2), comptime!(r % 2), tile);
-    (row * dim + column + column_of(at, j, 0usize, tile)) / 2
 }

@@ -176,7 +176,7 @@ fn forward<E: Float, I: Int, N: Size>(
         bests[r] = 0u32.runtime();
         totals[r] = 0.0;
     }
-    let room = comptime!(tile.stowed() * tile.units());
+    let room = comptime!((tile.stowed() * tile.units()).max(1));
     let mut stowed_peaks = Shared::<[f32]>::new_slice(room);
     let mut stowed_sums = Shared::<[f32]>::new_slice(room);
     let mut stowed_bests = Shared::<[u32]>::new_slice(room);

@@ -15,7 +15,7 @@ pub(super) fn launch_forward(call: &Call, tile: Tile, logits: &TensorHandle, sca
     let client = call.client;
     let sizes = &call.problem.sizes;
     let elements = sizes.heads * sizes.rows * sizes.active;
-    let chunks = Chunks::new(client, &call.blueprint, tile, &call.problem);
+    let chunks = Chunks::new(client, &call.blueprint, tile, &call.problem, 1.0);
     for chunk in chunks.forward() {
         let cubes = sizes.heads * (sizes.rows_padded / tile.side) * (chunk.padded / tile.side);
         // SAFETY: the operands are packed in whole tiles, `logits` is [heads, rows, active].
@@ -49,7 +49,7 @@ pub(super) fn launch_backward(
     let client = call.client;
     let sizes = &call.problem.sizes;
     let factors = client.create_from_slice(f32::as_bytes(&vec![scale; sizes.heads]));
-    let chunks = Chunks::new(client, &call.blueprint, tile, &call.problem);
+    let chunks = Chunks::new(client, &call.blueprint, tile, &call.problem, 1.0);
     let backward = Backward {
         chunks: &chunks,
         factors,

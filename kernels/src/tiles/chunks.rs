@@ -38,12 +38,13 @@ pub(crate) struct Chunk {
 }
 
 impl<'a> Chunks<'a> {
-    /// Packs the embeddings.
+    /// Packs the embeddings, times 1 or −1.
     pub(crate) fn new(
         client: &'a Client,
         blueprint: &'a Blueprint,
         tile: Tile,
         problem: &'a CosineProblem,
+        sign: f32,
     ) -> Self {
         let sizes = &problem.sizes;
         Self {
@@ -59,6 +60,7 @@ impl<'a> Chunks<'a> {
                 sizes.rows,
                 sizes.rows_padded,
                 sizes.dim_padded,
+                sign,
                 tile.packed,
             ),
         }
@@ -96,6 +98,7 @@ impl<'a> Chunks<'a> {
                 classes,
                 padded,
                 sizes.dim_padded,
+                1.0,
                 self.tile.packed,
             ),
         }
@@ -349,16 +352,21 @@ fn product<E: Float, N: Size>(
     for r in 0..comptime!(2 * tile.tall()) {
         let row =
             head_of_part * count + first + row_of(&at, comptime!(r / 2), comptime!(r % 2), tile);
+        // All of a row's are read before any is written: one way to memory and back, not one each.
+        let mut before = Array::<Vector<f32, Const<2>>>::new(comptime!(tile.wide()));
         #[unroll]
         for j in 0..comptime!(tile.wide()) {
-            let to = (row * dim + column + column_of(&at, j, 0usize, tile)) / 2;
+            before[j] = Vector::<f32, Const<2>>::new(0.0);
+            if overwrite == 0 {
+                before[j] = out[(row * dim + column + column_of(&at, j, 0usize, tile)) / 2];
+            }
+        }
+        #[unroll]
+        for j in 0..comptime!(tile.wide()) {
             let mut sum = Vector::<f32, Const<2>>::empty();
             sum.insert(0usize, results[comptime!(result_of(r, 2 * j, tile))]);
             sum.insert(1usize, results[comptime!(result_of(r, 2 * j + 1, tile))]);
-            if overwrite == 0 {
-                sum += out[to];
-            }
-            out[to] = sum;
+            out[(row * dim + column + column_of(&at, j, 0usize, tile)) / 2] = sum + before[j];
         }
     }
 }

@@ -59,7 +59,7 @@ impl RowOfGroup {
     }
 }
 
-/// `x / max(‖x‖, EPSILON)` of the rows `first .. first + real` of every head, zero-padded to `[heads, count, dim_padded]`, rounded to
+/// `sign · x / max(‖x‖, EPSILON)` of the rows `first .. first + real` of every head, zero-padded to `[heads, count, dim_padded]`, rounded to
 /// `dtype`.
 #[allow(clippy::too_many_arguments)] // a range, and how it is packed
 pub(crate) fn pack_chunk(
@@ -70,6 +70,7 @@ pub(crate) fn pack_chunk(
     real: usize,
     count: usize,
     dim_padded: usize,
+    sign: f32,
     dtype: ElemType,
 ) -> Handle {
     let [heads, _, dim] = operand.dims3();
@@ -89,6 +90,7 @@ pub(crate) fn pack_chunk(
             operand.strides_arg(vector),
             BufferArg::from_raw_parts(packed.clone(), elements / vector),
             RowsLaunch::new(heads, first, real, count, dim / vector, dim_padded / vector),
+            sign,
             group,
             operand.dtype(),
             dtype,
@@ -103,6 +105,7 @@ fn pack<F: Float, P: Float, M: Size>(
     strides: RowStrides,
     packed: &mut [Vector<P, M>], // [heads, count, dim_padded]
     rows: Rows,
+    sign: f32,
     #[comptime] group: Group,
     #[define(F)] _dtype: ElemType,
     #[define(P)] _packed: ElemType,
@@ -118,7 +121,7 @@ fn pack<F: Float, P: Float, M: Size>(
         }
     }
     let norm = group_sum(squares, group).sqrt();
-    let inverse = Vector::<f32, M>::new(inverse_norm(norm));
+    let inverse = Vector::<f32, M>::new(inverse_norm(norm) * sign);
     if at.is_there {
         let mut d = at.lane;
         while d < rows.columns_padded {

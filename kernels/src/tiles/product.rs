@@ -424,6 +424,9 @@ fn multiply_tf32<E: Float>(
     }
 }
 
+/// Steps of multiply-adds whose elements may be read ahead.
+const STEPS_AHEAD: usize = 2;
+
 /// Multiply-adds: a step at a time, a unit multiplies its rows' elements with its columns'.
 #[cube]
 fn multiply_fma<E: Float>(
@@ -440,20 +443,18 @@ fn multiply_fma<E: Float>(
     let pitch = comptime!(tile.pitch(Lies::Rows));
     #[unroll]
     for step in 0..comptime!(tile.depth) {
+        if comptime!(tile.views && step > 0 && step % STEPS_AHEAD == 0) {
+            // A compiler would read all steps' elements ahead, into registers that a second cube needs.
+            sync_plane();
+        }
         let mut of_rows = Array::<f32>::new(rows);
         let mut of_columns = Array::<f32>::new(columns);
-        fours(
-            &mut of_rows,
-            left,
-            left_stage + step * pitch,
-            at.group,
-            rows,
-            tile,
-        );
+        let start = step * pitch;
+        fours(&mut of_rows, left, left_stage + start, at.group, rows, tile);
         fours(
             &mut of_columns,
             right,
-            right_stage + step * pitch,
+            right_stage + start,
             at.member,
             columns,
             tile,

@@ -81,6 +81,9 @@ pub(super) fn launch(
     }
 }
 
+/// Rows that a unit reads before it adds them.
+const TOGETHER: usize = 8;
+
 #[cube(launch_unchecked)]
 fn classes<F: Float, N: Size>(
     embeddings: &[Vector<F, N>],
@@ -155,13 +158,26 @@ fn classes<F: Float, N: Size>(
             if d < columns {
                 let mut row = part;
                 while row < sizes.rows {
-                    let pair = head * sizes.rows + row;
-                    let factor = scratch[pair * sizes.active + class]
-                        * scratch[sizes.inverse_norms() + pair];
-                    let x =
-                        Vector::<f32, N>::cast_from(embeddings[from + row * embedding_strides.row]);
-                    sum = fma(Vector::<f32, N>::new(factor), x, sum);
-                    row += parts;
+                    // Some rows are on their way at once.
+                    let mut factors = Array::<f32>::new(TOGETHER);
+                    let mut xs = Array::<Vector<f32, N>>::new(TOGETHER);
+                    #[unroll]
+                    for i in 0..TOGETHER {
+                        let next = min(row + i * parts, sizes.rows - 1);
+                        let pair = head * sizes.rows + next;
+                        factors[i] = scratch[pair * sizes.active + class]
+                            * scratch[sizes.inverse_norms() + pair];
+                        xs[i] = Vector::<f32, N>::cast_from(
+                            embeddings[from + next * embedding_strides.row],
+                        );
+                    }
+                    #[unroll]
+                    for i in 0..TOGETHER {
+                        if row + i * parts < sizes.rows {
+                            sum = fma(Vector::<f32, N>::new(factors[i]), xs[i], sum);
+                        }
+                    }
+                    row += TOGETHER * parts;
                 }
             }
             let mut shared = Shared::<[Vector<f32, N>]>::new_slice(PLANE_UNITS);

@@ -95,6 +95,9 @@ pub(super) fn launch(
     }
 }
 
+/// Classes that a unit reads before it adds them.
+const TOGETHER: usize = 4;
+
 #[cube(launch_unchecked)]
 fn rows<F: Float, I: Int, N: Size>(
     embeddings: &[Vector<F, N>],
@@ -271,11 +274,25 @@ fn rows<F: Float, I: Int, N: Size>(
             let d = here.lane + i * plan.of_row.size;
             let mut sum = Vector::<f32, N>::new(0.0);
             if d < columns {
-                for class in 0..active {
-                    let w = Vector::<f32, N>::cast_from(
-                        weights[of_weights + class * weight_strides.row + d],
-                    );
-                    sum = fma(Vector::<f32, N>::new(logits[own * CLASSES + class]), w, sum);
+                let mut class = 0usize.runtime();
+                while class < active {
+                    // Some classes are on their way at once.
+                    let mut ws = Array::<Vector<f32, N>>::new(TOGETHER);
+                    #[unroll]
+                    for i in 0..TOGETHER {
+                        let next = min(class + i, active - 1);
+                        ws[i] = Vector::<f32, N>::cast_from(
+                            weights[of_weights + next * weight_strides.row + d],
+                        );
+                    }
+                    #[unroll]
+                    for i in 0..TOGETHER {
+                        if class + i < active {
+                            let gradient = logits[own * CLASSES + class + i];
+                            sum = fma(Vector::<f32, N>::new(gradient), ws[i], sum);
+                        }
+                    }
+                    class += TOGETHER;
                 }
                 let x = Vector::<f32, N>::cast_from(
                     embeddings[of_embeddings + own_row * embedding_strides.row + d],

@@ -44,7 +44,7 @@ pub(in crate::cosine_cross_entropy) fn launch_backward(
             Group::cube(&call.blueprint),
         );
     }
-    let chunks = Chunks::new(client, &call.blueprint, tile, &call.problem);
+    let chunks = Chunks::new(client, &call.blueprint, tile, &call.problem, 1.0);
     let backward = Backward {
         chunks: &chunks,
         factors,

@@ -23,7 +23,11 @@ pub(in crate::cosine_cross_entropy) fn launch_forward(
 ) {
     let client = call.client;
     let sizes = &call.problem.sizes;
-    let chunks = Chunks::new(client, &call.blueprint, tile, &call.problem);
+    // The largest logit is that of the largest cosine, or of the smallest. With a scale of 0 every class is alike, but one that is
+    // not there is none.
+    let sign = 1f32.copysign(call.options.scale);
+    let scale = call.options.scale.abs().max(1e-30);
+    let chunks = Chunks::new(client, &call.blueprint, tile, &call.problem, sign);
     let row_tiles = sizes.heads * sizes.rows_padded / tile.side;
     // Enough cubes that every multiprocessor has two, and few enough that merging is little of their work.
     let processors = client.properties().hardware.num_streaming_multiprocessors;
@@ -78,7 +82,7 @@ pub(in crate::cosine_cross_entropy) fn launch_forward(
                 parts_of_chunk,
                 parts,
                 rule(),
-                call.options.scale,
+                scale,
                 tile,
                 call.options.loss.label_smoothing != 0.0,
                 tile.packed,
@@ -132,7 +136,7 @@ fn forward<E: Float, I: Int, N: Size>(
     splits: usize,     // of this chunk
     parts: usize,      // of all
     rule: LabelRule,
-    scale: f32,
+    scale: f32, // of embeddings that have its sign
     #[comptime] tile: Tile,
     #[comptime] smooth: bool,
     #[define(E)] _dtype: ElemType,
@@ -151,14 +155,6 @@ fn forward<E: Float, I: Int, N: Size>(
     let at = place(tile);
     let owned = comptime!(2 * tile.tall()); // rows of which this unit holds results
     let columns = comptime!(2 * tile.wide()); // of each
-    // The largest logit is that of the largest cosine, or of the smallest.
-    let mut sign = 1.0f32.runtime();
-    if scale < 0.0 {
-        sign = -1.0f32;
-    }
-    // With a scale of 0 every class is alike, but one that is not there is none.
-    let scale = max(scale.abs(), 1e-30);
-
     let stage = comptime!(2 * tile.stage(Lies::Rows));
     let mut left_stages = Shared::<[E]>::new_aligned_slice(stage, 16usize);
     let mut right_stages = Shared::<[E]>::new_aligned_slice(stage, 16usize);
@@ -214,9 +210,21 @@ fn forward<E: Float, I: Int, N: Size>(
             tile,
         );
         let first_class = shape.first + of.in_chunk;
-        #[unroll]
-        for i in 0..comptime!(tile.results()) {
-            results[i] *= sign;
+        if comptime!(smooth) {
+            // A class that is not there has a cosine of 0 still.
+            #[unroll]
+            for r in 0..owned {
+                let mut total = results[comptime!(result_of(r, 0, tile))];
+                #[unroll]
+                for c in 1..columns {
+                    total += results[comptime!(result_of(r, c, tile))];
+                }
+                if comptime!(tile.stowed() > 0) {
+                    stowed_totals[comptime!(r * tile.units()) + unit] += total;
+                } else {
+                    totals[r] += total;
+                }
+            }
         }
         if first_class + side > shape.active {
             #[unroll]
@@ -236,17 +244,6 @@ fn forward<E: Float, I: Int, N: Size>(
                 peaks[r] = stowed_peaks[slot];
                 sums[r] = stowed_sums[slot];
                 bests[r] = stowed_bests[slot];
-                if comptime!(smooth) {
-                    totals[r] = stowed_totals[slot];
-                }
-            }
-            if comptime!(smooth) {
-                #[unroll]
-                for c in 0..columns {
-                    if first_class + column(&at, c, tile) < shape.active {
-                        totals[r] += results[comptime!(result_of(r, c, tile))];
-                    }
-                }
             }
             // Few tiles have a row's target, and few its best class so far: what is seldom is looked for apart.
             let row = row_of(&at, comptime!(r / 2), comptime!(r % 2), tile);
@@ -288,9 +285,6 @@ fn forward<E: Float, I: Int, N: Size>(
                 stowed_peaks[slot] = peaks[r];
                 stowed_sums[slot] = sums[r];
                 stowed_bests[slot] = bests[r];
-                if comptime!(smooth) {
-                    stowed_totals[slot] = totals[r];
-                }
             }
         }
     }

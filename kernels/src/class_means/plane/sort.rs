@@ -17,7 +17,7 @@ use crate::operand::whole;
 
 /// Blocks have at least this many rows.
 const ROWS: usize = 4 * PLANE_UNITS;
-/// Counts that a unit has on the way at once.
+/// Counts or targets that a unit has on the way at once.
 const AHEAD: usize = 16;
 
 /// The rows by class, each class in the order of its rows.
@@ -149,10 +149,14 @@ fn rank<I: Int>(
         sync_cube();
         let mut earlier = 0u32.runtime();
         let mut all = 0u32.runtime();
-        for other in 0..PLANE_UNITS {
-            let same = select(targets[other] == target, 1u32, 0u32);
-            all += same;
-            earlier += select(other < unit, same, 0u32);
+        for some in 0..PLANE_UNITS / AHEAD {
+            #[unroll]
+            for i in 0..AHEAD {
+                let other = some * AHEAD + i;
+                let same = select(targets[other] == target, 1u32, 0u32);
+                all += same;
+                earlier += select(other < unit, same, 0u32);
+            }
         }
         let mut rank = 0u32.runtime();
         if is_class(target) {
@@ -242,8 +246,12 @@ fn starts(
     let first = min(unit * share, classes);
     let last = min(first + share, classes);
     let mut sum = 0u32.runtime();
-    for class in first..last {
-        sum += totals[class];
+    for turn in 0..share.div_ceil(AHEAD) {
+        let here = some_totals(totals, first + turn * AHEAD, last);
+        #[unroll]
+        for i in 0..AHEAD {
+            sum += here[i];
+        }
     }
     sums[unit] = sum;
     sync_cube();
@@ -251,13 +259,34 @@ fn starts(
     for other in 0..unit {
         start += sums[other];
     }
-    for class in first..last {
-        starts[class] = start;
-        start += totals[class];
+    for turn in 0..share.div_ceil(AHEAD) {
+        let from = first + turn * AHEAD;
+        let here = some_totals(totals, from, last);
+        #[unroll]
+        for i in 0..AHEAD {
+            if from + i < last {
+                starts[from + i] = start;
+            }
+            start += here[i];
+        }
     }
     if unit == comptime!(PLANE_UNITS - 1) {
         starts[classes] = start;
     }
+}
+
+/// The totals of the classes from `from` on that are before `last`; of others 0.
+#[cube]
+fn some_totals(totals: &[u32], from: usize, last: usize) -> Array<u32> {
+    let mut here = Array::<u32>::new(AHEAD);
+    #[unroll]
+    for i in 0..AHEAD {
+        here[i] = 0;
+        if from + i < last {
+            here[i] = totals[from + i];
+        }
+    }
+    here
 }
 
 /// `order`: the rows, class by class.

@@ -165,6 +165,7 @@ pub(crate) fn train(arguments: &Train, given: &dyn Fn(&str) -> bool) -> Result<(
         config.seed, config.device
     ));
     let data = dataset(&config.source, config.seed, &arguments.out, true)?;
+    let device = config.device;
     let run = claim.begin(config, &data)?;
     let protocol = run.protocol();
     say(format_args!(
@@ -177,6 +178,11 @@ pub(crate) fn train(arguments: &Train, given: &dyn Fn(&str) -> bool) -> Result<(
         data.train.len(),
         data.test.len()
     ));
+    if device != DeviceName::Cpu {
+        say(format_args!(
+            "{device}: the first steps compile and tune the network's kernels, which takes longer than a minute"
+        ));
+    }
     sessions::print(&run.train(&data, &devices)?);
     Ok(())
 }

@@ -20,7 +20,7 @@
 //!
 //! Memory beside the outputs:
 //!
-//! - plane and cmma: a copy of the embeddings (plane: in f32; cmma: in their dtype), their gradient in f32, `20·H·N` bytes for each of
+//! - plane and cmma: a copy of the embeddings (plane: in f32; cmma: in their dtype), their gradient in f32, `16·H·N` bytes for each of
 //!   the parts that a row's softmax is found in (some a chunk of classes), and 160 MiB for what has a class axis, a chunk of classes at
 //!   a time; more only where a single tile of classes with all rows is more. Where few cubes would own gradients, they are summed in
 //!   parts by more: up to 32 MiB for either operand.

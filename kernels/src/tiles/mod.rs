@@ -131,8 +131,9 @@ impl Tile {
     fn new(client: &Client, engine: Engine, packed: ElemType) -> Self {
         let hardware = &client.properties().hardware;
         let widest = (16 / packed.size()).min(hardware.max_vector_size);
-        // Only CUDA and HIP know.
-        let is_known = hardware.num_streaming_multiprocessors.is_some();
+        // Only CUDA and HIP know, and have shared memory for large tiles.
+        let is_known = hardware.num_streaming_multiprocessors.is_some()
+            && hardware.max_shared_memory_size >= 56 << 10;
         let (side, across, depth, pad, vector) = match engine {
             Engine::Mma => (128, 2, 32, 8, widest),
             Engine::Tf32 => (128, 2, 16, 4, widest),

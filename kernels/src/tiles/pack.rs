@@ -108,7 +108,7 @@ fn pack<F: Float, P: Float, M: Size>(
     sign: f32,
     #[comptime] group: Group,
     #[define(F)] _dtype: ElemType,
-    #[define(P)] _packed: ElemType,
+    #[define(P)] _of_packed: ElemType,
 ) {
     let at = RowOfGroup::locate(&rows, &strides, group);
     let mut squares = 0.0f32.runtime();

@@ -48,7 +48,7 @@ fn every_kernel_fits_an_nvidia_gpu_and_no_product_spills() {
         // Where the assembler can have one more cube on a multiprocessor for it, it spills a register of what streams rows, and
         // a few of `write_means`, which runs once a training, and of the small step, which is one turn through its code. Of what
         // multiplies tiles, the forward pass on tensor cores keeps three numbers in local memory while a tile is multiplied.
-        let multiplies = multiplies_tiles(&row);
+        let multiplies = multiplies_tiles(row);
         let once = row.kernel.starts_with("write_means") || row.op.ends_with("small");
         let spilled = match multiplies || row.wide_loads == 0 {
             true if row.mma > 0 && row.kernel.starts_with("forward") => 12,
@@ -103,7 +103,7 @@ fn products_run_on_tensor_cores_and_stream_sixteen_bytes_at_a_time() {
             row.kernel, row.op, row.dtype, row.arch
         );
         let inferred = row.op == "cosine_cross_entropy" || row.op == "cosine_logits";
-        let product = multiplies_tiles(&row);
+        let product = multiplies_tiles(row);
         if (inferred && row.dtype != "f32" || row.op.ends_with("TF32")) && product {
             assert!(row.mma > 0, "{of} has no tensor-core product");
             assert!(

@@ -12,7 +12,8 @@ measured of the whole step only; shares of the machine are of f32's multiply-add
 On CUDA (--device cuda) a turn is CALLS calls one after another on random inputs that lie on the device, and a wait at the end, the
 same for all; the time is that of a call. Shares are of PyTorch's own product of two 8192² matrices in the same dtype. `graph` is
 PyTorch's compiled step as a CUDA graph, beside our `captured`. Liger and CCE join in where they are installed, on inputs that
-are normalised already, which spares them the normalisation and its backward. Memory is what a step reserves beside its inputs.
+are normalised already, which spares them the normalisation and its backward. Memory is what a step needs beside its inputs, its
+gradients included.
 """
 
 import argparse
@@ -274,6 +275,7 @@ def on_cuda(options):
                     inputs = peer.inputs(shape, 1)
                     peer.repeat(inputs)
                     torch.cuda.synchronize()
+                    inputs[0].grad = inputs[1].grad = None
                     before = torch.cuda.memory_allocated()
                     torch.cuda.reset_peak_memory_stats()
                     peer.repeat(inputs)

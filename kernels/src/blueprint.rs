@@ -59,7 +59,7 @@ impl Strategy {
 /// Units of a plane variant's cube.
 pub(crate) const PLANE_UNITS: usize = 256;
 /// Shared memory of a plane variant without a product, at most.
-const PLANE_SHARED: usize = 4 << 10;
+const PLANE_SHARED: usize = 8 << 10;
 
 /// A variant with the numbers it runs under.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,7 +111,7 @@ impl Blueprint {
             plane: exchanging_units(client),
             tile_rows: 0,
             product: Some(tile),
-            units: PLANE_UNITS,
+            units: tile.units(),
             forced: strategy != Strategy::Inferred,
         })
     }

@@ -102,11 +102,7 @@ impl Strided {
                 expected: "the last axis packed (stride 1)",
             });
         }
-        if address_type(&[elements]) == AddressType::U64
-            && !client.properties().supports_address(AddressType::U64)
-        {
-            addressable(operand, elements as u128)?;
-        }
+        addressed(client, operand, elements as u128)?;
         let stride = |axis: usize| if shape[axis] == 1 { 0 } else { strides[axis] };
         Ok(Self {
             outer_stride: if rank == 3 { stride(0) } else { 0 },
@@ -326,6 +322,18 @@ pub(crate) fn address_type(elements: &[usize]) -> AddressType {
         AddressType::U64
     } else {
         AddressType::U32
+    }
+}
+
+/// Refuses what the device's indices cannot reach.
+pub(crate) fn addressed(
+    client: &Client,
+    operand: &'static str,
+    elements: u128,
+) -> Result<(), Error> {
+    match client.properties().supports_address(AddressType::U64) {
+        true => Ok(()),
+        false => addressable(operand, elements),
     }
 }
 

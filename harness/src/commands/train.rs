@@ -180,7 +180,7 @@ pub(crate) fn train(arguments: &Train, given: &dyn Fn(&str) -> bool) -> Result<(
     ));
     if device != DeviceName::Cpu {
         say(format_args!(
-            "{device}: the first steps compile and tune the network's kernels, which takes longer than a minute"
+            "{device}: the first steps compile and tune the network's kernels, which can take minutes"
         ));
     }
     sessions::print(&run.train(&data, &devices)?);

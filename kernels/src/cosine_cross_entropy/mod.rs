@@ -20,8 +20,9 @@
 //!
 //! Memory beside the outputs:
 //!
-//! - plane and cmma: a copy of the embeddings (plane: in f32; cmma: in their dtype), their gradient in f32, `16·H·N` bytes for each of
-//!   the parts that a row's softmax is found in (some a chunk of classes), and 160 MiB for what has a class axis, a chunk of classes at
+//! - plane and cmma: a copy of the embeddings (plane: in f32; cmma: in their dtype), their gradient in f32, both with rows and
+//!   columns padded to whole tiles of 64 or 128; `12·H·N` bytes for each of the parts that a row's softmax is found in (some a chunk
+//!   of classes; `16` with label smoothing), and 160 MiB for what has a class axis, a chunk of classes at
 //!   a time; more only where a single tile of classes with all rows is more. Where few cubes would own gradients, they are summed in
 //!   parts by more: up to 32 MiB for either operand.
 //! - unit: a workspace of 60 MiB, or 8 MiB a core where there are many, through which the operands go in chunks; more only where a

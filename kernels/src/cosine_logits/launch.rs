@@ -8,7 +8,7 @@ use super::{CosineProblem, tiled, unit};
 use crate::blueprint::{Blueprint, Strategy};
 use crate::error::Error;
 use crate::gradients::{Gradients, Wanted};
-use crate::operand::{Strided, addressable, count, empty};
+use crate::operand::{Strided, addressable, addressed, count, empty};
 use crate::packing::{Operand, Packed};
 
 /// The operands, never modified.
@@ -67,8 +67,10 @@ impl Default for Options {
 pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<TensorHandle, Error> {
     let call = Call::new(client, inputs, options)?;
     let sizes = call.problem.sizes;
-    if call.blueprint.product.is_none() {
-        addressable("logits", count(&[sizes.heads, sizes.rows, sizes.active]))?;
+    let elements = count(&[sizes.heads, sizes.rows, sizes.active]);
+    match call.blueprint.product {
+        Some(_) => addressed(client, "logits", elements)?,
+        None => addressable("logits", elements)?,
     }
     let logits = empty(
         client,

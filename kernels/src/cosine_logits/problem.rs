@@ -7,7 +7,7 @@ use cubecl::std::tensor::TensorHandle;
 use crate::blueprint::Blueprint;
 use crate::error::Error;
 use crate::gradients::{Gradients, Wanted};
-use crate::operand::{Strided, addressable, count, empty};
+use crate::operand::{Strided, addressable, addressed, count, empty};
 use crate::packing::{Packed, PackedSizes};
 
 /// Embeddings and class weights that belong together.
@@ -51,6 +51,8 @@ impl CosineProblem {
         // Every variant packs all embeddings, and numbers classes in 32 bits.
         addressable("embeddings", count(embeddings.shape()))?;
         addressable("active classes", active as u128)?;
+        // Their gradient is stored whole, whatever the strides of the class weights are.
+        addressed(client, "class weights", count(weights.shape()))?;
         let sizes = PackedSizes::new(heads, rows, active, dim, blueprint);
         let packed_rows = match chunked {
             true => sizes.rows_padded,

@@ -9,7 +9,9 @@ use super::launch::Call;
 use crate::Gradients;
 use crate::blueprint::{PLANE_UNITS, cubes_for};
 use crate::operand::{RowStrides, Strided, address_type, whole};
-use crate::tiles::{Backward, Chunk, ChunkShape, Chunks, Lies, Tile, column_of, place, row_of};
+use crate::tiles::{
+    Backward, Chunk, ChunkShape, Chunks, Lies, Tile, column_of, place, result_of, row_of,
+};
 
 pub(super) fn launch_forward(call: &Call, tile: Tile, logits: &TensorHandle, scale: f32) {
     let client = call.client;
@@ -110,14 +112,12 @@ fn forward<E: Float, F: Float, N: Size>(
     let at = place(tile);
     #[unroll]
     for r in 0..comptime!(2 * tile.tall()) {
-        let row = of.first_row + row_of(&at, comptime!(r / 2), comptime!(r % 2), tile);
+        let row = of.first_row + row_of(&at, r, tile);
         #[unroll]
         for c in 0..comptime!(2 * tile.wide()) {
-            let class = shape.first
-                + of.in_chunk
-                + column_of(&at, comptime!(c / 2), comptime!(c % 2), tile);
+            let class = shape.first + of.in_chunk + column_of(&at, c, tile);
             if row < shape.rows && class < shape.active {
-                let from = comptime!((r / 2 * tile.wide() + c / 2) * 4 + r % 2 * 2 + c % 2);
+                let from = comptime!(result_of(r, c, tile));
                 logits[(of.head * shape.rows + row) * shape.active + class] =
                     F::cast_from(results[from] * scale);
             }

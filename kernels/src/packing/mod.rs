@@ -1,4 +1,4 @@
-//! The operands of a cosine head, made ready for products on a CPU: unit rows in f32, zero-padded to whole tiles.
+//! The sizes of a cosine head as tiles have them, and on a CPU its operands, made ready for products: unit rows in f32, zero-padded to whole tiles.
 //!
 //! `x̂ = x / max(‖x‖₂, 1e-12)` for the embeddings of every head and for the active class weights, in one
 //! buffer: first `[heads, rows_padded, dim_padded]`, then `[heads, active_padded, dim_padded]`. The padding is

@@ -350,15 +350,14 @@ fn product<E: Float, N: Size>(
     let at = place(tile);
     #[unroll]
     for r in 0..comptime!(2 * tile.tall()) {
-        let row =
-            head_of_part * count + first + row_of(&at, comptime!(r / 2), comptime!(r % 2), tile);
+        let row = head_of_part * count + first + row_of(&at, r, tile);
         // All of a row's are read before any is written: one way to memory and back, not one each.
         let mut before = Array::<Vector<f32, Const<2>>>::new(comptime!(tile.wide()));
         #[unroll]
         for j in 0..comptime!(tile.wide()) {
             before[j] = Vector::<f32, Const<2>>::new(0.0);
             if overwrite == 0 {
-                before[j] = out[(row * dim + column + column_of(&at, j, 0usize, tile)) / 2];
+                before[j] = out[(row * dim + column + column_of(&at, comptime!(2 * j), tile)) / 2];
             }
         }
         #[unroll]
@@ -366,7 +365,8 @@ fn product<E: Float, N: Size>(
             let mut sum = Vector::<f32, Const<2>>::empty();
             sum.insert(0usize, results[comptime!(result_of(r, 2 * j, tile))]);
             sum.insert(1usize, results[comptime!(result_of(r, 2 * j + 1, tile))]);
-            out[(row * dim + column + column_of(&at, j, 0usize, tile)) / 2] = sum + before[j];
+            out[(row * dim + column + column_of(&at, comptime!(2 * j), tile)) / 2] =
+                sum + before[j];
         }
     }
 }

@@ -25,7 +25,7 @@ mod store;
 pub(crate) use chunks::{Backward, Chunk, Chunks};
 pub(crate) use logits::{ChunkShape, LogitTile};
 pub(crate) use pack::pack_chunk;
-pub(crate) use product::{Lies, Place, column_of, place, result_of, row_of};
+pub(crate) use product::{Lies, column_of, place, result_of, row_of};
 pub(crate) use store::store_tile;
 
 use cubecl::client::Client;
@@ -66,7 +66,7 @@ pub(crate) struct Tile {
     pub depth: usize,
     /// Elements of a vector in memory: 16 bytes where the device has such.
     pub vector: usize,
-    /// Whether shared memory can be seen as vectors of four, which WGSL's cannot.
+    /// Whether shared memory can be seen as vectors, which WGSL's cannot.
     pub views: bool,
     /// Elements between rows of a stage, so that eight of them fall into different banks.
     pub pad: usize,

@@ -48,37 +48,25 @@ pub(crate) fn place(#[comptime] tile: Tile) -> Place {
     }
 }
 
-/// The row of the tile that results `(i, _, 2 · half ..)` belong to.
+/// The row of the tile that results of row `r` of this unit belong to.
 #[cube]
-pub(crate) fn row_of(
-    at: &Place,
-    #[comptime] i: usize,
-    #[comptime] half: usize,
-    #[comptime] tile: Tile,
-) -> usize {
+pub(crate) fn row_of(at: &Place, #[comptime] r: usize, #[comptime] tile: Tile) -> usize {
     if comptime!(tile.engine == Engine::Fma) {
-        of_four(at.group, comptime!(2 * i + half))
+        of_four(at.group, r)
     } else {
-        at.plane_row * comptime!(tile.side / PLANES_DOWN)
-            + comptime!(16 * i + 8 * half)
-            + at.lane / 4
+        let fragment = comptime!(r / 2 * 16 + r % 2 * 8);
+        at.plane_row * comptime!(tile.side / PLANES_DOWN) + fragment + at.lane / 4
     }
 }
 
-/// The column of the tile that result `(_, j, odd or 2 + odd)` belongs to.
+/// The column of the tile that results of column `c` of this unit belong to; an odd one is next to the even one before it.
 #[cube]
-pub(crate) fn column_of(
-    at: &Place,
-    #[comptime] j: usize,
-    #[comptime] odd: usize,
-    #[comptime] tile: Tile,
-) -> usize {
+pub(crate) fn column_of(at: &Place, #[comptime] c: usize, #[comptime] tile: Tile) -> usize {
     if comptime!(tile.engine == Engine::Fma) {
-        of_four(at.member, comptime!(2 * j + odd))
+        of_four(at.member, c)
     } else {
-        at.plane_column * comptime!(tile.side / tile.across)
-            + comptime!(8 * j + odd)
-            + at.lane % 4 * 2
+        let fragment = comptime!(c / 2 * 8 + c % 2);
+        at.plane_column * comptime!(tile.side / tile.across) + fragment + at.lane % 4 * 2
     }
 }
 
@@ -102,8 +90,8 @@ fn of_four(unit: usize, #[comptime] number: usize) -> usize {
     unit * 4 + comptime!(number / 4 * 64 + number % 4)
 }
 
-/// Adds a product over `slabs` stages' depths to the results. Result `(i, j, e)` of a unit is at `(i · wide + j) · 4 + e`: row
-/// [`row_of`]`(i, e / 2)`, column [`column_of`]`(j, e % 2)`. The stages have room for two slabs each.
+/// Adds a product over `slabs` stages' depths to the results. Result `(r, c)` of a unit is at [`result_of`]`(r, c)`: row
+/// [`row_of`]`(r)`, column [`column_of`]`(c)`. The stages have room for two slabs each.
 #[cube]
 pub(crate) fn tile_product<E: Float, N: Size>(
     results: &mut Array<f32>,

@@ -35,7 +35,7 @@ fn store_neighbours<E: Float, N: Size>(
     let vector = comptime!(tile.vector);
     #[unroll]
     for r in 0..comptime!(2 * tile.tall()) {
-        let row = first + row_of(&at, comptime!(r / 2), comptime!(r % 2), tile) * stride;
+        let row = first + row_of(&at, r, tile) * stride;
         #[unroll]
         for v in 0..comptime!(2 * tile.wide() / tile.vector) {
             let mut neighbours = Vector::<f32, N>::empty();
@@ -44,7 +44,7 @@ fn store_neighbours<E: Float, N: Size>(
                 neighbours.insert(e, results[comptime!(result_of(r, v * vector + e, tile))]);
             }
             let c = comptime!(v * vector);
-            let column = column_of(&at, comptime!(c / 2), comptime!(c % 2), tile);
+            let column = column_of(&at, c, tile);
             to[(row + column) / vector] = Vector::<E, N>::cast_from(neighbours);
         }
     }

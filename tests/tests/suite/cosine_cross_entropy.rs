@@ -293,6 +293,32 @@ proptest! {
 }
 
 #[test]
+fn a_scale_of_zero_makes_every_class_alike_and_predicts_the_first() {
+    let problem = Problem {
+        scale: 0.0,
+        reduction: Reduction::None,
+        ..Problem::plain((2, 19, 40, 90, 70))
+    };
+    let data = problem.data();
+    for run in fused_runs(problem.sizes) {
+        let (inputs, options) = arguments(&run, &problem, &data);
+        let upstream = Upstream::Total(1.0);
+        let done = forward_backward(run.client, &inputs, &options, &upstream, Wanted::BOTH);
+        let (output, gradients) = done.expect("the operands are valid");
+        let predicted = output.read_predictions(run.client).expect("valid labels");
+        assert_eq!(predicted, vec![0; 38], "on {run}");
+        for loss in output.read_loss(run.client).expect("valid labels") {
+            // A sum of 70 ones, and a logarithm.
+            assert!((loss - 70f32.ln()).abs() < 1e-6, "on {run}: {loss}");
+        }
+        for gradient in [gradients.embeddings, gradients.weights] {
+            let gradient = download(run.client, &gradient.expect("asked for"));
+            assert!(gradient.iter().all(|&g| g == 0.0), "on {run}: {gradient:?}");
+        }
+    }
+}
+
+#[test]
 fn one_class_has_no_loss_and_no_gradient() {
     let problem = Problem {
         label_dtype: LabelDtype::I64,

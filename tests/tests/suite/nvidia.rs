@@ -34,7 +34,7 @@ fn compiled() -> Vec<Row> {
 }
 
 #[test]
-fn every_kernel_fits_an_nvidia_gpu_and_no_product_spills() {
+fn every_kernel_fits_an_nvidia_gpu_and_spills_next_to_nothing() {
     for row in rows() {
         let of = format!(
             "{} of {} in {} for sm_{}",

@@ -151,7 +151,7 @@ fn logit_gradients<E: Float, N: Size>(
     let first_class = shape.first + of.in_chunk;
     #[unroll]
     for r in 0..comptime!(2 * tile.tall()) {
-        let row = of.first_row + row_of(&at, comptime!(r / 2), comptime!(r % 2), tile);
+        let row = of.first_row + row_of(&at, r, tile);
         let lse = state[of.head * 2 * shape.rows_padded + row];
         let arriving = state[(of.head * 2 + 1) * shape.rows_padded + row];
         // Where nothing arrives, nothing goes on, whatever the logits are.
@@ -171,7 +171,7 @@ fn logit_gradients<E: Float, N: Size>(
             if target < comptime!(tile.side as u32) {
                 #[unroll]
                 for c in 0..columns {
-                    if column_of(&at, comptime!(c / 2), comptime!(c % 2), tile) as u32 == target {
+                    if column_of(&at, c, tile) as u32 == target {
                         let from = comptime!(result_of(r, c, tile));
                         results[from] -= arriving * (1.0 - smoothing);
                     }
@@ -182,7 +182,7 @@ fn logit_gradients<E: Float, N: Size>(
     if first_class + comptime!(tile.side) > shape.active {
         #[unroll]
         for c in 0..columns {
-            let class = first_class + column_of(&at, comptime!(c / 2), comptime!(c % 2), tile);
+            let class = first_class + column_of(&at, c, tile);
             if class >= shape.active {
                 #[unroll]
                 for r in 0..comptime!(2 * tile.tall()) {

@@ -12,7 +12,7 @@ use crate::math::group::{Group, group_softmax, member};
 use crate::math::online_softmax::{FLOOR, RowSoftmax};
 use crate::operand::whole;
 use crate::tiles::{
-    ChunkShape, Chunks, Lies, LogitTile, Place, Tile, column_of, place, result_of, row_of,
+    ChunkShape, Chunks, Lies, LogitTile, Tile, column_of, place, result_of, row_of,
 };
 
 /// Row losses, lse and predictions into `results`.
@@ -23,9 +23,12 @@ pub(in crate::cosine_cross_entropy) fn launch_forward(
 ) {
     let client = call.client;
     let sizes = &call.problem.sizes;
-    // The largest logit is that of the largest cosine, or of the smallest. With a scale of 0 every class is alike, but one that is
-    // not there is none.
-    let sign = 1f32.copysign(call.options.scale);
+    // The largest logit is that of the largest cosine, or of the smallest. With a scale of 0 every class is alike, and the first is
+    // predicted; but one that is not there is none.
+    let sign = match call.options.scale {
+        0.0 => 0.0,
+        scale => scale.signum(),
+    };
     let scale = call.options.scale.abs().max(1e-30);
     let chunks = Chunks::new(client, &call.blueprint, tile, &call.problem, sign);
     let row_tiles = sizes.heads * sizes.rows_padded / tile.side;
@@ -40,7 +43,9 @@ pub(in crate::cosine_cross_entropy) fn launch_forward(
     let elements = sizes.heads * sizes.rows * parts;
     let float = size_of::<f32>();
     let softmax = client.empty(elements * 2 * float);
-    let totals = client.empty(elements * float);
+    let smooth = call.options.loss.label_smoothing != 0.0;
+    let summed = if smooth { elements } else { 1 };
+    let totals = client.empty(summed * float);
     let best = client.empty(elements * size_of::<u32>());
     let of_target = client.empty(sizes.heads * sizes.rows * float);
     let parts_args = || {
@@ -48,7 +53,7 @@ pub(in crate::cosine_cross_entropy) fn launch_forward(
         unsafe {
             [
                 BufferArg::from_raw_parts(softmax.clone(), elements),
-                BufferArg::from_raw_parts(totals.clone(), elements),
+                BufferArg::from_raw_parts(totals.clone(), summed),
                 BufferArg::from_raw_parts(best.clone(), elements),
                 BufferArg::from_raw_parts(of_target.clone(), sizes.heads * sizes.rows),
             ]
@@ -84,7 +89,7 @@ pub(in crate::cosine_cross_entropy) fn launch_forward(
                 rule(),
                 scale,
                 tile,
-                call.options.loss.label_smoothing != 0.0,
+                smooth,
                 tile.packed,
                 call.labels.dtype(),
             );
@@ -115,7 +120,7 @@ pub(in crate::cosine_cross_entropy) fn launch_forward(
             parts,
             rule(),
             call.options.loss.label_smoothing,
-            call.options.loss.label_smoothing != 0.0,
+            smooth,
             group,
             call.labels.dtype(),
         );
@@ -229,7 +234,7 @@ fn forward<E: Float, I: Int, N: Size>(
         if first_class + side > shape.active {
             #[unroll]
             for c in 0..columns {
-                if first_class + column(&at, c, tile) >= shape.active {
+                if first_class + column_of(&at, c, tile) >= shape.active {
                     #[unroll]
                     for r in 0..owned {
                         results[comptime!(result_of(r, c, tile))] = FLOOR;
@@ -246,12 +251,12 @@ fn forward<E: Float, I: Int, N: Size>(
                 bests[r] = stowed_bests[slot];
             }
             // Few tiles have a row's target, and few its best class so far: what is seldom is looked for apart.
-            let row = row_of(&at, comptime!(r / 2), comptime!(r % 2), tile);
+            let row = row_of(&at, r, tile);
             let target = targets[row] - first_class as u32;
             if target < comptime!(tile.side as u32) {
                 #[unroll]
                 for c in 0..columns {
-                    if column(&at, c, tile) as u32 == target {
+                    if column_of(&at, c, tile) as u32 == target {
                         of_target[head * shape.rows + first_row + row] =
                             results[comptime!(result_of(r, c, tile))] * scale;
                     }
@@ -271,7 +276,7 @@ fn forward<E: Float, I: Int, N: Size>(
                     // The first of equal classes is found last.
                     let c = comptime!(columns - back);
                     let is_top = results[comptime!(result_of(r, c, tile))] == top;
-                    best_column = select(is_top, column(&at, c, tile) as u32, best_column);
+                    best_column = select(is_top, column_of(&at, c, tile) as u32, best_column);
                 }
                 bests[r] = first_class as u32 + best_column;
             }
@@ -317,7 +322,7 @@ fn forward<E: Float, I: Int, N: Size>(
             shared_totals[slot] = totals[r];
         }
         sync_cube();
-        let row = first_row + row_of(&at, comptime!(r / 2), comptime!(r % 2), tile);
+        let row = first_row + row_of(&at, r, tile);
         if at.member == 0 && row < shape.rows {
             let mut peak = shared_peaks[first];
             let mut best_class = shared_bests[first];
@@ -349,12 +354,6 @@ fn forward<E: Float, I: Int, N: Size>(
         }
         sync_cube();
     }
-}
-
-/// The column of this unit's `c`-th result of a row.
-#[cube]
-fn column(at: &Place, #[comptime] c: usize, #[comptime] tile: Tile) -> usize {
-    column_of(at, comptime!(c / 2), comptime!(c % 2), tile)
 }
 
 /// A group merges a row's parts.

@@ -282,7 +282,7 @@ def on_cuda(options):
                     used[who] = (torch.cuda.max_memory_allocated() - before) >> 20
                     calls[who] = functools.partial(peer.repeat, inputs)
                 except Exception as error:  # a peer that cannot is named, not hidden
-                    print(f"{who} at {name}: {type(error).__name__}: {str(error)[:200]}", flush=True)
+                    print(f"{who} at {name}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
             times = {who: [] for who in calls}
             for turn in range(options.turns + 1):
                 for who, call in calls.items():

@@ -330,10 +330,6 @@ fn product<E: Float, N: Size>(
     let mut right_stages =
         Shared::<[E]>::new_aligned_slice(comptime!(2 * tile.stage(Lies::Columns)), 16usize);
     let mut results = Array::<f32>::new(comptime!(tile.results()));
-    #[unroll]
-    for i in 0..comptime!(tile.results()) {
-        results[i] = 0.0;
-    }
     tile_product::<E, N>(
         &mut results,
         left,

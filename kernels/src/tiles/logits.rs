@@ -69,10 +69,6 @@ impl ChunkShape {
         right_stages: &mut [E],
         #[comptime] tile: Tile,
     ) {
-        #[unroll]
-        for i in 0..comptime!(tile.results()) {
-            results[i] = 0.0;
-        }
         let stride = self.dim / comptime!(tile.vector);
         tile_product::<E, N>(
             results,

@@ -1,4 +1,4 @@
-//! `results += left · rightᵀ` over a reduced axis, for a tile of each.
+//! `results = left · rightᵀ` over a reduced axis, for a tile of each.
 
 use cubecl::cmma::{MatrixIdent, MmaDefinition};
 use cubecl::prelude::*;
@@ -90,7 +90,7 @@ fn of_four(unit: usize, #[comptime] number: usize) -> usize {
     unit * 4 + comptime!(number / 4 * 64 + number % 4)
 }
 
-/// Adds a product over `slabs` stages' depths to the results. Result `(r, c)` of a unit is at [`result_of`]`(r, c)`: row
+/// Multiplies over `slabs` stages' depths. Result `(r, c)` of a unit is at [`result_of`]`(r, c)`: row
 /// [`row_of`]`(r)`, column [`column_of`]`(c)`. The stages have room for two slabs each.
 #[cube]
 pub(crate) fn tile_product<E: Float, N: Size>(
@@ -106,6 +106,10 @@ pub(crate) fn tile_product<E: Float, N: Size>(
     #[comptime] right_lies: Lies,
     #[comptime] tile: Tile,
 ) {
+    #[unroll]
+    for i in 0..comptime!(tile.results()) {
+        results[i] = 0.0;
+    }
     let mut from_left = Array::<Vector<E, N>>::new(comptime!(tile.brought()));
     let mut from_right = Array::<Vector<E, N>>::new(comptime!(tile.brought()));
     let start = 0usize.runtime();
@@ -278,8 +282,7 @@ fn multiply_mma<E: Float>(
     let size!(NA) = mma.vector_size(MatrixIdent::A);
     let size!(NC) = mma.vector_size(MatrixIdent::Accumulator);
     let lane_row = at.lane % 8;
-    let first_row = at.plane_row * comptime!(tile.side / PLANES_DOWN);
-    let first_column = at.plane_column * comptime!(tile.side / tile.across);
+    let (first_row, first_column) = place_of_plane(&at, tile);
     #[unroll]
     for step in 0..comptime!(tile.depth / 16) {
         let k = step * 16;
@@ -371,8 +374,9 @@ fn multiply_tf32<E: Float>(
     let mma = MmaDefinition::<tf32, tf32, f32>::new(16usize, 8usize, 8usize);
     let size!(NA) = mma.vector_size(MatrixIdent::A);
     let size!(NC) = mma.vector_size(MatrixIdent::Accumulator);
-    let first_row = at.plane_row * comptime!(tile.side / PLANES_DOWN) + at.lane / 4;
-    let first_column = at.plane_column * comptime!(tile.side / tile.across) + at.lane / 4;
+    let (first_row, first_column) = place_of_plane(&at, tile);
+    let first_row = first_row + at.lane / 4;
+    let first_column = first_column + at.lane / 4;
     #[unroll]
     for step in 0..comptime!(tile.depth / 8) {
         let k = step * 8 + at.lane % 4;

@@ -55,6 +55,8 @@ fn every_kernel_fits_an_nvidia_gpu_and_spills_next_to_nothing() {
             true if row.mma > 0 && row.kernel.starts_with("forward") => 12,
             true => 0,
             false if once => 64,
+            // Of the small step's eight rows on the way, on sm_100.
+            false if row.op.ends_with("small") => 16,
             false => 8,
         };
         assert!(

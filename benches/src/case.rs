@@ -274,3 +274,32 @@ impl Case {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// But not Burn on CubeCL's CPU runtime, whose products tune themselves for a minute first.
+    #[test]
+    fn what_is_measured_agrees_with_the_reference() {
+        for group in Group::ALL {
+            for who in Who::ALL {
+                let shape = Shape::SMALL;
+                let measured = |case: &Case| (case.group, case.who) == (group, who);
+                if Case::all().iter().any(measured) && !(who == Who::Burn && ours::on_cpu()) {
+                    Case { group, shape, who }.check();
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn an_id_names_its_case() {
+        for case in Case::all() {
+            let named = Case::named(&case.to_string()).expect("it is measured");
+            assert_eq!((named.group, named.who), (case.group, case.who));
+            assert_eq!(named.shape.name, case.shape.name);
+        }
+        assert!(Case::named("cosine_logits/seed/nobody").is_none());
+    }
+}

@@ -9,7 +9,7 @@ use crate::blueprint::{Blueprint, Strategy};
 use crate::error::Error;
 use crate::operand::{F32, addressable, contiguous, count, empty, offset, whole, widest};
 
-/// The operands whose gradients are computed; what is left out costs nothing.
+/// The operands whose gradients are computed. The product of one that is left out is not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Wanted {
     /// That of the embeddings.
@@ -50,8 +50,8 @@ pub struct Gradients {
 }
 
 impl Gradients {
-    /// New gradients, each head's times its factor in `by_head [heads]`, f32: of a loss of which only later is known how it
-    /// counts.
+    /// New gradients, head `h` times `by_head[h]` (f32, `[heads]`): for when the gradient that arrives is only known after
+    /// [`forward_backward`](crate::cosine_cross_entropy::forward_backward).
     ///
     /// # Errors
     /// A typed [`Error`] if the factors do not fit, or a gradient is not contiguous or passes 32-bit addresses.
@@ -81,8 +81,8 @@ fn scaled(
             expected: "3 axes".into(),
         });
     };
-    contiguous(operand, gradient, &shape, gradient.dtype)?;
-    contiguous("factors", by_head, &[heads], F32)?;
+    contiguous(client, operand, gradient, &shape, gradient.dtype)?;
+    contiguous(client, "factors", by_head, &[heads], F32)?;
     addressable(operand, count(&shape))?;
     let blueprint = Blueprint::new(client, Strategy::Inferred)?.for_elements(heads * rows * dim);
     let vector = widest(blueprint.vector(gradient.dtype), [dim, offset(gradient)]);

@@ -1,5 +1,5 @@
-//! CubeCL kernels for cosine-classifier heads: many heads at once, at any number of classes, on any CubeCL device,
-//! in memory that does not grow with rows × classes.
+//! CubeCL kernels for cosine-classifier heads: many heads at once, at any number of classes, on any CubeCL device.
+//! [`cosine_cross_entropy`] never stores the `rows × classes` logits.
 //!
 //! | op | what it does |
 //! |---|---|
@@ -9,18 +9,24 @@
 //! | [`class_means`] | prototype averaging, streamed over batches |
 //! | [`reconstruction`] | `1 − mean cos(whole, first + second)` |
 //!
-//! Operands are [`TensorHandle`](cubecl::std::tensor::TensorHandle)s of f32, f16 or bf16, accumulated in f32; the last
-//! axis is packed, the others have any stride. Inputs are never modified, results are new contiguous tensors,
-//! and the same input gives the same bits on the same device. What the host can see is a typed [`Error`] before
-//! anything is launched; labels are data, and a bad one is reported when a result is read.
+//! Float operands are [`TensorHandle`](cubecl::std::tensor::TensorHandle)s of f32, f16 or bf16, all of a call of one dtype,
+//! accumulated in f32; the last axis is packed (stride 1), the others have any stride. Labels are i32, i64 or u32; they and
+//! upstream gradients are contiguous. Inputs are never modified, results are new contiguous tensors, and the same input gives the
+//! same bits on the same device.
 //!
-//! The crate links no runtime of its own accord: turn on `cpu`, `cuda` or `wgpu`, here or in `cubecl`.
+//! Shapes, strides, dtypes, devices and options are checked before anything is launched, and what does not fit is an [`Error`] with
+//! the numbers. The values of labels are only known to the device: a row whose label is no class counts as ignored, and whatever
+//! waits for a result (`check`, `read`, `read_total` and its like; `check` in Burn) returns [`Error::Label`]. Raw handles and
+//! gradients can be read without that, so check first.
+//!
+//! The crate links no runtime of its own accord: turn on `cpu`, `cuda` or `wgpu`, here or in `cubecl`. `examples/step.rs` is a whole
+//! program.
 //!
 //! | feature | |
 //! |---|---|
-//! | `cpu`, `cuda`, `wgpu` | CubeCL's runtimes; the functions on Burn tensors reach the devices whose features are on here |
-//! | `burn` | the ops as functions on Burn tensors, with autodiff, and the module `CosineHeads`, in the module `burn` |
-//! | `fusion` | the same under Burn's fusion: on where Burn's is |
+//! | `cpu`, `cuda`, `wgpu` | CubeCL's runtimes, and Burn's devices on them |
+//! | `burn` | the ops as functions on Burn tensors, with autodiff, and the module `CosineHeads`, in the module `burn`; for a Burn whose fusion is off |
+//! | `fusion` | the same for a Burn whose fusion is on, as it is by default |
 
 // In kernels loops run over ranges: CubeCL compiles no iterator adaptors.
 #![allow(clippy::needless_range_loop)]
@@ -49,4 +55,4 @@ pub use cubecl;
 pub use blueprint::{Strategy, Variant};
 pub use error::Error;
 pub use gradients::{Gradients, Wanted};
-pub use loss::{LossOptions, LossOutput, Reduction, Upstream};
+pub use loss::{LossOptions, LossOutput, LossValues, Reduction, Upstream};

@@ -24,7 +24,7 @@ pub(crate) struct Strided {
 }
 
 impl Strided {
-    /// Proves that `tensor` is f32, f16 or bf16 of rank 3 (or 2), non-empty, packed along its last axis, inside its buffer and
+    /// Proves that `tensor` is on the client's device, f32, f16 or bf16 of rank 3 (or 2), non-empty, packed along its last axis, inside its buffer and
     /// within reach of 32-bit indices.
     pub(crate) fn float(
         client: &Client,
@@ -66,6 +66,7 @@ impl Strided {
         tensor: &TensorHandle,
         rank: usize,
     ) -> Result<Self, Error> {
+        on_device(client, operand, tensor)?;
         let shape = tensor.shape().to_vec();
         let strides = tensor.strides().to_vec();
         if shape.len() != rank {
@@ -185,7 +186,7 @@ impl Labels {
                 expected: "i32, i64 or u32, as far as the device has them".into(),
             });
         }
-        contiguous(operand, tensor, &[rows], tensor.dtype)?;
+        contiguous(client, operand, tensor, &[rows], tensor.dtype)?;
         Ok(Self {
             tensor: tensor.clone(),
         })
@@ -200,14 +201,37 @@ impl Labels {
     }
 }
 
-/// Proves that `tensor` has this dtype and shape, is contiguous, and inside its buffer: what [`whole`] leans on for tensors that
-/// come from a caller.
+/// Refuses a tensor of another device, at which a launch could only panic.
+pub(crate) fn on_device(
+    client: &Client,
+    operand: &'static str,
+    tensor: &TensorHandle,
+) -> Result<(), Error> {
+    let (on, expected) = (tensor.handle.service, client.service_id());
+    if on == expected {
+        return Ok(());
+    }
+    let runtime = match on.service == expected.service {
+        true => "",
+        false => " of another runtime",
+    };
+    Err(Error::Place {
+        operand,
+        on: format!("{}{runtime}", on.device),
+        expected: format!("{}, the client's", expected.device),
+    })
+}
+
+/// Proves that `tensor` is on the client's device, has this dtype and shape, is contiguous, and inside its buffer: what [`whole`]
+/// leans on for tensors that come from a caller.
 pub(crate) fn contiguous(
+    client: &Client,
     operand: &'static str,
     tensor: &TensorHandle,
     expected: &[usize],
     dtype: ElemType,
 ) -> Result<(), Error> {
+    on_device(client, operand, tensor)?;
     let (shape, strides) = (tensor.shape().to_vec(), tensor.strides().to_vec());
     if tensor.dtype != dtype {
         return Err(Error::Dtype {

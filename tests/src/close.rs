@@ -21,6 +21,9 @@ pub struct Comparison<'a> {
     pub magnitude: f64,
     /// How far an element may be off, relative to the magnitude, because what the op keeps between its products is rounded.
     pub kept: f64,
+    /// How far it may be off relative to the tensor itself, where `working` is rounded like ours but some of the roundings may fall
+    /// to the other side.
+    pub rounded: f64,
     /// Of the rows whose gradient this is, from [`lengths`]; empty for anything else. A gradient is as large as its row is short,
     /// so each is compared times its row's length, and a short row does not hide what the others got.
     pub lengths: &'a [f64],
@@ -79,6 +82,7 @@ impl Comparison<'_> {
             dtype,
             magnitude,
             kept,
+            rounded,
             lengths,
         } = self;
         if ours.len() != truth.len() {
@@ -109,7 +113,7 @@ impl Comparison<'_> {
         };
         // Sums in another order differ by a few rounding errors of f32 (6e-8) of what was summed.
         let bound = 2.0 * honest
-            + (1e-6 + relative) * size
+            + (1e-6 + relative + rounded) * size
             + (4e-7 + kept) * magnitude * count
             + subnormal * norm(all.clone().map(length));
         if error <= bound {

@@ -60,9 +60,9 @@ pub fn devices() -> &'static [Tested] {
             match device() {
                 Ok(device) => match std::panic::catch_unwind(|| device.client()) {
                     Ok(client) => found.push(tested(name, client)),
-                    Err(_) => eprintln!("protohead tests: no {name} device on this machine"),
+                    Err(_) => tell(format_args!("no {name} device on this machine")),
                 },
-                Err(error) => eprintln!("protohead tests: {name} is not reachable: {error:?}"),
+                Err(error) => tell(format_args!("{name} is not reachable: {error:?}")),
             }
         }
         assert!(!found.is_empty(), "no device to test on");
@@ -72,13 +72,21 @@ pub fn devices() -> &'static [Tested] {
             "no device for the GPU-shaped variants: scripts/setup.sh --tests should have installed one"
         );
         for device in &found {
-            eprintln!(
-                "protohead tests: {} runs {:?}",
-                device.name, device.variants
-            );
+            let has = |dtype: &Dtype| device.client.properties().supports_type(dtype.elem());
+            let dtypes = [Dtype::F32, Dtype::F16, Dtype::Bf16].map(|d| has(&d).then_some(d));
+            let dtypes: Vec<Dtype> = dtypes.into_iter().flatten().collect();
+            let Tested { name, variants, .. } = device;
+            tell(format_args!("{name} runs {variants:?} in {dtypes:?}"));
         }
         found
     })
+}
+
+/// A line on stderr whether or not the test that comes first fails: the harness captures what tests print, but not this.
+fn tell(line: std::fmt::Arguments) {
+    use std::io::Write;
+    // Nobody may be listening.
+    let _ = writeln!(std::io::stderr(), "protohead tests: {line}");
 }
 
 fn tested(name: &'static str, client: Client) -> Tested {

@@ -6,3 +6,4 @@ pub mod fused;
 pub mod nvidia;
 pub mod problem;
 pub mod proof;
+pub mod rounded;

@@ -12,7 +12,7 @@ use cubecl::std::tensor::TensorHandle;
 use super::ops::{MaybeGrad, ProtoheadGradOps, ProtoheadOps};
 use super::total;
 use crate::class_means::{self, ClassSums};
-use crate::loss::LossOutput;
+use crate::loss::{LossOutput, Saved};
 use crate::{
     Error, Gradients, Upstream, Wanted, cosine_cross_entropy as fused, cosine_logits as logits,
     cross_entropy, reconstruction,
@@ -243,12 +243,15 @@ impl ProtoheadGradOps for CubeBackend {
             weights: operand(weights),
             labels: labels(rows),
         };
-        let output = LossOutput::saved(handle(lse), handle(status), &inputs.labels);
-        let gradients = checked(fused::backward(
+        let saved = Saved {
+            lse: handle(lse),
+            status: handle(status),
+        };
+        let gradients = checked(fused::backward_from(
             &embeddings.client,
             &inputs,
             &options,
-            &output,
+            &saved,
             &Upstream::Loss(handle(into_contiguous(grad))),
             wanted(need),
         ));
@@ -290,10 +293,13 @@ impl ProtoheadGradOps for CubeBackend {
             logits: operand(z.clone()),
             labels: labels(rows),
         };
-        let output = LossOutput::saved(handle(lse), handle(status), &inputs.labels);
+        let saved = Saved {
+            lse: handle(lse),
+            status: handle(status),
+        };
         let upstream = Upstream::Loss(handle(into_contiguous(grad)));
-        let gradient = checked(cross_entropy::backward(
-            &z.client, &inputs, &options, &output, &upstream,
+        let gradient = checked(cross_entropy::backward_from(
+            &z.client, &inputs, &options, &saved, &upstream,
         ));
         tensor(&z, gradient, z.dtype)
     }

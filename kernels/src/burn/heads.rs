@@ -82,6 +82,20 @@ pub struct HeadsLoss {
 }
 
 impl CosineHeads {
+    /// What would make heads like these. A record holds the class weights alone: keep this beside it, and load into
+    /// `config.init(device)`.
+    pub fn config(&self) -> CosineHeadsConfig {
+        let [heads, classes, dim] = self.weight.dims();
+        CosineHeadsConfig {
+            heads,
+            classes,
+            dim,
+            active: Some(self.active),
+            scale: self.scale,
+            allow_tf32: self.allow_tf32,
+        }
+    }
+
     /// K
     pub fn active(&self) -> usize {
         self.active
@@ -119,7 +133,9 @@ impl CosineHeads {
         cosine_logits(embeddings, self.weight.val(), &options)
     }
 
-    /// The cross-entropy of each head and their weighted sum, in memory that does not grow with rows × classes.
+    /// The cross-entropy of each head and their weighted sum, without logits in memory.
+    ///
+    /// On an autodiff device f32 gradients are computed with the loss: evaluate with `Module::valid`, or they are computed for nothing.
     ///
     /// # Errors
     /// A typed [`Error`] if the operands do not fit, or the reduction is `None`.
@@ -146,9 +162,10 @@ impl CosineHeads {
         Ok(HeadsLoss { total, heads })
     }
 
-    /// Replaces the first `active` class weights of every head with the means of `embeddings [heads, rows, dim]` by label; a class
-    /// without rows keeps its weights. What is returned beside tells how many rows each class had, and of bad labels. How many
-    /// classes take part in logits and losses stays as it is: see [`with_active`](Self::with_active).
+    /// Replaces the first `active` class weights of every head with the means of `embeddings [heads, rows, dim]` by label. A class
+    /// without rows keeps its weights, so the examples of new classes can be given alone. What is returned beside says how many rows
+    /// each class had, and of bad labels. How many classes take part in logits and losses stays as it is: see
+    /// [`with_active`](Self::with_active).
     ///
     /// # Errors
     /// A typed [`Error`] if the operands do not fit.

@@ -3,12 +3,12 @@
 //!
 //! They run on CubeCL's devices (with the crate's features `cpu`, `cuda` and `wgpu`), under Burn's fusion with the feature
 //! `fusion`, which has to be on where Burn's is. Shapes and options are checked at the call and returned as an [`Error`]; the
-//! operands have at most 2³² elements together, the padding that kernels add included. Labels are data on the device, so a bad
-//! one is counted and reported by [`CrossEntropy::check`] and [`ClassMeans::check`]. The device picks the variant: an option's
-//! strategy takes no part.
+//! operands have fewer than 2³² elements together, the padding that kernels add included. Labels are data on the device: a row whose
+//! label is no class counts as ignored, and only [`CrossEntropy::check`] and [`ClassMeans::check`] tell. The strategy of options is
+//! ignored: the device picks the variant. Of the results only losses, logits and reconstruction are differentiable.
 //!
-//! On a CPU, read something of every step, as `check` does: a thread that gets ahead of Burn's and CubeCL's queues takes a core
-//! from the kernels, and a small step then takes ten times as long.
+//! On a CPU, wait for every step, as `check` does: a thread that runs ahead of Burn's and CubeCL's queues takes a core from the
+//! kernels, and a small step then takes ten times as long.
 
 mod autodiff;
 mod cube;
@@ -118,7 +118,7 @@ impl<const D: usize> CrossEntropy<D> {
 ///
 /// # Errors
 /// A typed [`Error`] if shapes, dtypes, devices or options do not fit, the reduction is [`Reduction::None`], or there are head
-/// weights: weigh the result instead, or use [`CosineHeads::loss`].
+/// weights: multiply the result by them instead, or use [`CosineHeads::loss`].
 pub fn cosine_cross_entropy(
     embeddings: Tensor<3>,
     weights: Tensor<3>,
@@ -142,7 +142,7 @@ fn unweighted(options: &LossOptions, heads: usize) -> Result<(), Error> {
         Some(weights) => Err(Error::Shape {
             operand: "head weights",
             got: vec![weights.len()],
-            expected: "none: the result is to be weighed".into(),
+            expected: "none: multiply the result by them".into(),
         }),
     }
 }
@@ -155,10 +155,10 @@ fn total(loss: Tensor<1>, alphas: Vec<f32>) -> Tensor<1> {
     ))
 }
 
-/// The loss of each row of each head, `[heads, rows]`; the options' reduction takes no part.
+/// The loss of each row of each head, `[heads, rows]`; the options' reduction is ignored.
 ///
 /// # Errors
-/// A typed [`Error`] if shapes, dtypes, devices or options do not fit, or there are head weights: weigh the result instead.
+/// A typed [`Error`] if shapes, dtypes, devices or options do not fit, or there are head weights: multiply the result by them instead.
 pub fn cosine_cross_entropy_by_row(
     embeddings: Tensor<3>,
     weights: Tensor<3>,
@@ -193,10 +193,10 @@ fn fused_loss<const D: usize>(
 }
 
 /// The loss of each row of each head, `[heads, rows]`, of given `logits [heads, rows, classes]`: see
-/// [`cross_entropy`](crate::cross_entropy). The options' reduction takes no part; reduce the result.
+/// [`cross_entropy`](crate::cross_entropy). The options' reduction is ignored; reduce the result.
 ///
 /// # Errors
-/// A typed [`Error`] if shapes, dtypes, devices or options do not fit, or there are head weights: weigh the result instead.
+/// A typed [`Error`] if shapes, dtypes, devices or options do not fit, or there are head weights: multiply the result by them instead.
 pub fn cross_entropy_by_row(
     logits: Tensor<3>,
     labels: Tensor<1, Int>,

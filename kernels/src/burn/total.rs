@@ -14,7 +14,7 @@ pub(super) fn forward(
     loss: &TensorHandle,
     alphas: &[f32],
 ) -> Result<TensorHandle, Error> {
-    contiguous("loss", loss, &[alphas.len()], F32)?;
+    contiguous(client, "loss", loss, &[alphas.len()], F32)?;
     let out = empty(client, [1], F32);
     // SAFETY: the loss is proved, and there is a weight for each head.
     unsafe {
@@ -36,7 +36,7 @@ pub(super) fn backward(
     grad: &TensorHandle,
     alphas: &[f32],
 ) -> Result<TensorHandle, Error> {
-    contiguous("gradient of the total", grad, &[1], F32)?;
+    contiguous(client, "gradient of the total", grad, &[1], F32)?;
     let out = empty(client, [alphas.len()], F32);
     // SAFETY: the gradient is proved, and `out` has an element for each weight.
     unsafe {

@@ -10,7 +10,9 @@ use crate::blueprint::{Blueprint, Strategy, Variant};
 use crate::error::Error;
 use crate::math::group::Group;
 use crate::math::sum::KahanLanes;
-use crate::operand::{F32, Labels, RowStrides, Strided, U32, addressable, empty, whole, widest};
+use crate::operand::{
+    F32, Labels, RowStrides, Strided, U32, addressable, empty, on_device, whole, widest,
+};
 
 /// What is averaged.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -70,7 +72,7 @@ pub struct ClassSums {
 }
 
 impl ClassSums {
-    /// Of no rows, for `heads × classes × dim`.
+    /// Sums of no rows yet, for `heads` × `classes` × `dim` (H, K, D): labels are to be in `0..classes`.
     ///
     /// # Errors
     /// [`Error::Empty`] if a size is zero, [`Error::TooLarge`] if the sums pass 32-bit addresses; a typed
@@ -132,6 +134,7 @@ impl ClassSums {
     }
 
     fn blueprint(&self, client: &Client) -> Result<Blueprint, Error> {
+        on_device(client, "class sums", &self.sums)?;
         Blueprint::new(client, self.options.strategy)
     }
 
@@ -189,11 +192,14 @@ impl ClassSums {
         Ok(())
     }
 
-    /// Adds what another state has gathered.
+    /// Adds what another state of the same device and options has gathered.
     ///
     /// # Errors
-    /// [`Error::Shape`] if the states differ in shape, [`Error::MixedSums`] if only one is of normalized rows.
+    /// [`Error::Place`] if a state is on another device, [`Error::Shape`] if they differ in shape, [`Error::MixedSums`] if only one is
+    /// of normalized rows.
     pub fn merge(&mut self, client: &Client, other: &Self) -> Result<(), Error> {
+        let blueprint = self.blueprint(client)?;
+        on_device(client, "class sums", &other.sums)?;
         if self.shape() != other.shape() {
             return Err(Error::Shape {
                 operand: "class sums",
@@ -208,7 +214,6 @@ impl ClassSums {
         if other.fresh {
             return Ok(());
         }
-        let blueprint = self.blueprint(client)?;
         let [lanes, heads, classes, dim] = self.shape();
         let vector = widest(blueprint.vector(F32), [dim]);
         let (count, cube) = blueprint.elementwise(client, lanes * heads * classes * dim / vector);
@@ -288,11 +293,13 @@ impl ClassSums {
         Ok(out)
     }
 
-    /// Waits, and reads how many rows each class has had.
+    /// Waits, and reads how many rows each class has had, `[classes]`.
     ///
     /// # Errors
-    /// [`Error::Label`] if a label was neither a class nor ignored, [`Error::Device`] if the device failed.
+    /// [`Error::Label`] if a label was neither a class nor ignored, with its row in the batch that it came in, but not the label, which
+    /// is no longer at hand; [`Error::Device`] if the device failed.
     pub fn read_counts(&self, client: &Client) -> Result<Vec<u32>, Error> {
+        on_device(client, "class sums", &self.sums)?;
         let read = client
             .read(vec![self.counts.handle.clone(), self.status.handle.clone()])
             .map_err(Error::device)?;

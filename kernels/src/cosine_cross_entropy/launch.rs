@@ -11,9 +11,9 @@ use crate::blueprint::{Blueprint, Strategy, Variant};
 use crate::cosine_logits::CosineProblem;
 use crate::error::Error;
 use crate::gradients::{Gradients, Wanted};
+use crate::loss::arriving::Arriving;
 use crate::loss::reduce::{self, Reduced};
-use crate::loss::rows::{self, Arriving};
-use crate::loss::{LossOptions, LossOutput, Upstream};
+use crate::loss::{LossOptions, LossOutput, Saved, Upstream};
 use crate::operand::{F32, Labels, U32, empty};
 use crate::tiles::Tile;
 
@@ -24,7 +24,7 @@ pub struct Inputs {
     pub embeddings: TensorHandle,
     /// `[heads, classes, dim]`, the same dtype.
     pub weights: TensorHandle,
-    /// `[rows]`, i32, i64 or u32.
+    /// `[rows]`, i32, i64 or u32, contiguous: a class in `0..K` for each row, the same for all heads, or the ignored label.
     pub labels: TensorHandle,
 }
 
@@ -32,7 +32,7 @@ pub struct Inputs {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Options {
-    /// What cosines are multiplied with: the inverse temperature.
+    /// What cosines are multiplied with: the inverse temperature. Any finite number; it has no gradient.
     pub scale: f32,
     /// K: only the classes `0..K` take part; all of them if absent.
     pub active: Option<usize>,
@@ -61,8 +61,10 @@ impl Default for Options {
 /// The loss, its `lse` and the predicted classes.
 ///
 /// # Errors
-/// A typed [`Error`] for what the host can see, before anything is launched. A bad label is found on the device:
-/// its row counts as ignored, and reading the output returns [`Error::Label`].
+/// Before anything is launched, [`Error::Shape`], [`Error::Empty`], [`Error::Strides`], [`Error::Dtype`], [`Error::Place`],
+/// [`Error::ActiveClasses`], [`Error::Option`], [`Error::HeadWeights`] or [`Error::TooLarge`] if operands or options do not fit; with
+/// a forced variant also those that say why it cannot run. A bad label is found on the device: its row counts as ignored, and
+/// reading the output returns [`Error::Label`].
 ///
 /// # Examples
 /// ```no_run
@@ -87,10 +89,11 @@ pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<Lo
 
 /// The gradients of the operands, from a [`forward`] with the same inputs and options. May be called again.
 ///
-/// A gradient that is not asked for costs nothing.
+/// Inputs, scale, active classes and ignored label must be those of the forward pass, which `output` does not remember; the
+/// reduction, label smoothing and head weights may be others.
 ///
 /// # Errors
-/// As [`forward`]; and a typed [`Error`] if the upstream gradient or `output` does not fit.
+/// As [`forward`], of the upstream gradient and of `output`, too.
 pub fn backward(
     client: &Client,
     inputs: &Inputs,
@@ -99,17 +102,29 @@ pub fn backward(
     upstream: &Upstream,
     wanted: Wanted,
 ) -> Result<Gradients, Error> {
+    backward_from(client, inputs, options, &output.saved(), upstream, wanted)
+}
+
+/// [`backward`] from what it reads of the forward pass.
+pub(crate) fn backward_from(
+    client: &Client,
+    inputs: &Inputs,
+    options: &Options,
+    saved: &Saved,
+    upstream: &Upstream,
+    wanted: Wanted,
+) -> Result<Gradients, Error> {
     let call = Call::new(client, inputs, options)?;
     let sizes = call.problem.sizes;
-    output.prove(sizes.heads, sizes.rows)?;
+    saved.prove(client, sizes.heads, sizes.rows)?;
     let arriving = call.arriving(upstream)?;
     if !wanted.any() {
         return Ok(Gradients::default());
     }
     Ok(match call.blueprint.product {
-        Some(tile) => call.gpu_backward(tile, output, &arriving, wanted),
+        Some(tile) => call.gpu_backward(tile, saved, &arriving, wanted),
         None if call.blueprint.variant == Variant::Small => call.small(Some((&arriving, wanted))).1,
-        None => call.unit_backward(output, &arriving, wanted)?,
+        None => call.unit_backward(saved, &arriving, wanted)?,
     })
 }
 
@@ -255,7 +270,7 @@ impl<'a> Call<'a> {
         Ok(match self.blueprint.product {
             Some(tile) => {
                 let output = self.gpu_forward(tile);
-                let gradients = self.gpu_backward(tile, &output, arriving, wanted);
+                let gradients = self.gpu_backward(tile, &output.saved(), arriving, wanted);
                 (output, gradients)
             }
             None if self.blueprint.variant == Variant::Small => {
@@ -266,7 +281,7 @@ impl<'a> Call<'a> {
                     return Ok(both);
                 }
                 let output = self.unit_forward()?;
-                let gradients = self.unit_backward(&output, arriving, wanted)?;
+                let gradients = self.unit_backward(&output.saved(), arriving, wanted)?;
                 (output, gradients)
             }
         })
@@ -285,32 +300,20 @@ impl<'a> Call<'a> {
     fn unit_forward(&self) -> Result<LossOutput, Error> {
         let results = self.results();
         if let Some(step) = unit::Step::new(self, true, None, &Gradients::default())? {
-            step.launch(&results);
+            step.launch(&unit::Outcome::Written(&results));
         }
         Ok(self.output(results))
     }
 
     fn unit_backward(
         &self,
-        output: &LossOutput,
+        saved: &Saved,
         arriving: &Arriving,
         wanted: Wanted,
     ) -> Result<Gradients, Error> {
         let gradients = self.gradients(wanted);
-        let read = Results {
-            rows: RowResults {
-                loss: output.lse.clone(),
-                lse: output.lse.clone(),
-                predictions: output.lse.clone(),
-            },
-            reduced: Reduced {
-                loss: output.lse.clone(),
-                total: output.lse.clone(),
-                status: output.status.clone(),
-            },
-        };
         if let Some(step) = unit::Step::new(self, false, Some(arriving), &gradients)? {
-            step.launch(&read);
+            step.launch(&unit::Outcome::Saved(&saved.lse));
         }
         Ok(gradients)
     }
@@ -325,7 +328,7 @@ impl<'a> Call<'a> {
             return Ok(None);
         };
         let results = self.results();
-        step.launch(&results);
+        step.launch(&unit::Outcome::Written(&results));
         Ok(Some((self.output(results), gradients)))
     }
 
@@ -347,22 +350,11 @@ impl<'a> Call<'a> {
     fn gpu_backward(
         &self,
         tile: Tile,
-        output: &LossOutput,
+        saved: &Saved,
         arriving: &Arriving,
         wanted: Wanted,
     ) -> Gradients {
-        let sizes = &self.problem.sizes;
-        let rows = rows::launch(
-            self.client,
-            &self.blueprint,
-            &output.lse,
-            &output.status,
-            &self.labels,
-            sizes.active,
-            &self.options.loss,
-            arriving,
-            sizes.rows_padded,
-        );
+        let rows = tiled::gather_rows(self, saved, arriving);
         let gradients = self.gradients(wanted);
         if wanted.any() {
             tiled::launch_backward(self, tile, &rows, &gradients);

@@ -80,7 +80,7 @@ pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<Te
     match call.blueprint.product {
         Some(tile) => tiled::launch_forward(&call, tile, &logits, options.scale),
         None => {
-            let packed = call.problem.packed(client, &call.blueprint);
+            let packed = call.problem.packed(client, &call.blueprint, true);
             unit::launch_forward(client, &call.blueprint, &packed, &logits, options.scale);
         }
     }
@@ -132,7 +132,7 @@ pub fn backward(
         return Ok(gradients);
     }
     addressable("the workspace", unit::scratch(&call.blueprint, &sizes))?;
-    let packed = call.problem.packed(client, &call.blueprint);
+    let packed = call.problem.packed(client, &call.blueprint, false);
     for (grad, owner) in [
         (&gradients.embeddings, Operand::Embeddings),
         (&gradients.weights, Operand::Weights),

@@ -68,8 +68,13 @@ impl CosineProblem {
         })
     }
 
-    /// Both, packed.
-    pub(crate) fn packed(&self, client: &Client, blueprint: &Blueprint) -> Packed {
+    /// Both, packed; with panels of class weights if `for_logits`.
+    pub(crate) fn packed(
+        &self,
+        client: &Client,
+        blueprint: &Blueprint,
+        for_logits: bool,
+    ) -> Packed {
         Packed::new(
             client,
             &self.embeddings,
@@ -77,6 +82,7 @@ impl CosineProblem {
             self.sizes,
             self.vector_size(blueprint),
             blueprint,
+            for_logits,
         )
     }
 

@@ -20,6 +20,7 @@ pub(super) fn launch_forward(
     scale: f32,
 ) {
     let (count, dim) = blueprint.unit_grid(client);
+    let vector = widest(blueprint.lanes, [packed.sizes.active]);
     // SAFETY: `Packed` holds whole tiles, `logits` is [heads, rows, active].
     unsafe {
         forward::launch_unchecked(
@@ -27,9 +28,10 @@ pub(super) fn launch_forward(
             count,
             dim,
             blueprint.lanes,
-            packed.rows_arg(1),
+            vector,
+            packed.rows_arg(),
             packed.panels_arg(blueprint.lanes),
-            whole(logits, 1),
+            whole(logits, vector),
             packed.sizes.launch_arg(),
             scale,
             blueprint.tile_rows,
@@ -63,7 +65,7 @@ pub(super) fn launch_backward(call: &BackwardCall) {
             dim,
             lanes,
             vector,
-            call.packed.rows_arg(1),
+            call.packed.rows_arg(),
             call.packed.norms_arg(),
             call.upstream.buffer_arg(1),
             call.upstream.strides_arg(1),
@@ -80,10 +82,10 @@ pub(super) fn launch_backward(call: &BackwardCall) {
 }
 
 #[cube(launch_unchecked)]
-fn forward<F: Float, N: Size>(
+fn forward<F: Float, N: Size, M: Size>(
     rows: &[f32],
     panels: &[Vector<f32, N>],
-    logits: &mut [F],
+    logits: &mut [Vector<F, M>], // [heads, rows, active]
     layout: Layout,
     scale: f32,
     #[comptime] tile_rows: usize,
@@ -91,6 +93,7 @@ fn forward<F: Float, N: Size>(
 ) {
     let lanes = N::value();
     let width = comptime!(lanes * TILE_VECTORS);
+    let piece = M::value();
     let blocks_per_head = layout.rows_padded / width;
     let scale = Vector::<f32, N>::new(scale);
     let mut block = ABSOLUTE_POS;
@@ -98,7 +101,6 @@ fn forward<F: Float, N: Size>(
         let head = block / blocks_per_head;
         let first = (block % blocks_per_head) * width;
         let packed_row = layout.head_start(head, Operand::Embeddings) + first;
-        let packed_class = layout.head_start(head, Operand::Weights);
         for panel in 0..layout.active_padded / width {
             for group in 0..comptime!(width / tile_rows) {
                 let mut tile = Array::<Vector<f32, N>>::new(comptime!(tile_rows * TILE_VECTORS));
@@ -107,7 +109,7 @@ fn forward<F: Float, N: Size>(
                     rows,
                     packed_row + group * tile_rows,
                     panels,
-                    packed_class + panel * width,
+                    head * layout.active_padded + panel * width,
                     layout.dim_padded,
                     tile_rows,
                 );
@@ -120,10 +122,15 @@ fn forward<F: Float, N: Size>(
                         for v in 0..TILE_VECTORS {
                             let z = Vector::<F, N>::cast_from(tile[r * TILE_VECTORS + v] * scale);
                             #[unroll]
-                            for lane in 0..lanes {
-                                let class = panel * width + v * lanes + lane;
+                            for part in 0..comptime!(lanes / piece) {
+                                let class = panel * width + comptime!(v * lanes + part * piece);
                                 if class < layout.active {
-                                    logits[out + class] = z.extract(lane);
+                                    let mut some = Vector::<F, M>::empty();
+                                    #[unroll]
+                                    for i in 0..piece {
+                                        some.insert(i, z.extract(comptime!(part * piece + i)));
+                                    }
+                                    logits[(out + class) / piece] = some;
                                 }
                             }
                         }

@@ -7,9 +7,9 @@ use serde::{Deserialize, Serialize};
 use super::{plane, unit};
 use crate::blueprint::{Blueprint, Strategy, Variant};
 use crate::error::Error;
-use crate::loss::rows::Arriving;
-use crate::loss::{LossOptions, LossOutput, Upstream, reduce, rows};
-use crate::operand::{F32, Labels, Strided, U32, addressable, count, empty};
+use crate::loss::arriving::Arriving;
+use crate::loss::{LossOptions, LossOutput, Saved, Upstream, reduce};
+use crate::operand::{F32, Labels, Strided, U32, empty};
 
 /// The operands, never modified.
 #[derive(Clone, Debug)]
@@ -100,28 +100,31 @@ pub fn backward(
     output: &LossOutput,
     upstream: &Upstream,
 ) -> Result<TensorHandle, Error> {
+    backward_from(client, inputs, options, &output.saved(), upstream)
+}
+
+/// [`backward`] from what it reads of the forward pass.
+pub(crate) fn backward_from(
+    client: &Client,
+    inputs: &Inputs,
+    options: &Options,
+    saved: &Saved,
+    upstream: &Upstream,
+) -> Result<TensorHandle, Error> {
     let (blueprint, logits, labels) = validate(client, inputs, options)?;
     let [heads, rows, classes] = logits.dims3();
-    output.prove(heads, rows)?;
-    let row_state = rows::launch(
-        client,
-        &blueprint,
-        &output.lse,
-        &output.status,
-        &labels,
-        classes,
-        &options.loss,
-        &Arriving::new(client, upstream, &options.loss, heads, rows, classes)?,
-        rows,
-    );
+    saved.prove(client, heads, rows)?;
+    let arriving = Arriving::new(client, upstream, &options.loss, heads, rows, classes)?;
     let grad = empty(client, [heads, rows, classes], logits.dtype());
     let call = BackwardCall {
         client,
         blueprint: &blueprint,
         logits: &logits,
-        rows: &row_state,
+        labels: &labels,
+        saved,
+        arriving: &arriving,
         grad: &grad,
-        smoothing: options.loss.label_smoothing,
+        loss: &options.loss,
     };
     match blueprint.variant {
         Variant::Unit => unit::launch_backward(&call),
@@ -139,8 +142,6 @@ fn validate(
     let logits = Strided::float(client, "logits", &inputs.logits, 3)?;
     let [heads, rows, classes] = logits.dims3();
     let blueprint = blueprint.for_elements(heads * rows * classes);
-    // What a backward pass knows of each row.
-    addressable("row states", count(&[heads, 2, rows]))?;
     options.loss.validate(heads)?;
     let labels = Labels::new(client, &inputs.labels, rows)?;
     Ok((blueprint, logits, labels))
@@ -163,7 +164,9 @@ pub(super) struct BackwardCall<'a> {
     pub client: &'a Client,
     pub blueprint: &'a Blueprint,
     pub logits: &'a Strided,
-    pub rows: &'a rows::Rows,
+    pub labels: &'a Labels,
+    pub saved: &'a Saved,
+    pub arriving: &'a Arriving,
     pub grad: &'a TensorHandle, // [heads, rows, classes], the logits' dtype
-    pub smoothing: f32,
+    pub loss: &'a LossOptions,
 }

@@ -4,6 +4,8 @@ use cubecl::prelude::*;
 
 use super::launch::{BackwardCall, ForwardCall};
 use crate::blueprint::PLANE_UNITS;
+use crate::loss::Reduction;
+use crate::loss::arriving::{arriving_at, share_of_row};
 use crate::loss::target::{LabelRule, is_class, label_rule, target_of};
 use crate::math::group::{Group, group_softmax, member};
 use crate::math::lanes::iota;
@@ -43,7 +45,7 @@ pub(super) fn launch_backward(call: &BackwardCall) {
     let [heads, rows, classes] = call.logits.dims3();
     let vector = call.logits.vector_size(call.blueprint);
     let group = Group::of(call.blueprint, classes / vector);
-    // SAFETY: `Strided` proved the logits, `Rows` holds every row, `grad` is [heads, rows, classes].
+    // SAFETY: `Strided` proved the logits, `Saved` what it has, `grad` is [heads, rows, classes].
     unsafe {
         backward::launch_unchecked(
             call.client,
@@ -52,15 +54,21 @@ pub(super) fn launch_backward(call: &BackwardCall) {
             vector,
             call.logits.buffer_arg(vector),
             call.logits.strides_arg(vector),
-            call.rows.state_arg(1),
-            call.rows.targets_arg(1),
+            whole(&call.saved.lse, 1),
+            call.labels.buffer_arg(),
+            whole(&call.saved.status, 1),
+            call.arriving.buffer_arg(),
             whole(call.grad, vector),
             heads,
             rows,
             classes,
-            call.smoothing,
+            label_rule(call.labels.dtype(), classes, call.loss.ignore_index),
+            call.loss.label_smoothing,
+            call.arriving.per_row,
+            call.loss.reduction == Reduction::Mean,
             group,
             call.logits.dtype(),
+            call.labels.dtype(),
         );
     }
 }
@@ -113,18 +121,24 @@ fn forward<F: Float, I: Int, N: Size>(
 }
 
 #[cube(launch_unchecked)]
-fn backward<F: Float, N: Size>(
+fn backward<F: Float, I: Int, N: Size>(
     logits: &[Vector<F, N>],
     strides: RowStrides,
-    state: &[f32],
-    targets: &[u32],
+    lse: &[f32],      // [heads, rows]
+    labels: &[I],     // [rows]
+    status: &[u32],   // [STATUS_FIELDS]
+    arriving: &[f32], // [heads], or [heads, rows] if per_row
     grad: &mut [Vector<F, N>],
     heads: usize,
     rows: usize,
     classes: usize,
+    rule: LabelRule,
     smoothing: f32,
+    #[comptime] per_row: bool,
+    #[comptime] mean: bool,
     #[comptime] group: Group,
     #[define(F)] _dtype: ElemType,
+    #[define(I)] _label: ElemType,
 ) {
     let of = member(group);
     if of.group >= heads * rows {
@@ -132,9 +146,12 @@ fn backward<F: Float, N: Size>(
     }
     let (head, row) = (of.group / rows, of.group % rows);
     let from = head * strides.head + row * strides.row;
-    let lse = Vector::<f32, N>::new(state[head * 2 * rows + row]);
-    let upstream = Vector::<f32, N>::new(state[(head * 2 + 1) * rows + row]);
-    let target = Vector::<u32, N>::new(targets[row]);
+    let target = target_of::<I>(labels[row], &rule);
+    let share = share_of_row(status[0], mean);
+    let arrived = arriving_at(arriving, head, row, rows, target, share, per_row);
+    let lse = Vector::<f32, N>::new(lse[of.group]);
+    let upstream = Vector::<f32, N>::new(arrived);
+    let target = Vector::<u32, N>::new(target);
     let columns = classes / N::value();
     let lanes = iota::<N>();
     let mut d = of.lane;

@@ -3,6 +3,8 @@
 use cubecl::prelude::*;
 
 use super::launch::{BackwardCall, ForwardCall};
+use crate::loss::Reduction;
+use crate::loss::arriving::{arriving_at, share_of_row};
 use crate::loss::target::{LabelRule, is_class, label_rule, target_of};
 use crate::math::lanes::iota;
 use crate::math::online_softmax::{OnlineSoftmax, logit_gradient};
@@ -40,7 +42,7 @@ pub(super) fn launch_backward(call: &BackwardCall) {
     let (count, dim) = call.blueprint.unit_grid(call.client);
     let [heads, rows, classes] = call.logits.dims3();
     let vector = call.logits.vector_size(call.blueprint);
-    // SAFETY: `Strided` proved the logits, `Rows` holds every row, `grad` is [heads, rows, classes].
+    // SAFETY: `Strided` proved the logits, `Saved` what it has, `grad` is [heads, rows, classes].
     unsafe {
         backward::launch_unchecked(
             call.client,
@@ -49,14 +51,20 @@ pub(super) fn launch_backward(call: &BackwardCall) {
             vector,
             call.logits.buffer_arg(vector),
             call.logits.strides_arg(vector),
-            call.rows.state_arg(1),
-            call.rows.targets_arg(1),
+            whole(&call.saved.lse, 1),
+            call.labels.buffer_arg(),
+            whole(&call.saved.status, 1),
+            call.arriving.buffer_arg(),
             whole(call.grad, vector),
             heads,
             rows,
             classes,
-            call.smoothing,
+            label_rule(call.labels.dtype(), classes, call.loss.ignore_index),
+            call.loss.label_smoothing,
+            call.arriving.per_row,
+            call.loss.reduction == Reduction::Mean,
             call.logits.dtype(),
+            call.labels.dtype(),
         );
     }
 }
@@ -90,7 +98,6 @@ fn forward<F: Float, I: Int, N: Size>(
             state.fold(
                 Vector::<f32, N>::cast_from(logits[from + v]),
                 counted + Vector::<u32, N>::new((v * lanes) as u32),
-                active,
                 target,
             );
         }
@@ -107,28 +114,37 @@ fn forward<F: Float, I: Int, N: Size>(
 }
 
 #[cube(launch_unchecked)]
-fn backward<F: Float, N: Size>(
+fn backward<F: Float, I: Int, N: Size>(
     logits: &[Vector<F, N>],
     strides: RowStrides,
-    state: &[f32],
-    targets: &[u32],
+    lse: &[f32],      // [heads, rows]
+    labels: &[I],     // [rows]
+    status: &[u32],   // [STATUS_FIELDS]
+    arriving: &[f32], // [heads], or [heads, rows] if per_row
     grad: &mut [Vector<F, N>],
     heads: usize,
     rows: usize,
     classes: usize,
+    rule: LabelRule,
     smoothing: f32,
+    #[comptime] per_row: bool,
+    #[comptime] mean: bool,
     #[define(F)] _dtype: ElemType,
+    #[define(I)] _label: ElemType,
 ) {
     let lanes = N::value();
     let counted = iota::<N>();
+    let share = share_of_row(status[0], mean);
     let mut at = ABSOLUTE_POS;
     while at < heads * rows {
         let (head, row) = (at / rows, at % rows);
         let from = head * strides.head + row * strides.row;
         let out = at * classes / lanes;
-        let lse = Vector::<f32, N>::new(state[head * 2 * rows + row]);
-        let upstream = Vector::<f32, N>::new(state[(head * 2 + 1) * rows + row]);
-        let target = Vector::<u32, N>::new(targets[row]);
+        let target = target_of::<I>(labels[row], &rule);
+        let arrived = arriving_at(arriving, head, row, rows, target, share, per_row);
+        let lse = Vector::<f32, N>::new(lse[at]);
+        let upstream = Vector::<f32, N>::new(arrived);
+        let target = Vector::<u32, N>::new(target);
         for v in 0..classes / lanes {
             let class = counted + Vector::<u32, N>::new((v * lanes) as u32);
             let gradient = logit_gradient::<N>(

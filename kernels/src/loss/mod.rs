@@ -1,14 +1,15 @@
-//! What the two cross-entropies share: options, targets, reductions and the rows of a backward pass.
+//! What the two cross-entropies share: options, targets, reductions and the gradient that arrives.
 
+pub(crate) mod arriving;
 mod count;
 mod options;
 pub(crate) mod reduce;
-pub(crate) mod rows;
 pub(crate) mod target;
 
 pub(crate) use count::count_labels;
 pub use options::{LossOptions, Reduction};
 
+use cubecl::bytes::Bytes;
 use cubecl::client::Client;
 use cubecl::ir::{ElemType, IntKind};
 use cubecl::prelude::*;
@@ -45,10 +46,37 @@ pub struct LossOutput {
     pub lse: TensorHandle,
     /// u32, `[heads, rows]`: the class of the highest logit, the first of them.
     pub predictions: TensorHandle,
-    /// u32, `[3]`: rows that count, rows whose label is invalid, the first of these.
+    /// u32, `[3]`: rows that count, rows whose label is invalid, the first of these (`u32::MAX − 1` if there is none).
     pub status: TensorHandle,
     labels: TensorHandle,
     active: usize,
+}
+
+/// What a backward pass reads of a forward pass.
+pub(crate) struct Saved {
+    pub lse: TensorHandle,
+    pub status: TensorHandle,
+}
+
+impl Saved {
+    /// Proves them: they come from a caller.
+    pub(crate) fn prove(&self, client: &Client, heads: usize, rows: usize) -> Result<(), Error> {
+        contiguous(client, "lse", &self.lse, &[heads, rows], F32)?;
+        contiguous(client, "status", &self.status, &[STATUS_FIELDS], U32)
+    }
+}
+
+/// A [`LossOutput`] on the host.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LossValues {
+    /// `Σ_h α_h · Σ loss[h]`.
+    pub total: f32,
+    /// `heads` losses, or `heads · rows` under [`Reduction::None`]; without head weights.
+    pub loss: Vec<f32>,
+    /// `heads · rows` classes.
+    pub predictions: Vec<u32>,
+    /// How many rows count, which is what [`Reduction::Mean`] divides by: those that are not ignored.
+    pub counted: usize,
 }
 
 impl LossOutput {
@@ -75,23 +103,10 @@ impl LossOutput {
         }
     }
 
-    /// Proves what a backward pass reads: the fields are the caller's.
-    pub(crate) fn prove(&self, heads: usize, rows: usize) -> Result<(), Error> {
-        contiguous("lse", &self.lse, &[heads, rows], F32)?;
-        contiguous("status", &self.status, &[STATUS_FIELDS], U32)
-    }
-
-    /// What a backward pass reads of a forward pass whose other results are elsewhere.
-    #[cfg(feature = "burn")]
-    pub(crate) fn saved(lse: TensorHandle, status: TensorHandle, labels: &TensorHandle) -> Self {
-        Self {
-            loss: lse.clone(),
-            total: lse.clone(),
-            predictions: lse.clone(),
-            lse,
-            status,
-            labels: labels.clone(),
-            active: 0,
+    pub(crate) fn saved(&self) -> Saved {
+        Saved {
+            lse: self.lse.clone(),
+            status: self.status.clone(),
         }
     }
 
@@ -100,7 +115,22 @@ impl LossOutput {
     /// # Errors
     /// [`Error::Label`] with the first row that was not, [`Error::Device`] if the device failed.
     pub fn check(&self, client: &Client) -> Result<(), Error> {
-        self.read_checked(client, &self.status).map(drop)
+        self.read_checked(client, []).map(drop)
+    }
+
+    /// Waits once, and reads everything but the `lse`.
+    ///
+    /// # Errors
+    /// As [`check`](Self::check).
+    pub fn read(&self, client: &Client) -> Result<LossValues, Error> {
+        let tensors = [&self.total, &self.loss, &self.predictions];
+        let (counted, [total, loss, predictions]) = self.read_checked(client, tensors)?;
+        Ok(LossValues {
+            total: f32::from_bytes(&total)[0],
+            loss: f32::from_bytes(&loss).to_vec(),
+            predictions: u32::from_bytes(&predictions).to_vec(),
+            counted,
+        })
     }
 
     /// Waits, and reads the total.
@@ -108,7 +138,8 @@ impl LossOutput {
     /// # Errors
     /// As [`check`](Self::check).
     pub fn read_total(&self, client: &Client) -> Result<f32, Error> {
-        Ok(self.read(client, &self.total)?[0])
+        let (_, [total]) = self.read_checked(client, [&self.total])?;
+        Ok(f32::from_bytes(&total)[0])
     }
 
     /// Waits, and reads the loss: `heads` numbers, or `heads · rows` under [`Reduction::None`].
@@ -116,7 +147,8 @@ impl LossOutput {
     /// # Errors
     /// As [`check`](Self::check).
     pub fn read_loss(&self, client: &Client) -> Result<Vec<f32>, Error> {
-        self.read(client, &self.loss)
+        let (_, [loss]) = self.read_checked(client, [&self.loss])?;
+        Ok(f32::from_bytes(&loss).to_vec())
     }
 
     /// Waits, and reads the `heads · rows` predictions.
@@ -124,29 +156,30 @@ impl LossOutput {
     /// # Errors
     /// As [`check`](Self::check).
     pub fn read_predictions(&self, client: &Client) -> Result<Vec<u32>, Error> {
-        let bytes = self.read_checked(client, &self.predictions)?;
-        Ok(u32::from_bytes(&bytes).to_vec())
+        let (_, [predictions]) = self.read_checked(client, [&self.predictions])?;
+        Ok(u32::from_bytes(&predictions).to_vec())
     }
 
-    fn read(&self, client: &Client, tensor: &TensorHandle) -> Result<Vec<f32>, Error> {
-        let bytes = self.read_checked(client, tensor)?;
-        Ok(f32::from_bytes(&bytes).to_vec())
-    }
-
-    fn read_checked(
+    /// How many rows count, and some tensors, if every label is a class or ignored.
+    fn read_checked<const N: usize>(
         &self,
         client: &Client,
-        tensor: &TensorHandle,
-    ) -> Result<cubecl::bytes::Bytes, Error> {
-        let handles = vec![tensor.handle.clone(), self.status.handle.clone()];
-        contiguous("status", &self.status, &[STATUS_FIELDS], U32)?;
+        tensors: [&TensorHandle; N],
+    ) -> Result<(usize, [Bytes; N]), Error> {
+        contiguous(client, "status", &self.status, &[STATUS_FIELDS], U32)?;
+        for tensor in tensors {
+            contiguous(client, "a result", tensor, tensor.shape(), tensor.dtype)?;
+        }
+        let mut handles: Vec<_> = tensors.map(|tensor| tensor.handle.clone()).into();
+        handles.push(self.status.handle.clone());
         let mut read = client.read(handles).map_err(Error::device)?;
         let status = read.pop().map(|bytes| u32::from_bytes(&bytes).to_vec());
-        let (Some(&[_, invalid, first]), Some(value)) = (status.as_deref(), read.pop()) else {
+        let (Some(&[counted, invalid, first]), Ok(values)) = (status.as_deref(), read.try_into())
+        else {
             return Err(Error::Device("a read returned too few buffers".into()));
         };
         if invalid == 0 {
-            return Ok(value);
+            return Ok((counted as usize, values));
         }
         let row = first as usize;
         let labels = client

@@ -43,7 +43,7 @@ pub struct LossOptions {
     /// ε, between 0 and 1.
     pub label_smoothing: f32,
     /// A row with this label has no loss and no gradient, if its embedding is finite: what is NaN spreads through the products of the
-    /// fused op. It may be a valid class.
+    /// fused op. It may be a valid class. Labels of u32 can equal no negative one.
     pub ignore_index: i32,
     /// α of `total = Σ_h α_h · loss_h`, one a head; all 1 if absent.
     pub head_weights: Option<Vec<f32>>,

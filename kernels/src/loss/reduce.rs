@@ -13,7 +13,7 @@ use super::options::{LossOptions, Reduction};
 use super::target::{LabelRule, label_rule};
 use crate::blueprint::{Blueprint, Variant};
 use crate::math::group::{Group, group_sum};
-use crate::math::sum::Kahan;
+use crate::math::sum::{Kahan, sum_of_unit};
 use crate::operand::{F32, Labels, U32, empty, whole};
 
 /// Fields of the status: rows that count, rows with a bad label, the first of those.
@@ -144,13 +144,9 @@ pub(crate) fn reduce_heads(
 ) {
     let mut all = Kahan::new();
     for head in 0..heads {
-        let mut sum = Kahan::new();
-        let mut row = UNIT_POS as usize % how.all.size;
-        while row < rows {
-            sum.add(row_loss[first + head * rows + row]);
-            row += how.all.size;
-        }
-        let mut reduced = group_sum(sum.total(), how.all);
+        let unit = UNIT_POS as usize % how.all.size;
+        let sum = sum_of_unit(row_loss, first + head * rows, rows, unit, how.all.size);
+        let mut reduced = group_sum(sum, how.all);
         if comptime!(how.mean) {
             reduced /= max(counted, 1.0);
         }

@@ -52,6 +52,18 @@ pub(crate) fn norm_of<N: Size>(squares: &Array<Vector<f32, N>>) -> f32 {
     all.vector_sum().sqrt()
 }
 
+/// The norm of the `columns` vectors from `from` on.
+#[cube]
+pub(crate) fn row_norm<F: Float, N: Size>(
+    values: &[Vector<F, N>],
+    from: usize,
+    columns: usize,
+) -> f32 {
+    let mut squares = no_squares::<N>();
+    add_squares::<F, N>(&mut squares, values, from, columns);
+    norm_of::<N>(&squares)
+}
+
 /// What a row of this norm is multiplied with.
 #[cube]
 pub(crate) fn inverse_norm(norm: f32) -> f32 {

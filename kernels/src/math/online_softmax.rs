@@ -34,24 +34,15 @@ impl<N: Size> OnlineSoftmax<N> {
         }
     }
 
-    /// Folds in the logits of `classes`; those from `active` on count for nothing.
-    pub(crate) fn fold(
-        &mut self,
-        logits: Vector<f32, N>,
-        classes: Vector<u32, N>,
-        active: u32,
-        target: u32,
-    ) {
-        let real = classes.less_than(&Vector::<u32, N>::new(active));
+    /// Folds in the logits of `classes`.
+    pub(crate) fn fold(&mut self, logits: Vector<f32, N>, classes: Vector<u32, N>, target: u32) {
         let hit = classes.equal(&Vector::<u32, N>::new(target));
-        let zero = Vector::<f32, N>::new(0.0);
-        let z = select_many(real, logits, Vector::<f32, N>::new(FLOOR));
-        let higher = z.greater_than(&self.peak);
-        let peak = max(self.peak, z);
-        self.sum = fma(self.sum, (self.peak - peak).exp(), (z - peak).exp());
+        let higher = logits.greater_than(&self.peak);
+        let peak = max(self.peak, logits);
+        self.sum = fma(self.sum, (self.peak - peak).exp(), (logits - peak).exp());
         self.best = select_many(higher, classes, self.best);
-        self.target += select_many(hit, logits, zero);
-        self.total += select_many(real, logits, zero);
+        self.target += select_many(hit, logits, Vector::<f32, N>::new(0.0));
+        self.total += logits;
         self.peak = peak;
     }
 

@@ -22,6 +22,50 @@ impl<N: Size> KahanLanes<N> {
     }
 }
 
+/// Chains that a long sum is gathered in, so that no addition waits for the one before it.
+const CHAINS: usize = 4;
+type Chains = Const<4>;
+
+/// The sum of `values[first..first + count]`, of which this unit adds its part: four neighbours at a time, `units` apart.
+#[cube]
+pub(crate) fn sum_of_unit(
+    values: &[f32],
+    first: usize,
+    count: usize,
+    unit: usize,
+    #[comptime] units: usize,
+) -> f32 {
+    let zero = Vector::<f32, Chains>::new(0.0);
+    let mut chains = KahanLanes::<Chains> {
+        sum: zero,
+        carry: zero,
+    };
+    let whole = count / CHAINS;
+    let mut group = unit;
+    while group < whole {
+        let at = first + group * CHAINS;
+        let mut some = Vector::<f32, Chains>::empty();
+        #[unroll]
+        for i in 0..CHAINS {
+            some.insert(i, values[at + i]);
+        }
+        chains.add(some);
+        group += units;
+    }
+    let mut all = Kahan::new();
+    let mut rest = whole * CHAINS + unit;
+    while rest < count {
+        all.add(values[first + rest]);
+        rest += units;
+    }
+    #[unroll]
+    for i in 0..CHAINS {
+        all.add(chains.sum.extract(i));
+        all.add(-chains.carry.extract(i));
+    }
+    all.total()
+}
+
 #[derive(CubeType)]
 pub(crate) struct Kahan {
     sum: f32,

@@ -1,8 +1,8 @@
 //! A register tile of a matrix product, as a rank-1 update a step: `acc[r][v] += a[r] · b[v]`.
 //!
 //! `a` is read as scalars and broadcast, `b` as vectors; both products of the cosine heads
-//! (logits, and gradients from logit gradients) are this loop with other strides. With 8 rows of
-//! 2 vectors the accumulators and operands fill the 32 vector registers of AVX-512 without a spill.
+//! (logits, and gradients from logit gradients) are this loop with other strides. 8 rows of 2 vectors take 19 of
+//! AVX-512's 32 vector registers: 16 accumulators, the column, and a scalar that is broadcast.
 
 use cubecl::prelude::*;
 

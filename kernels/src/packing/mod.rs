@@ -2,9 +2,9 @@
 //!
 //! `x̂ = x / max(‖x‖₂, 1e-12)` for the embeddings of every head and for the active class weights, in one
 //! buffer: first `[heads, rows_padded, dim_padded]`, then `[heads, active_padded, dim_padded]`. The padding is
-//! zero, so no product has to look at it. Beside them are *panels*, the same values with
+//! zero, so no product has to look at it. For logits the class weights are in *panels* as well, the same values with
 //! `width` rows interleaved: `[.., dim_padded, width]`, so that a vector load takes one coordinate of
-//! several rows.
+//! several classes.
 
 mod layout;
 pub(crate) mod unit;
@@ -21,9 +21,9 @@ use crate::operand::Strided;
 /// The packed operands of one problem.
 #[derive(Clone)]
 pub(crate) struct Packed {
-    pub rows: Handle,   // f32, [heads · (rows_padded + active_padded), dim_padded]
-    pub panels: Handle, // f32, the same rows in panels
-    pub norms: Handle,  // f32, [heads · (rows_padded + active_padded)], before clamping
+    rows: Handle,           // f32, [heads · (rows_padded + active_padded), dim_padded]
+    norms: Handle,          // f32, [heads · (rows_padded + active_padded)], before clamping
+    panels: Option<Handle>, // f32, [heads · active_padded / width, dim_padded, width]
     pub sizes: PackedSizes,
 }
 
@@ -66,6 +66,10 @@ impl PackedSizes {
         self.packed_rows() * self.dim_padded
     }
 
+    fn panel_elements(&self) -> usize {
+        self.heads * self.active_padded * self.dim_padded
+    }
+
     pub(crate) fn launch_arg(&self) -> LayoutLaunch {
         LayoutLaunch::new(
             self.heads,
@@ -81,7 +85,7 @@ impl PackedSizes {
 
 impl Packed {
     /// Packs `embeddings [heads, rows, dim]` and the first `active` rows of `weights [heads, classes, dim]`, read in vectors
-    /// of `vector`.
+    /// of `vector`; with panels if `for_logits`.
     pub(crate) fn new(
         client: &Client,
         embeddings: &Strided,
@@ -89,28 +93,32 @@ impl Packed {
         sizes: PackedSizes,
         vector: usize,
         blueprint: &Blueprint,
+        for_logits: bool,
     ) -> Self {
-        let float = size_of::<f32>();
+        let floats = |count: usize| client.empty(count * size_of::<f32>());
         let packed = Self {
-            rows: client.empty(sizes.elements() * float),
-            panels: client.empty(sizes.elements() * float),
-            norms: client.empty(sizes.packed_rows() * float),
+            rows: floats(sizes.elements()),
+            norms: floats(sizes.packed_rows()),
+            panels: for_logits.then(|| floats(sizes.panel_elements())),
             sizes,
         };
         unit::launch(client, embeddings, weights, &packed, vector, blueprint);
         packed
     }
 
-    /// The rows in vectors of `vector`, which divides the tile.
-    pub(crate) fn rows_arg(&self, vector: usize) -> BufferArg {
+    pub(crate) fn rows_arg(&self) -> BufferArg {
         // SAFETY: `new` allocated exactly this many elements.
-        unsafe { BufferArg::from_raw_parts(self.rows.clone(), self.sizes.elements() / vector) }
+        unsafe { BufferArg::from_raw_parts(self.rows.clone(), self.sizes.elements()) }
     }
 
-    /// The panels in vectors of `lanes`.
+    /// The panels in vectors of `lanes`; a vector of the rows, which nobody reads, where there are none.
     pub(crate) fn panels_arg(&self, lanes: usize) -> BufferArg {
-        // SAFETY: `new` allocated this many elements, and lanes divide the tile.
-        unsafe { BufferArg::from_raw_parts(self.panels.clone(), self.sizes.elements() / lanes) }
+        let (handle, elements) = match &self.panels {
+            Some(panels) => (panels, self.sizes.panel_elements()),
+            None => (&self.rows, lanes),
+        };
+        // SAFETY: `new` allocated at least this many elements, and lanes divide the tile.
+        unsafe { BufferArg::from_raw_parts(handle.clone(), elements / lanes) }
     }
 
     pub(crate) fn norms_arg(&self) -> BufferArg {

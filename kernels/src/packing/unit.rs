@@ -5,11 +5,11 @@ use cubecl::prelude::*;
 
 use super::{Layout, Operand, Packed};
 use crate::blueprint::Blueprint;
-use crate::math::norm::{EPSILON, inverse_norm, projection};
+use crate::math::norm::{inverse_norm, projection, row_norm};
 use crate::math::tile::{Broadcast, Lanes, accumulate};
 use crate::operand::{RowStrides, Strided};
 
-/// Vectors a tile is wide; with `tile_rows` of them 8 the tile fills 32 vector registers.
+/// Vectors a tile is wide.
 pub(crate) const TILE_VECTORS: usize = 2;
 
 pub(super) fn launch(
@@ -34,10 +34,11 @@ pub(super) fn launch(
             embeddings.strides_arg(vector),
             weights.buffer_arg(vector),
             weights.strides_arg(vector),
-            packed.rows_arg(1),
+            packed.rows_arg(),
             packed.panels_arg(blueprint.lanes),
             packed.norms_arg(),
             sizes.launch_arg(),
+            packed.panels.is_some(),
             embeddings.dtype(),
         );
     }
@@ -53,6 +54,7 @@ fn pack<F: Float, M: Size, N: Size>(
     panels: &mut [Vector<f32, N>],
     norms: &mut [f32],
     layout: Layout,
+    #[comptime] with_panels: bool,
     #[define(F)] _dtype: ElemType,
 ) {
     let lanes = N::value();
@@ -62,46 +64,48 @@ fn pack<F: Float, M: Size, N: Size>(
     let mut panel = ABSOLUTE_POS;
     while panel < embedding_panels + weight_panels {
         if panel < embedding_panels {
-            pack_panel::<F, M, N>(
+            pack_rows::<F, M>(
                 embeddings,
                 &embedding_strides,
                 rows,
-                panels,
                 norms,
                 &layout,
                 panel,
                 Operand::Embeddings,
+                width,
             );
         } else {
-            pack_panel::<F, M, N>(
+            let panel = panel - embedding_panels;
+            pack_rows::<F, M>(
                 weights,
                 &weight_strides,
                 rows,
-                panels,
                 norms,
                 &layout,
-                panel - embedding_panels,
+                panel,
                 Operand::Weights,
+                width,
             );
+            if comptime!(with_panels) {
+                interleave::<N>(&*rows, panels, &layout, panel);
+            }
         }
         panel += CUBE_COUNT * CUBE_DIM as usize;
     }
 }
 
-/// Normalizes the rows of one panel, then interleaves them.
+/// Normalizes the rows of one panel.
 #[cube]
-fn pack_panel<F: Float, M: Size, N: Size>(
+fn pack_rows<F: Float, M: Size>(
     source: &[Vector<F, M>],
     strides: &RowStrides,
     rows: &mut [f32],
-    panels: &mut [Vector<f32, N>],
     norms: &mut [f32],
     layout: &Layout,
     panel: usize,
     #[comptime] operand: Operand,
+    #[comptime] width: usize,
 ) {
-    let lanes = N::value();
-    let width = comptime!(lanes * TILE_VECTORS);
     let piece = M::value();
     let panels_per_head = layout.padded(operand) / width;
     let head = panel / panels_per_head;
@@ -112,14 +116,9 @@ fn pack_panel<F: Float, M: Size, N: Size>(
         let mut filled = 0usize;
         if first + r < layout.count(operand) {
             let at = head * strides.head + (first + r) * strides.row;
-            let mut squares = Vector::<f32, M>::new(0.0);
-            for d in 0..layout.dim / piece {
-                let value = Vector::<f32, M>::cast_from(source[at + d]);
-                squares = fma(value, value, squares);
-            }
-            let norm = squares.vector_sum().sqrt();
+            let norm = row_norm::<F, M>(source, at, layout.dim / piece);
             norms[packed_row + r] = norm;
-            let inverse = Vector::<f32, M>::new(1.0 / max(norm, EPSILON));
+            let inverse = Vector::<f32, M>::new(inverse_norm(norm));
             let unit = rows.as_vectorized_mut().with_vector_size_mut::<M>();
             for d in 0..layout.dim / piece {
                 unit[out / piece + d] = Vector::<f32, M>::cast_from(source[at + d]) * inverse;
@@ -132,7 +131,14 @@ fn pack_panel<F: Float, M: Size, N: Size>(
             rows[out + d] = 0.0;
         }
     }
-    let panel_at = packed_row * layout.dim_padded / lanes;
+}
+
+/// Interleaves the packed rows of one panel of class weights.
+#[cube]
+fn interleave<N: Size>(rows: &[f32], panels: &mut [Vector<f32, N>], layout: &Layout, panel: usize) {
+    let lanes = N::value();
+    let width = comptime!(lanes * TILE_VECTORS);
+    let first = layout.heads * layout.rows_padded + panel * width;
     for d in 0..layout.dim_padded {
         #[unroll]
         for v in 0..TILE_VECTORS {
@@ -141,22 +147,23 @@ fn pack_panel<F: Float, M: Size, N: Size>(
             for lane in 0..lanes {
                 column.insert(
                     lane,
-                    rows[(packed_row + v * lanes + lane) * layout.dim_padded + d],
+                    rows[(first + v * lanes + lane) * layout.dim_padded + d],
                 );
             }
-            panels[panel_at + d * TILE_VECTORS + v] = column;
+            panels[(panel * layout.dim_padded + d) * TILE_VECTORS + v] = column;
         }
     }
 }
 
-/// Cosines of `tile_rows` packed rows with one panel: `tile [tile_rows, width]`.
+/// Cosines of `tile_rows` packed rows with the panel that begins with the padded class `panel_class` of all heads:
+/// `tile [tile_rows, width]`.
 #[cube]
 pub(crate) fn cosines<N: Size>(
     tile: &mut Array<Vector<f32, N>>,
     rows: &[f32],
     packed_row: usize,
     panels: &[Vector<f32, N>],
-    packed_panel_row: usize,
+    panel_class: usize,
     dim_padded: usize,
     #[comptime] tile_rows: usize,
 ) {
@@ -175,7 +182,7 @@ pub(crate) fn cosines<N: Size>(
         },
         panels,
         Lanes {
-            base: packed_panel_row * dim_padded / lanes,
+            base: panel_class * dim_padded / lanes,
             step_stride: TILE_VECTORS,
         },
         dim_padded,

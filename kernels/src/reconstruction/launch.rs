@@ -130,7 +130,7 @@ pub fn backward(
             &TensorHandle::new_contiguous([1], handle, F32)
         }
         Upstream::Loss(tensor) => {
-            contiguous("upstream gradient", tensor, &[1], F32)?;
+            contiguous(client, "upstream gradient", tensor, &[1], F32)?;
             tensor
         }
     };

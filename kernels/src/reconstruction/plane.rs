@@ -11,7 +11,7 @@ use super::launch::{BackwardCall, Call};
 use super::row::{PerOperand, Products, load};
 use crate::blueprint::PLANE_UNITS;
 use crate::math::group::{Group, group_sum, member};
-use crate::math::sum::Kahan;
+use crate::math::sum::{Kahan, sum_of_unit};
 use crate::operand::whole;
 
 /// Cubes of a forward launch: enough to fill a GPU, few enough that one cube sums what they found.
@@ -155,13 +155,8 @@ fn forward<F: Float, N: Size>(
 
 #[cube(launch_unchecked)]
 fn one_minus_mean(partial: &[f32], loss: &mut [f32], rows: u32, #[comptime] group: Group) {
-    let mut sum = Kahan::new();
-    let mut i = UNIT_POS as usize;
-    while i < partial.len() {
-        sum.add(partial[i]);
-        i += PLANE_UNITS;
-    }
-    let all = group_sum(sum.total(), group);
+    let sum = sum_of_unit(partial, 0, partial.len(), UNIT_POS as usize, PLANE_UNITS);
+    let all = group_sum(sum, group);
     if UNIT_POS == 0 {
         loss[0] = 1.0 - all / f32::cast_from(rows);
     }

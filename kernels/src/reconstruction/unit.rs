@@ -5,7 +5,7 @@ use cubecl::std::tensor::TensorHandle;
 
 use super::launch::{BackwardCall, Call};
 use super::row::{Pair, PerOperand, Products, load};
-use crate::math::sum::Kahan;
+use crate::math::sum::sum_of_unit;
 use crate::operand::whole;
 
 pub(super) fn launch_forward(call: &Call, cosines: &TensorHandle, loss: &TensorHandle) {
@@ -129,11 +129,8 @@ fn forward<F: Float, N: Size>(
 #[cube(launch_unchecked)]
 fn one_minus_mean(cosines: &[f32], loss: &mut [f32]) {
     let rows = cosines.len();
-    let mut sum = Kahan::new();
-    for row in 0..rows {
-        sum.add(cosines[row]);
-    }
-    loss[0] = 1.0 - sum.total() / f32::cast_from(rows as u32);
+    let sum = sum_of_unit(cosines, 0usize, rows, 0usize, 1usize);
+    loss[0] = 1.0 - sum / f32::cast_from(rows as u32);
 }
 
 #[cube(launch_unchecked)]

@@ -7,7 +7,7 @@ use protohead_tests::close::Comparison;
 use protohead_tests::devices::{Run, runs};
 use protohead_tests::problem::{LabelDtype, LabelKind, Problem, download, problem};
 
-use crate::support::{config, fails};
+use crate::support::{bytes, config, fails};
 
 fn expected<T: reference::Real>(problem: &Problem, unit: bool) -> (Vec<T>, Vec<u32>) {
     let data = problem.data();
@@ -68,14 +68,22 @@ fn means(
         } else {
             &mut sums
         };
+        let before = bytes(client, &[&embeddings, &labels]);
         into.accumulate(client, &embeddings, &labels)
             .map_err(said)?;
+        if bytes(client, &[&embeddings, &labels]) != before {
+            return Err("the operands were modified".into());
+        }
     }
     if merged {
         sums.merge(client, &other).map_err(said)?;
     }
     let weights = problem.upload(client, &data.weights, &[heads, classes, dim]);
+    let before = bytes(client, &[&weights]);
     let means = sums.write_means(client, &weights).map_err(said)?;
+    if bytes(client, &[&weights]) != before {
+        return Err("the class weights were modified".into());
+    }
     Ok((
         download(client, &means),
         sums.read_counts(client).map_err(said)?,
@@ -105,6 +113,7 @@ fn check(run: &Run, problem: &Problem, unit: bool, split: usize) -> Result<(), S
             dtype: problem.dtype,
             magnitude: 0.0,
             kept: 0.0,
+            rounded: 0.0,
             lengths: &[],
         }
         .check()?;

@@ -9,7 +9,10 @@ use protohead_reference as reference;
 use protohead_tests::close::{Comparison, Share, lengths};
 use protohead_tests::devices::{Run, all_runs, fused_runs};
 use protohead_tests::fused::arguments;
-use protohead_tests::problem::{Data, Dtype, LabelDtype, LabelKind, Problem, download, problem};
+use protohead_tests::problem::{
+    Data, Dtype, LabelDtype, LabelKind, Problem, download, problem, wide,
+};
+use protohead_tests::rounded::gradients;
 
 use crate::support::{config, fails};
 
@@ -46,12 +49,14 @@ fn expected<T: reference::Real>(problem: &Problem, data: &Data) -> Expected<T> {
     }
 }
 
+/// Whether what a device computes agrees; a result that is called `zeroed` is taken for zeros.
 fn check(
     run: &Run,
     problem: &Problem,
     data: &Data,
     truth: &Expected<f64>,
     working: &Expected<f32>,
+    zeroed: &str,
 ) -> Result<(), String> {
     let client = run.client;
     let (heads, rows, dim, _, active) = problem.sizes;
@@ -61,24 +66,43 @@ fn check(
     output.read_total(client).map_err(said)?;
     let scale = f64::from(problem.scale.abs());
     let share = Share::under(problem.reduction, rows);
-    // A logit is off by 2 · scale · the roundoff of unit rows at most; a probability by a quarter of twice that, and the
-    // logit gradient and its other factor are rounded once more each.
+    // A logit is off by 2 · scale · the roundoff of unit rows at most. How far that takes gradients the same roundings say, in f64;
+    // between two of them that fall to either side lies one roundoff.
     let kept = run.kept(problem.dtype);
+    let narrow = |(x, w): (Vec<f64>, Vec<f64>)| {
+        let of = |values: Vec<f64>| values.into_iter().map(|v| v as f32).collect::<Vec<_>>();
+        (of(x), of(w))
+    };
+    let rounded = (kept > 0.0).then(|| {
+        let of_loss = reference::Upstream::Loss(wide(&data.upstream));
+        let of_total = reference::Upstream::Total(0.7);
+        [of_total, of_loss].map(|upstream| narrow(gradients(problem, data, &upstream)))
+    });
+    let [of_total, of_loss] = match &rounded {
+        Some([of_total, of_loss]) => [of_total, of_loss],
+        None => [&working.of_total, &working.of_loss],
+    };
     let (of_x, of_w) = (lengths(&data.embeddings, dim), lengths(&data.weights, dim));
     let float =
         |name: &str, tensor: &TensorHandle, truth: &[f64], working: &[f32], dtype, magnitude| {
+            let mut ours = download(client, tensor);
+            if name == zeroed {
+                ours.fill(0.0);
+            }
             Comparison {
                 name,
-                ours: &download(client, tensor),
+                ours: &ours,
                 truth,
                 working,
                 dtype,
                 magnitude,
                 kept: match name {
-                    "dX" | "dX at once" | "dW" | "dW at once" => {
-                        (scale + 3.0) * kept + run.unit_rows()
-                    }
+                    "dX" | "dX at once" | "dW" | "dW at once" => run.unit_rows(),
                     _ => 2.0 * kept,
+                },
+                rounded: match name {
+                    "dX" | "dX at once" | "dW" | "dW at once" => kept,
+                    _ => 0.0,
                 },
                 lengths: match name {
                     "dX" | "dX at once" => &of_x,
@@ -135,12 +159,8 @@ fn check(
         Dtype::F32.elem(),
     );
     for (upstream, truth, working) in [
-        (Upstream::Total(0.7), &truth.of_total, &working.of_total),
-        (
-            Upstream::Loss(loss_gradient),
-            &truth.of_loss,
-            &working.of_loss,
-        ),
+        (Upstream::Total(0.7), &truth.of_total, of_total),
+        (Upstream::Loss(loss_gradient), &truth.of_loss, of_loss),
     ] {
         let both =
             backward(client, &inputs, &options, &output, &upstream, Wanted::BOTH).map_err(said)?;
@@ -197,7 +217,7 @@ fn check(
         both.embeddings.ok_or("no dX")?,
         both.weights.ok_or("no dW")?,
     );
-    let (x, w) = (&truth.of_total, &working.of_total);
+    let (x, w) = (&truth.of_total, of_total);
     float("dX at once", &dx, &x.0, &w.0, problem.dtype, x_size)?;
     float("dW at once", &dw, &x.1, &w.1, problem.dtype, w_size)?;
     if problem.dtype == Dtype::F32 {
@@ -277,7 +297,7 @@ fn agrees_on(problem: &Problem, runs: Vec<Run>) -> Result<(), TestCaseError> {
     prop_assume!(problem.dtype != Dtype::F16 || largest < 6e4);
     for run in runs {
         if problem.supported(run.client) {
-            check(&run, problem, &data, &truth, &working).map_err(fails(&run))?;
+            check(&run, problem, &data, &truth, &working, "").map_err(fails(&run))?;
         }
     }
     Ok(())
@@ -289,6 +309,33 @@ proptest! {
     #[test]
     fn the_fused_op_agrees_with_the_reference(problem in problem()) {
         agrees(&problem)?;
+    }
+}
+
+/// The tolerances are not so wide that anything would do.
+#[test]
+fn gradients_of_zeros_would_be_noticed_in_every_dtype() {
+    for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
+        for scale in [16.0, 64.0] {
+            let problem = Problem {
+                dtype,
+                scale,
+                ..Problem::plain((2, 60, 70, 80, 75))
+            };
+            let data = problem.data();
+            let truth = expected::<f64>(&problem, &data);
+            let working = expected::<f32>(&problem, &data);
+            for run in fused_runs(problem.sizes) {
+                if !problem.supported(run.client) {
+                    continue;
+                }
+                for name in ["dX", "dW at once"] {
+                    let checked = check(&run, &problem, &data, &truth, &working, name);
+                    let error = checked.expect_err("zeros are no gradient");
+                    assert!(error.starts_with(name), "{name} on {run}: {error}");
+                }
+            }
+        }
     }
 }
 
@@ -314,6 +361,47 @@ fn a_scale_of_zero_makes_every_class_alike_and_predicts_the_first() {
         for gradient in [gradients.embeddings, gradients.weights] {
             let gradient = download(run.client, &gradient.expect("asked for"));
             assert!(gradient.iter().all(|&g| g == 0.0), "on {run}: {gradient:?}");
+        }
+    }
+}
+
+/// Rows that point exactly at a class weight, exactly away from one, and everywhere between: there is no pole.
+#[test]
+fn every_angle_between_0_and_180_degrees_agrees_with_the_reference() {
+    for dtype in [Dtype::F32, Dtype::F16] {
+        for dim in [2, 5] {
+            let problem = Problem {
+                dtype,
+                scale: 64.0,
+                labels: LabelKind::Classes,
+                ..Problem::plain((1, 37, dim, 3, 3))
+            };
+            let mut data = problem.data();
+            let at = |degrees: usize| {
+                let (y, x) = (degrees as f64).to_radians().sin_cos();
+                let exact = |v: f64| {
+                    problem
+                        .dtype
+                        .round(if v.abs() < 1e-9 { 0.0 } else { v as f32 })
+                };
+                [exact(x), exact(y)]
+            };
+            data.embeddings.fill(0.0);
+            data.weights.fill(0.0);
+            for (row, x) in data.embeddings.chunks_exact_mut(dim).enumerate() {
+                x[..2].copy_from_slice(&at(5 * row));
+            }
+            for (class, w) in data.weights.chunks_exact_mut(dim).enumerate() {
+                w[..2].copy_from_slice(&at(90 * class));
+            }
+            let truth = expected::<f64>(&problem, &data);
+            let working = expected::<f32>(&problem, &data);
+            for run in fused_runs(problem.sizes) {
+                if problem.supported(run.client) {
+                    check(&run, &problem, &data, &truth, &working, "")
+                        .unwrap_or_else(|error| panic!("{dtype:?}, dim {dim}, on {run}: {error}"));
+                }
+            }
         }
     }
 }

@@ -8,7 +8,7 @@ use protohead_tests::close::{Comparison, lengths};
 use protohead_tests::devices::{Run, product_runs};
 use protohead_tests::problem::{Problem, download, problem};
 
-use crate::support::{config, fails};
+use crate::support::{bytes, config, fails};
 
 struct Expected<T> {
     logits: Vec<T>,
@@ -51,7 +51,13 @@ fn check(
     let scale = f64::from(problem.scale.abs());
     // A product of two unit rows is off by twice the roundoff of either at most.
     let kept = run.kept(problem.dtype);
+    let operands = [&inputs.embeddings, &inputs.weights];
+    let before = bytes(client, &operands);
     let logits = forward(client, &inputs, &options).map_err(said)?;
+    let again = forward(client, &inputs, &options).map_err(said)?;
+    if bytes(client, &[&logits]) != bytes(client, &[&again]) {
+        return Err("a second forward pass differs".into());
+    }
     Comparison {
         name: "logits",
         ours: &download(client, &logits),
@@ -60,6 +66,7 @@ fn check(
         dtype: problem.dtype,
         magnitude: scale,
         kept: 2.0 * kept,
+        rounded: 0.0,
         lengths: &[],
     }
     .check()?;
@@ -106,9 +113,13 @@ fn check(
             dtype: problem.dtype,
             magnitude: scale * (terms as f64).sqrt(),
             kept: 2.0 * kept + run.unit_rows(),
+            rounded: 0.0,
             lengths: &lengths(values, dim),
         }
         .check()?;
+    }
+    if bytes(client, &operands) != before {
+        return Err("the operands were modified".into());
     }
     Ok(())
 }

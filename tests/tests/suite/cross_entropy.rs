@@ -11,7 +11,7 @@ use protohead_tests::close::{Comparison, Share};
 use protohead_tests::devices::{Run, runs};
 use protohead_tests::problem::{Data, Dtype, Problem, download, problem};
 
-use crate::support::{config, fails};
+use crate::support::{bytes, config, fails};
 
 struct Expected<T> {
     forward: reference::CrossEntropy<T>,
@@ -53,8 +53,20 @@ fn check(
         strategy: run.strategy,
     };
     let said = |error: protohead::Error| error.to_string();
+    let operands = [&inputs.logits, &inputs.labels];
+    let before = bytes(client, &operands);
     let output = forward(client, &inputs, &options).map_err(said)?;
     output.read_total(client).map_err(said)?;
+    let again = forward(client, &inputs, &options).map_err(said)?;
+    let [once, again] = [&output, &again].map(|o| {
+        bytes(
+            client,
+            &[&o.loss, &o.total, &o.lse, &o.predictions, &o.status],
+        )
+    });
+    if once != again {
+        return Err("a second forward pass differs".into());
+    }
     let float = |name, tensor: &TensorHandle, truth: &[f64], working: &[f32], dtype, magnitude| {
         Comparison {
             name,
@@ -64,6 +76,7 @@ fn check(
             dtype,
             magnitude,
             kept: 0.0,
+            rounded: 0.0,
             lengths: &[],
         }
         .check()
@@ -111,6 +124,9 @@ fn check(
         if download(client, &dz) != download(client, &again) {
             return Err("dz differs in a second backward".into());
         }
+    }
+    if bytes(client, &operands) != before {
+        return Err("the operands were modified".into());
     }
     Ok(())
 }

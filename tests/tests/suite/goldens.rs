@@ -244,6 +244,7 @@ fn the_fused_op_does_what_pytorch_does() {
                         "grad_embeddings" | "grad_weights" => run.unit_rows(),
                         _ => 0.0,
                     },
+                    rounded: 0.0,
                     lengths: match name {
                         "grad_embeddings" => &of_x,
                         "grad_weights" => &of_w,

@@ -9,7 +9,7 @@ use protohead_tests::close::{Comparison, lengths};
 use protohead_tests::devices::{Run, runs};
 use protohead_tests::problem::{Dtype, Problem, download, problem};
 
-use crate::support::{config, fails};
+use crate::support::{bytes, config, fails};
 
 type Expected<T> = (reference::Reconstruction<T>, (Vec<T>, Vec<T>));
 
@@ -43,7 +43,14 @@ fn check(
     let options = Options {
         strategy: run.strategy,
     };
+    let operands = [&inputs.whole, &inputs.first, &inputs.second];
+    let before = bytes(client, &operands);
     let output = forward(client, &inputs, &options).map_err(said)?;
+    let again = forward(client, &inputs, &options).map_err(said)?;
+    let [once, again] = [&output, &again].map(|o| bytes(client, &[&o.loss, &o.cosines]));
+    if once != again {
+        return Err("a second forward pass differs".into());
+    }
     let upstream = Upstream::Total(1.5);
     let gradients = backward(client, &inputs, &options, &upstream, Wanted::ALL).map_err(said)?;
     // With some frozen, the others get the same bits.
@@ -111,9 +118,13 @@ fn check(
             dtype,
             magnitude,
             kept: run.unit_rows(),
+            rounded: 0.0,
             lengths,
         }
         .check()?;
+    }
+    if bytes(client, &operands) != before {
+        return Err("the operands were modified".into());
     }
     Ok(())
 }

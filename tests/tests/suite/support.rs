@@ -1,5 +1,7 @@
-//! How a property is run: a default number of cases, regressions beside the suite, failures named.
+//! How a property is run: a default number of cases, regressions beside the suite, failures named; and what is in a buffer.
 
+use cubecl::client::Client;
+use cubecl::std::tensor::TensorHandle;
 use proptest::prelude::ProptestConfig;
 use proptest::test_runner::{FileFailurePersistence, TestCaseError};
 
@@ -25,4 +27,13 @@ pub(crate) fn config(cases: u32) -> ProptestConfig {
 /// A failed comparison becomes a failed case, with where it happened.
 pub(crate) fn fails(place: impl std::fmt::Display) -> impl FnOnce(String) -> TestCaseError {
     move |message| TestCaseError::fail(format!("on {place}: {message}"))
+}
+
+/// What is in the buffers of some tensors, gaps between their rows included.
+pub(crate) fn bytes(client: &Client, tensors: &[&TensorHandle]) -> Vec<Vec<u8>> {
+    let read = |tensor: &&TensorHandle| {
+        let bytes = client.read_one(tensor.handle.clone());
+        bytes.expect("the device can be read").to_vec()
+    };
+    tensors.iter().map(read).collect()
 }

@@ -18,8 +18,8 @@ use crate::Gradients;
 use crate::blueprint::{Blueprint, PLANE_UNITS};
 use crate::cosine_logits::CosineProblem;
 use crate::error::Error;
+use crate::loss::arriving::Arriving;
 use crate::loss::reduce::Reduced;
-use crate::loss::rows::Arriving;
 use crate::operand::{addressable, whole_if_asked};
 
 /// Active classes at most: their logits for a few rows are in shared memory.

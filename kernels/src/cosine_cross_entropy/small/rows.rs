@@ -6,7 +6,7 @@ use cubecl::std::tensor::TensorHandle;
 use super::{CLASSES, Sizes, Step};
 use crate::blueprint::{PLANE_UNITS, cubes_for};
 use crate::cosine_cross_entropy::launch::RowResults;
-use crate::loss::rows::Arriving;
+use crate::loss::arriving::{Arriving, arriving_at, share_of_row};
 use crate::loss::target::{LabelRule, is_class, label_rule, target_of};
 use crate::loss::{Reduction, count_labels};
 use crate::math::group::{Group, group_softmax, group_sum, member};
@@ -233,16 +233,16 @@ fn rows<F: Float, I: Int, N: Size>(
             f32::cast_from(min(counted.first_invalid, sizes.rows as u32));
     }
     if comptime!(plan.backward) {
-        let mut upstream = 0.0f32.runtime();
-        if is_class(target) {
-            if comptime!(plan.per_row) {
-                upstream = arriving[out];
-            } else if comptime!(plan.mean) {
-                upstream = arriving[head] * (1.0 / max(f32::cast_from(counted.classes), 1.0));
-            } else {
-                upstream = arriving[head];
-            }
-        }
+        let share = share_of_row(counted.classes, plan.mean);
+        let upstream = arriving_at(
+            arriving,
+            head,
+            own_row,
+            sizes.rows,
+            target,
+            share,
+            plan.per_row,
+        );
         let row_lse = Vector::<f32, One>::new(softmax.lse());
         let mut class = here.lane;
         while class < active {

@@ -4,9 +4,9 @@ use cubecl::prelude::*;
 use cubecl::server::Handle;
 
 use super::super::launch::Call;
+use super::rows::Rows;
 use crate::Gradients;
 use crate::blueprint::{PLANE_UNITS, cubes_for};
-use crate::loss::rows::Rows;
 use crate::math::group::{Group, group_max};
 use crate::tiles::{
     Backward, Chunk, ChunkShape, Chunks, Lies, Tile, column_of, place, result_of, row_of,
@@ -35,7 +35,7 @@ pub(in crate::cosine_cross_entropy) fn launch_backward(
             client,
             cubes_for(client, sizes.heads),
             CubeDim::new_1d(PLANE_UNITS as u32),
-            rows.state_arg(1),
+            rows.state_arg(),
             BufferArg::from_raw_parts(factors.clone(), sizes.heads),
             sizes.heads,
             sizes.rows_padded,
@@ -62,8 +62,8 @@ pub(in crate::cosine_cross_entropy) fn launch_backward(
                 tile.vector,
                 chunks.embeddings_arg(),
                 chunks.weights_arg(chunk),
-                rows.state_arg(1),
-                rows.targets_arg(1),
+                rows.state_arg(),
+                rows.targets_arg(),
                 BufferArg::from_raw_parts(logits.clone(), elements / tile.vector),
                 chunks.shape_arg(chunk),
                 call.options.scale,

@@ -11,6 +11,8 @@
 
 mod backward;
 mod forward;
+mod rows;
 
 pub(super) use backward::launch_backward;
 pub(super) use forward::launch_forward;
+pub(super) use rows::gather_rows;

@@ -27,8 +27,8 @@ use super::launch::{Call, Results};
 use crate::Gradients;
 use crate::error::Error;
 use crate::loss::Reduction;
+use crate::loss::arriving::{Arriving, share_of_row};
 use crate::loss::reduce::{HowReduced, reduce_heads};
-use crate::loss::rows::Arriving;
 use crate::loss::target::{LabelRule, label_rule};
 use crate::math::group::Group;
 use crate::math::span::{Span, share};
@@ -36,6 +36,14 @@ use crate::operand::{F32, RowStrides, addressable, whole};
 use crate::packing::unit::TILE_VECTORS;
 use plan::{HostPlan, Phases, Plan, Problem};
 use rows::ClassBlock;
+
+/// What becomes of the rows' losses.
+pub(super) enum Outcome<'a> {
+    /// They are computed, and go here.
+    Written(&'a Results),
+    /// They were computed before, and left this lse, `[heads, rows]`.
+    Saved(&'a TensorHandle),
+}
 
 /// A launch that was planned.
 pub(super) struct Step<'a> {
@@ -91,8 +99,8 @@ impl<'a> Step<'a> {
         }))
     }
 
-    /// Launches it. Without the loss, lse and status of `results` are read, and nothing of it is written.
-    pub(super) fn launch(&self, results: &Results) {
+    /// Launches it.
+    pub(super) fn launch(&self, outcome: &Outcome) {
         let call = self.call;
         let client = call.client;
         let blueprint = &call.blueprint;
@@ -111,6 +119,14 @@ impl<'a> Step<'a> {
             Some(tensor) => whole(tensor, vector),
             None => nothing(),
         };
+        let written = |tensor: fn(&Results) -> &TensorHandle| match outcome {
+            Outcome::Written(results) => whole(tensor(results), 1),
+            Outcome::Saved(_) => nothing(),
+        };
+        let lse = match outcome {
+            Outcome::Written(results) => &results.rows.lse,
+            Outcome::Saved(lse) => lse,
+        };
         // SAFETY: `Strided` and `Labels` proved their tensors, `Results` and the gradients have the shapes of their
         // comments, and the plan divides a workspace of as many floats as it was made for.
         unsafe {
@@ -128,9 +144,7 @@ impl<'a> Step<'a> {
                 BufferArg::from_raw_parts(targets, rows_padded),
                 BufferArg::from_raw_parts(client.empty(bests * size_of::<u32>()), bests),
                 match self.arriving {
-                    Some(arriving) => {
-                        BufferArg::from_raw_parts(arriving.gradient.clone(), arriving.elements)
-                    }
+                    Some(arriving) => arriving.buffer_arg(),
                     None => nothing(),
                 },
                 match &call.head_weights {
@@ -138,12 +152,12 @@ impl<'a> Step<'a> {
                     None => nothing(),
                 },
                 BufferArg::from_raw_parts(workspace.clone(), self.host.floats),
-                whole(&results.rows.loss, 1),
-                whole(&results.rows.lse, 1),
-                whole(&results.rows.predictions, 1),
-                whole(&results.reduced.loss, 1),
-                whole(&results.reduced.total, 1),
-                whole(&results.reduced.status, 1),
+                written(|results| &results.rows.loss),
+                whole(lse, 1),
+                written(|results| &results.rows.predictions),
+                written(|results| &results.reduced.loss),
+                written(|results| &results.reduced.total),
+                written(|results| &results.reduced.status),
                 optional(&self.gradients.embeddings),
                 optional(&self.gradients.weights),
                 self.host.plan.launch_arg(),
@@ -204,10 +218,7 @@ fn step<F: Float, I: Int, N: Size, M: Size>(
         phases.loss,
         units,
     );
-    let mut part = 1.0f32.runtime(); // of a row in the loss
-    if comptime!(phases.mean) {
-        part = 1.0 / max(f32::cast_from(counted), 1.0);
-    }
+    let of_row = share_of_row(counted, phases.mean);
 
     let blocks = plan.classes.div_ceil(plan.class_block);
     let mut start = 0usize.runtime();
@@ -250,7 +261,7 @@ fn step<F: Float, I: Int, N: Size, M: Size>(
                     workspace,
                     &plan,
                     &item,
-                    part * scale,
+                    of_row * scale,
                     phases,
                 );
             }

@@ -6,7 +6,7 @@
 use cubecl::prelude::*;
 
 use super::plan::Plan;
-use crate::math::norm::inverse_norm;
+use crate::math::norm::{inverse_norm, row_norm};
 use crate::math::span::share;
 use crate::operand::RowStrides;
 use crate::packing::unit::TILE_VECTORS;
@@ -30,12 +30,7 @@ fn pack_row<F: Float, M: Size>(
     let mut filled = 0usize.runtime();
     if real {
         let count = plan.dim / piece;
-        let mut squares = Vector::<f32, M>::new(0.0);
-        for d in 0..count {
-            let value = Vector::<f32, M>::cast_from(source[from + d]);
-            squares = fma(value, value, squares);
-        }
-        norm = squares.vector_sum().sqrt();
+        norm = row_norm::<F, M>(source, from, count);
         let inverse = Vector::<f32, M>::new(inverse_norm(norm));
         let whole = plan.dim / width;
         for block in 0..whole {

@@ -90,7 +90,7 @@ pub(super) struct Plan {
     pub gradient: usize,
     /// `[chunk_items, chunk_classes, width]`: exponentials or logit gradients, where class weights get gradients.
     pub logits: usize,
-    /// `[chunk_items, classes / class_block, width]`: the base of each block's exponentials.
+    /// `[chunk_items, ⌈classes / class_block⌉, width]`: the base of each block's exponentials.
     pub bases: usize,
     /// `[chunk_items, STATES, width]`
     pub state: usize,
@@ -135,9 +135,11 @@ impl HostPlan {
         let items = problem.heads * panels;
         let panel = dim_padded * width;
         let block_floats = |heads: usize, classes: usize| 2 * heads * classes * (dim_padded + SKEW);
-        let class_block = (PACKED_FLOATS / block_floats(problem.heads.min(HEADS_TOGETHER), 1))
-            .clamp(problem.tile_rows, CLASS_BLOCK)
-            .next_multiple_of(problem.tile_rows)
+        let tile_rows = problem.tile_rows;
+        // Rounded down: upwards, the last head would find no place.
+        let together = PACKED_FLOATS / block_floats(problem.heads.min(HEADS_TOGETHER), tile_rows);
+        let class_block = (together * tile_rows)
+            .clamp(tile_rows, CLASS_BLOCK)
             .min(classes);
         // A chunk has no more items than touch so many heads, wherever it starts.
         let slots = (PACKED_FLOATS / block_floats(1, class_block)).clamp(1, problem.heads);
@@ -165,6 +167,8 @@ impl HostPlan {
                 _ if fitting == items => items,
                 // Gradients of less than f32 are not carried in themselves: a head's rows stay together.
                 _ if !problem.full => fitting / panels * panels,
+                // Few items: one for each unit that has any.
+                _ if fitting < problem.units => fitting,
                 _ => fitting / problem.units * problem.units,
             };
             if fitting < least {
@@ -267,6 +271,7 @@ const STATES: usize = 9;
 pub(super) struct RowState {
     /// Of the embeddings, before clamping.
     pub norms: usize,
+    /// Once the classes are seen; until then, after each block, what the exponentials before it are to be multiplied with.
     pub lse: usize,
     /// The gradient that arrives, times the scale.
     pub arriving: usize,
@@ -279,7 +284,7 @@ pub(super) struct RowState {
     pub sum: usize,
     /// The target's logit.
     pub target: usize,
-    /// The sum of the logits so far; and, after a block, what the exponentials before it are to be multiplied with.
+    /// The sum of the logits so far.
     pub total: usize,
 }
 
@@ -373,5 +378,73 @@ impl Plan {
     /// Where the kept logits of an item's rows with a class of the chunk are.
     pub(super) fn logit(&self, local: usize, class: usize, #[comptime] width: usize) -> usize {
         self.logits + (local * self.chunk_classes + class) * width
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plan(shape: [usize; 4], units: usize, full: bool) -> Option<HostPlan> {
+        let [heads, rows, dim, active] = shape;
+        let problem = Problem {
+            heads,
+            rows,
+            active,
+            stored: active,
+            dim,
+            units,
+            lanes: 16,
+            tile_rows: 8,
+            full,
+        };
+        let both = Phases {
+            loss: true,
+            embeddings: true,
+            weights: true,
+            per_row: false,
+            mean: true,
+            smooth: false,
+            weighted: false,
+        };
+        HostPlan::new(&problem, both)
+    }
+
+    #[test]
+    fn heads_up_to_eight_share_a_chunk_however_long_the_rows_are() {
+        for heads in 1..=8 {
+            for dim in [512, 1024, 2048, 2720, 4096] {
+                for units in [1, 2, 16, 64] {
+                    let shape = [heads, 128, dim, 100];
+                    let HostPlan { plan, .. } = plan(shape, units, true).expect("it fits");
+                    assert_eq!(plan.slots, heads, "{shape:?} on {units}");
+                    assert!(
+                        plan.chunk_items >= plan.items.min(units),
+                        "{shape:?} on {units}: {} items at once",
+                        plan.chunk_items
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn fewer_items_than_cores_are_computed_at_once_all_the_same() {
+        for full in [true, false] {
+            for units in 1..=64 {
+                for heads in [1, 2, 3, 9, 40] {
+                    assert!(
+                        plan([heads, 3, 4096, 128], units, full).is_some(),
+                        "{heads} heads on {units}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_is_computed_at_once_that_does_not_fit() {
+        assert!(plan([1, 2048, 512, 100_000], 2, true).is_some());
+        assert!(plan([1, 2048, 512, 1_000_000], 2, true).is_none());
     }
 }

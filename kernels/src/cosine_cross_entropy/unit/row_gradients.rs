@@ -5,7 +5,7 @@ use cubecl::prelude::*;
 use super::plan::{Phases, Plan};
 use super::rows::{ClassBlock, Item};
 use crate::loss::target::INVALID;
-use crate::math::norm::{EPSILON, inverse_norm, projection};
+use crate::math::norm::{inverse_norm, projection, row_norm};
 use crate::math::tile::{Broadcast, Lanes, add_to};
 use crate::operand::RowStrides;
 use crate::packing::unit::TILE_VECTORS;
@@ -182,13 +182,8 @@ pub(super) fn subtract_targets<F: Float, N: Size, M: Size>(
             let mut of_target = 0.0f32.runtime();
             if target < INVALID {
                 from = head * strides.head + target as usize * strides.row;
-                let mut squares = Vector::<f32, M>::new(0.0);
-                for d in 0..plan.dim / piece {
-                    let value = Vector::<f32, M>::cast_from(weights[from + d]);
-                    squares = fma(value, value, squares);
-                }
-                let norm = squares.vector_sum().sqrt();
-                of_target = -arrived * (1.0 - smoothing) / max(norm, EPSILON);
+                let norm = row_norm::<F, M>(weights, from, plan.dim / piece);
+                of_target = -arrived * (1.0 - smoothing) * inverse_norm(norm);
             }
             let sums = Vector::<f32, M>::new(sums);
             let of_target = Vector::<f32, M>::new(of_target);

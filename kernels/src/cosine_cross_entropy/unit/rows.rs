@@ -193,7 +193,7 @@ pub(super) fn fold<N: Size>(
             }
         }
     }
-    if comptime!(phases.at_once() && phases.embeddings) && raised {
+    if comptime!(phases.at_once() && phases.embeddings) && raised && block.number > 0 {
         row_gradients::rescale::<N>(workspace, plan, item.local, state.lse);
     }
 }
@@ -222,15 +222,16 @@ pub(super) fn conclude<N: Size>(
     let real = min(width, plan.rows - first);
     let vectors = workspace.as_vectorized_mut().with_vector_size_mut::<N>();
     for v in 0..TILE_VECTORS {
-        let base = vectors[state.base / lanes + v];
-        let log_sum = vectors[state.sum / lanes + v].ln();
+        let peak = vectors[state.peak / lanes + v];
+        let of_peak = (vectors[state.base / lanes + v] - peak).exp();
+        let log_sum = (vectors[state.sum / lanes + v] * of_peak).ln();
         let mean = vectors[state.total / lanes + v] / classes;
         let target = vectors[state.target / lanes + v];
-        // From the base, which a sure row's target is near: a loss near 0 keeps its digits.
-        let of_target = (base - target) + log_sum;
-        let loss = (one - smoothing) * of_target + smoothing * ((base - mean) + log_sum);
+        // From the peak, which a sure row's target is: a loss near 0 keeps its digits.
+        let of_target = (peak - target) + log_sum;
+        let loss = (one - smoothing) * of_target + smoothing * ((peak - mean) + log_sum);
         let counts = targets[first / lanes + v].less_than(&Vector::<u32, N>::new(INVALID));
-        vectors[state.lse / lanes + v] = base + log_sum;
+        vectors[state.lse / lanes + v] = peak + log_sum;
         vectors[state.loss / lanes + v] = select_many(counts, loss, Vector::<f32, N>::new(0.0));
         #[unroll]
         for lane in 0..lanes {

@@ -100,14 +100,18 @@ fn prototypes_of_frozen_heads_stay_frozen() {
 #[test]
 fn the_modules_record_saves_and_loads() {
     let device = Device::cpu();
-    let saved = CosineHeadsConfig::new(3, 5, 6).init(&device);
+    let config = CosineHeadsConfig::new(3, 5, 6).with_scale(8.0);
+    let saved = config.init(&device).with_active(4).expect("it has five");
     let bytes = saved
         .clone()
         .into_record()
         .into_bytes()
         .expect("a record has bytes");
     let record = ModuleRecord::from_bytes(bytes).expect("the bytes are a record");
-    let loaded = CosineHeadsConfig::new(3, 5, 6)
+    // What a record leaves out is in the configuration.
+    let config = saved.config();
+    assert_eq!((config.active, config.scale), (Some(4), 8.0));
+    let loaded = config
         .init(&device)
         .try_load_record(record)
         .expect("it fits");

@@ -1,44 +1,17 @@
-//! Bad input: a typed error with the numbers in it, before anything is launched; bad labels are harmless and reported.
+//! Operands and options that the host can see to be wrong.
 
-use cubecl::client::Client;
-use cubecl::ir::{ElemType, IntKind, UIntKind};
-use cubecl::prelude::CubeElement;
+use cubecl::ir::{ElemType, UIntKind};
 use cubecl::std::tensor::TensorHandle;
 use protohead::class_means::ClassSums;
 use protohead::cosine_cross_entropy::{Inputs, Options, backward, forward};
 use protohead::{
-    Error, LossOptions, LossOutput, Reduction, Strategy, Upstream, Variant, Wanted, reconstruction,
+    Error, Gradients, LossOptions, LossOutput, Reduction, Strategy, Upstream, Wanted,
+    cosine_logits, cross_entropy, reconstruction,
 };
-use protohead_tests::devices::{devices, fused_runs, runs};
-use protohead_tests::problem::{Dtype, download};
+use protohead_tests::devices::devices;
+use protohead_tests::problem::Dtype;
 
-fn floats(client: &Client, shape: &[usize]) -> TensorHandle {
-    let count = shape.iter().product();
-    let values: Vec<f32> = (0..count)
-        .map(|i| ((i * 37 + 11) % 17) as f32 - 8.0)
-        .collect();
-    TensorHandle::new_contiguous(
-        shape.to_vec(),
-        client.create_from_slice(f32::as_bytes(&values)),
-        Dtype::F32.elem(),
-    )
-}
-
-fn labels(client: &Client, labels: &[i32]) -> TensorHandle {
-    TensorHandle::new_contiguous(
-        [labels.len()],
-        client.create_from_slice(i32::as_bytes(labels)),
-        ElemType::Int(IntKind::I32),
-    )
-}
-
-fn inputs(client: &Client) -> Inputs {
-    Inputs {
-        embeddings: floats(client, &[2, 4, 5]),
-        weights: floats(client, &[2, 3, 5]),
-        labels: labels(client, &[0, 2, 1, 0]),
-    }
-}
+use super::{floats, inputs, labels};
 
 #[test]
 fn what_the_host_can_see_is_a_typed_error() {
@@ -260,222 +233,98 @@ fn a_stride_of_zero_does_not_wrap_a_size() {
 }
 
 #[test]
-fn a_variant_the_device_cannot_run_is_refused() {
+fn a_tensor_of_another_device_is_refused() {
     for device in devices() {
-        for variant in [Variant::Unit, Variant::Plane, Variant::Cmma, Variant::Small] {
-            let options = Options {
-                strategy: Strategy::Forced(variant),
-                ..Options::default()
-            };
-            let result = forward(&device.client, &inputs(&device.client), &options);
-            assert_eq!(
-                result.is_ok(),
-                device.variants.contains(&variant),
-                "{variant:?} on {}",
-                device.name
-            );
-        }
-    }
-}
-
-#[test]
-fn the_small_variant_is_of_small_problems_of_the_fused_op_only() {
-    for device in devices() {
-        if !device.variants.contains(&Variant::Small) {
-            continue;
-        }
         let client = &device.client;
-        let strategy = Strategy::Forced(Variant::Small);
-        let inputs = Inputs {
-            embeddings: floats(client, &[1, 2, 4]),
-            weights: floats(client, &[1, 257, 4]),
-            labels: labels(client, &[0, 1]),
+        let there = |shape: &[usize]| {
+            let mut tensor = floats(client, shape);
+            tensor.handle.service.device.index_id += 1;
+            tensor
         };
-        let of = |active| {
-            let options = Options {
-                active: Some(active),
-                strategy,
-                ..Options::default()
-            };
-            forward(client, &inputs, &options)
-                .map(|_| ())
-                .map_err(|error| error.to_string())
+        let refused = |result: Result<(), Error>, named: &str| match result {
+            Err(Error::Place { operand, .. }) => assert_eq!(operand, named),
+            other => panic!("{named}: {other:?}"),
         };
-        assert_eq!(of(256), Ok(()));
-        assert_eq!(
-            of(257).expect_err("too many classes"),
-            "1 heads × 2 rows × 257 active classes × 4 columns are too many for the small variant, which takes at most \
-             4096 rows, 256 classes, 256 vectors of columns and 8388608 of their product"
+        let good = inputs(client);
+        let options = Options::default();
+        let step = |inputs: &Inputs, upstream: &Upstream| {
+            let output = forward(client, inputs, &options)?;
+            backward(client, inputs, &options, &output, upstream, Wanted::BOTH).map(|_| ())
+        };
+        let total = Upstream::default();
+        let mut elsewhere = good.clone();
+        elsewhere.embeddings = there(&[2, 4, 5]);
+        refused(step(&elsewhere, &total), "embeddings");
+        let mut elsewhere = good.clone();
+        elsewhere.weights = there(&[2, 3, 5]);
+        refused(step(&elsewhere, &total), "class weights");
+        let mut elsewhere = good.clone();
+        elsewhere.labels.handle.service.device.index_id += 1;
+        refused(step(&elsewhere, &total), "labels");
+        refused(
+            step(&good, &Upstream::Loss(there(&[2]))),
+            "upstream gradient",
         );
-        let logits = protohead::cosine_logits::Inputs {
-            embeddings: inputs.embeddings.clone(),
-            weights: inputs.weights.clone(),
-        };
-        let options = protohead::cosine_logits::Options {
-            strategy,
-            ..Default::default()
-        };
-        assert_eq!(
-            protohead::cosine_logits::forward(client, &logits, &options)
-                .expect_err("no such variant")
-                .to_string(),
-            "this op has no small variant: cosine_cross_entropy does"
-        );
-    }
-}
+        let mut output = forward(client, &good, &options).expect("valid");
+        output.lse = there(&[2, 4]);
+        let back = backward(client, &good, &options, &output, &total, Wanted::BOTH);
+        refused(back.map(|_| ()), "lse");
+        output.status.handle.service.device.index_id += 1;
+        refused(output.check(client), "status");
 
-#[test]
-fn a_bad_label_is_reported_and_its_row_counts_as_ignored() {
-    for run in fused_runs((2, 4, 5, 3, 3)) {
-        let client = run.client;
-        let options = Options {
-            loss: LossOptions {
-                reduction: Reduction::Sum,
-                ..LossOptions::default()
-            },
-            strategy: run.strategy,
-            ..Options::default()
+        let logits = cosine_logits::Inputs {
+            embeddings: good.embeddings.clone(),
+            weights: good.weights.clone(),
         };
-        let of = |rows: &[i32]| {
-            let inputs = Inputs {
-                labels: labels(client, rows),
-                ..inputs(client)
-            };
-            let output = forward(client, &inputs, &options).expect("the host sees nothing wrong");
-            let gradients = backward(
-                client,
-                &inputs,
-                &options,
-                &output,
-                &Upstream::default(),
-                Wanted::BOTH,
-            )
-            .expect("the host sees nothing wrong");
-            let [dx, dw] = [gradients.embeddings, gradients.weights]
-                .map(|gradient| download(client, &gradient.expect("asked for")));
-            (output, dx, dw)
+        let grad = there(&[2, 4, 3]);
+        let back =
+            cosine_logits::backward(client, &logits, &Default::default(), &grad, Wanted::BOTH);
+        refused(back.map(|_| ()), "logit gradients");
+        let given = cross_entropy::Inputs {
+            logits: grad,
+            labels: good.labels.clone(),
         };
-        let (bad, bad_dx, bad_dw) = of(&[0, 3, 1, i32::MIN]);
-        let (ignored, dx, dw) = of(&[0, -100, 1, -100]);
-        assert_eq!(
-            bad.read_total(client),
-            Err(Error::Label {
-                row: 1,
-                label: Some(3),
-                active: 3,
-                rows: 2
-            }),
-            "on {run}"
+        let loss = cross_entropy::forward(client, &given, &Default::default());
+        refused(loss.map(|_| ()), "logits");
+        let parts = reconstruction::Inputs {
+            whole: floats(client, &[4, 5]),
+            first: floats(client, &[4, 5]),
+            second: there(&[4, 5]),
+        };
+        let loss = reconstruction::forward(client, &parts, &Default::default());
+        refused(loss.map(|_| ()), "second part");
+        let gradients = Gradients {
+            embeddings: Some(floats(client, &[2, 4, 5])),
+            weights: None,
+        };
+        refused(
+            gradients.scaled(client, &there(&[2])).map(|_| ()),
+            "factors",
         );
-        assert!(ignored.read_total(client).is_ok(), "on {run}");
-        assert_eq!(
-            download(client, &bad.total),
-            download(client, &ignored.total),
-            "on {run}"
-        );
-        assert_eq!((bad_dx, bad_dw), (dx, dw), "on {run}");
-    }
-}
 
-#[test]
-fn a_bad_label_leaves_class_means_untouched_and_is_reported() {
-    for run in runs() {
-        let client = run.client;
-        let options = protohead::class_means::Options {
-            strategy: run.strategy,
-            ..Default::default()
-        };
-        let mut sums = ClassSums::new(client, 2, 3, 5, &options).expect("valid");
-        sums.accumulate(
-            client,
-            &floats(client, &[2, 4, 5]),
-            &labels(client, &[7, -1, 3, -100]),
-        )
-        .expect("the host sees nothing wrong");
-        assert!(
-            download(client, sums.sums()).iter().all(|&v| v == 0.0),
-            "on {run}"
+        let sums = || ClassSums::new(client, 2, 3, 5, &Default::default()).expect("valid");
+        refused(
+            sums().accumulate(client, &there(&[2, 4, 5]), &good.labels),
+            "embeddings",
         );
-        assert_eq!(
-            sums.read_counts(client),
-            Err(Error::Label {
-                row: 0,
-                label: None,
-                active: 3,
-                rows: 3
-            }),
-            "on {run}"
-        );
-        let unit_rows = protohead::class_means::Options {
-            normalize: true,
-            ..options.clone()
-        };
-        let other = ClassSums::new(client, 2, 3, 5, &unit_rows).expect("valid");
-        assert_eq!(
-            sums.merge(client, &other),
-            Err(Error::MixedSums { normalized: true })
-        );
-    }
-}
-
-#[test]
-fn a_nan_stays_in_its_row() {
-    for run in fused_runs((2, 4, 5, 3, 3)) {
-        let client = run.client;
-        let mut values = vec![0.5f32; 40];
-        values
-            .iter_mut()
-            .enumerate()
-            .for_each(|(i, v)| *v += (i % 7) as f32);
-        let clean = values.clone();
-        values[5 + 2] = f32::NAN; // head 0, row 1
-        let of = |values: &[f32]| {
-            let inputs = Inputs {
-                embeddings: TensorHandle::new_contiguous(
-                    [2, 4, 5],
-                    client.create_from_slice(f32::as_bytes(values)),
-                    Dtype::F32.elem(),
-                ),
-                ..inputs(client)
-            };
-            let options = Options {
-                loss: LossOptions {
-                    reduction: Reduction::None,
-                    ..LossOptions::default()
-                },
-                strategy: run.strategy,
-                ..Options::default()
-            };
-            let output = forward(client, &inputs, &options).expect("valid");
-            let gradients = backward(
-                client,
-                &inputs,
-                &options,
-                &output,
-                &Upstream::default(),
-                Wanted::EMBEDDINGS,
-            )
-            .expect("valid");
-            (
-                download(client, &output.loss),
-                download(client, &gradients.embeddings.expect("asked for")),
-                output.read_predictions(client).expect("valid"),
-            )
-        };
-        let (loss, dx, mut predicted) = of(&values);
-        let (clean_loss, clean_dx, mut clean_predicted) = of(&clean);
-        assert_eq!(predicted[1], 0, "on {run}: no class is the highest");
-        (predicted[1], clean_predicted[1]) = (0, 0);
-        assert_eq!(predicted, clean_predicted, "on {run}");
-        for at in 0..8 {
-            let row = at * 5..at * 5 + 5;
-            if at == 1 {
-                assert!(loss[at].is_nan(), "on {run}: loss {loss:?}");
-                assert!(dx[row].iter().all(|v| v.is_nan()), "on {run}");
-            } else {
-                assert_eq!(loss[at], clean_loss[at], "on {run}");
-                assert_eq!(dx[row.clone()], clean_dx[row], "on {run}");
+        let means = sums().write_means(client, &there(&[2, 3, 5]));
+        refused(means.map(|_| ()), "class weights");
+        for other in devices() {
+            if other.client.service_id() == client.service_id() {
+                continue;
             }
+            let stranger = &other.client;
+            refused(
+                sums().accumulate(
+                    stranger,
+                    &floats(stranger, &[2, 4, 5]),
+                    &labels(stranger, &[0; 4]),
+                ),
+                "class sums",
+            );
+            refused(sums().read_counts(stranger).map(|_| ()), "class sums");
+            let mut merged = ClassSums::new(stranger, 2, 3, 5, &Default::default()).expect("valid");
+            refused(merged.merge(stranger, &sums()), "class sums");
         }
     }
 }

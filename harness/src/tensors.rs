@@ -132,14 +132,54 @@ impl TensorFile {
         Ok(integers)
     }
 
-    /// The highest of the labels that are not ignored, if it can be a class.
-    pub(crate) fn highest_label(&self, name: &str, ignore_index: i32) -> Result<usize, Error> {
-        let labels = self.integers(name)?.into_iter();
-        let counted = labels.filter(|&label| label != i64::from(ignore_index));
-        let highest = counted.max().unwrap_or(-1);
-        match u32::try_from(highest) {
-            Ok(label) => Ok(label as usize),
+    /// Refuses a file to be written that is this one.
+    pub(crate) fn is_not(&self, written: &Path) -> Result<(), Error> {
+        let place = |path: &Path| fs::canonicalize(path).ok();
+        match place(written) {
+            Some(there) if Some(&there) == place(&self.path).as_ref() => Err(Error::Usage(
+                format!("--out {} is the file that is read", written.display()),
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// How many classes there are, if the labels that are not ignored are all of them: one more than the highest. One that is far
+    /// beyond the number of rows is taken for a mistake.
+    pub(crate) fn classes(&self, name: &str, ignore_index: i32) -> Result<usize, Error> {
+        let labels = self.integers(name)?;
+        let counted = labels
+            .iter()
+            .enumerate()
+            .filter(|&(_, &label)| label != i64::from(ignore_index));
+        let Some((row, &highest)) = counted.max_by_key(|&(_, label)| label) else {
+            return Err(self.wrong("every row is ignored: --classes is needed".into()));
+        };
+        let most = (100 * labels.len()).max(1000);
+        match usize::try_from(highest) {
+            Ok(label) if label < most => Ok(label + 1),
+            Ok(_) => Err(self.wrong(format!(
+                "label {highest} of row {row} is high for {} rows: --classes says that it is meant",
+                labels.len()
+            ))),
             Err(_) => Err(self.wrong(format!("the highest of `{name}` is {highest}: not a class"))),
+        }
+    }
+
+    /// An error that names a row whose label is wrong, with the label.
+    pub(crate) fn with_label(&self, name: &str, error: protohead::Error) -> Error {
+        match (error, self.integers(name)) {
+            (
+                protohead::Error::Label {
+                    row, active, rows, ..
+                },
+                Ok(labels),
+            ) => Error::Op(protohead::Error::Label {
+                row,
+                label: labels.get(row).copied(),
+                active,
+                rows,
+            }),
+            (error, _) => Error::Op(error),
         }
     }
 

@@ -1,8 +1,8 @@
-//! Trains a cosine head on data made up here: operands go to the device, loss and gradients come from one call, and at the end
-//! the class weights are replaced by class means.
+//! Trains cosine heads on data made up here, without leaving the device: operands go there once, loss and gradients come from one
+//! call, a kernel takes the step, and at the end the class weights are replaced by class means.
 //!
 //! ```sh
-//! cargo run --release --example step
+//! cargo run --release -p protohead --features cpu --example step
 //! ```
 
 use cubecl::client::Client;
@@ -30,6 +30,15 @@ fn download(client: &Client, tensor: TensorHandle) -> Result<Vec<f32>, Error> {
     Ok(f32::from_bytes(&bytes).to_vec())
 }
 
+/// `weights −= rate · gradient`
+#[cube(launch)]
+fn descend(weights: &mut [f32], gradient: &[f32], rate: f32) {
+    let i = ABSOLUTE_POS;
+    if i < weights.len() {
+        weights[i] -= rate * gradient[i];
+    }
+}
+
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let client = cubecl::Device::cpu()?.client();
 
@@ -39,11 +48,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let embeddings: Vec<f32> = (0..HEADS * ROWS * DIM)
         .map(|i| wave(i / DIM % ROWS % ACTIVE, i % DIM) + 0.5 * wave(i, 7))
         .collect();
-    let mut weights: Vec<f32> = (0..HEADS * CLASSES * DIM).map(|i| wave(i, 3)).collect();
+    let weights: Vec<f32> = (0..HEADS * CLASSES * DIM).map(|i| wave(i, 3)).collect();
 
-    let embeddings = upload(&client, &embeddings, [HEADS, ROWS, DIM]);
     let labels = client.create_from_slice(i32::as_bytes(&labels));
-    let labels = TensorHandle::new_contiguous([ROWS], labels, i32::cube_type());
+    let inputs = Inputs {
+        embeddings: upload(&client, &embeddings, [HEADS, ROWS, DIM]),
+        weights: upload(&client, &weights, [HEADS, CLASSES, DIM]),
+        labels: TensorHandle::new_contiguous([ROWS], labels, i32::cube_type()),
+    };
     let options = Options {
         scale: 16.0,
         active: Some(ACTIVE),
@@ -51,35 +63,40 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     };
 
     for step in 0..20 {
-        let inputs = Inputs {
-            embeddings: embeddings.clone(),
-            weights: upload(&client, &weights, [HEADS, CLASSES, DIM]),
-            labels: labels.clone(),
-        };
-        // The total of the heads' mean losses, with an upstream gradient of 1. No gradient of the embeddings is asked for.
+        // The total of the heads' mean losses, with an upstream gradient of 1. The encoder would get the gradient of the embeddings,
+        // if there were one: `Wanted::BOTH`.
         let upstream = Upstream::Total(1.0);
         let (output, gradients) =
             forward_backward(&client, &inputs, &options, &upstream, Wanted::WEIGHTS)?;
         // Waits for the device, and tells of labels that are no class.
-        println!("step {step:2}: loss {:.4}", output.read_total(&client)?);
-        if let Some(gradient) = gradients.weights {
-            let gradient = download(&client, gradient)?;
-            for (weight, slope) in weights.iter_mut().zip(gradient) {
-                *weight -= 0.5 * slope;
-            }
-        }
+        let values = output.read(&client)?;
+        let by_head = &values.loss;
+        println!(
+            "step {step:2}: loss {:.4}, of the heads {by_head:.4?}",
+            values.total
+        );
+        let Some(gradient) = gradients.weights else {
+            unreachable!("it is wanted")
+        };
+        let count = HEADS * CLASSES * DIM;
+        // SAFETY: both tensors are contiguous, and have so many elements.
+        let argument = |tensor: &TensorHandle| unsafe {
+            BufferArg::from_raw_parts(tensor.handle.clone(), count)
+        };
+        descend::launch(
+            &client,
+            CubeCount::Static(count.div_ceil(64) as u32, 1, 1),
+            CubeDim::new_1d(64),
+            argument(&inputs.weights),
+            argument(&gradient),
+            0.5,
+        );
     }
 
-    let mut sums = ClassSums::new(
-        &client,
-        HEADS,
-        ACTIVE,
-        DIM,
-        &class_means::Options::default(),
-    )?;
-    sums.accumulate(&client, &embeddings, &labels)?;
-    let weights = upload(&client, &weights, [HEADS, CLASSES, DIM]);
-    let prototypes = sums.write_means(&client, &weights)?;
+    let options = class_means::Options::default();
+    let mut sums = ClassSums::new(&client, HEADS, ACTIVE, DIM, &options)?;
+    sums.accumulate(&client, &inputs.embeddings, &inputs.labels)?;
+    let prototypes = sums.write_means(&client, &inputs.weights)?;
     println!("rows by class: {:?}", sums.read_counts(&client)?);
     let prototypes = download(&client, prototypes)?;
     println!("the first prototype begins {:?}", &prototypes[..4]);

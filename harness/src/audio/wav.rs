@@ -1,17 +1,27 @@
-//! WAV files of any rate and channel count, of 8 to 32 bits, become clips of one second, 16 kHz mono. What is behind the first
-//! second is not read.
+//! WAV files of any rate, depth and channel count become clips of one second, 16 kHz mono. What is behind the first second is
+//! not read.
 
+use std::fs::File;
+use std::io::{Read, repeat};
 use std::path::Path;
 
-use hound::{SampleFormat, WavReader};
 use rubato::audioadapter_buffers::owned::InterleavedOwned;
 use rubato::{Fft, FixedSync, Resampler};
+use symphonia::core::codecs::CodecParameters;
+use symphonia::core::codecs::audio::AudioDecoderOptions;
+use symphonia::core::formats::{FormatOptions, FormatReader, TrackType};
+use symphonia::core::io::{MediaSourceStream, ReadBytes, ReadOnlySource};
+use symphonia::default::formats::WavReader;
 
 use super::{CLIP, RATE};
 use crate::error::Error;
 
 /// Sample rates that are resampled.
 const RATES: std::ops::RangeInclusive<u32> = 1_000..=768_000;
+/// A length from here on says that the file was written to a pipe, by a program that did not know it: the samples go to its end.
+const UNKNOWN: u64 = 0x7fff_f000;
+/// Silence that is read behind the end of such a file, in bytes.
+const SILENCE: u64 = 64 << 20;
 
 /// The first second of a file, padded with silence.
 pub(crate) fn read_clip(path: &Path) -> Result<Vec<f32>, Error> {
@@ -19,52 +29,82 @@ pub(crate) fn read_clip(path: &Path) -> Result<Vec<f32>, Error> {
         path: path.into(),
         reason,
     };
-    let mut reader = WavReader::open(path)
-        .map_err(|error| wrong(format!("no WAV file that is read: {error}")))?;
-    let spec = reader.spec();
-    if spec.channels == 0 || !RATES.contains(&spec.sample_rate) {
-        return Err(wrong(format!(
-            "{} channels at {} Hz, expected at least one at {} to {} Hz",
-            spec.channels,
-            spec.sample_rate,
-            RATES.start(),
-            RATES.end()
-        )));
-    }
-    let channels = usize::from(spec.channels);
-    // A little more than a second, for the resampler's filter.
-    let rate = spec.sample_rate as usize;
-    let wanted = channels * (rate + 2 * block(rate));
-    let samples: Result<Vec<f32>, hound::Error> = match (spec.sample_format, spec.bits_per_sample) {
-        (SampleFormat::Float, 32) => reader.samples::<f32>().take(wanted).collect(),
-        (SampleFormat::Int, bits @ (8 | 16 | 24 | 32)) => {
-            let full_scale = (1u32 << (bits - 1)) as f32;
-            reader
-                .samples::<i32>()
-                .take(wanted)
-                .map(|sample| sample.map(|value| value as f32 / full_scale))
-                .collect()
-        }
-        (format, bits) => {
-            return Err(wrong(format!(
-                "{bits}-bit {format:?} samples, expected 8, 16, 24 or 32 bits of Int, or 32 of Float"
-            )));
-        }
-    };
-    let samples = samples.map_err(|error| wrong(format!("damaged WAV file: {error}")))?;
-    if samples.is_empty() {
+    let file = File::open(path).map_err(Error::io(path))?;
+    let bytes = file.metadata().map_err(Error::io(path))?.len();
+    let samples = read_samples(file, bytes).map_err(wrong)?;
+    let channels = samples.channels;
+    if samples.interleaved.is_empty() {
         return Err(wrong("a WAV file without samples".into()));
     }
-    if samples.iter().any(|sample| !sample.is_finite()) {
+    if samples.interleaved.iter().any(|sample| !sample.is_finite()) {
         return Err(wrong("a WAV file with samples that are not finite".into()));
     }
     let mono: Vec<f32> = samples
+        .interleaved
         .chunks_exact(channels)
         .map(|frame| frame.iter().sum::<f32>() / channels as f32)
         .collect();
-    let mut clip = resample(mono, rate).map_err(wrong)?;
+    let mut clip = resample(mono, samples.rate).map_err(wrong)?;
     clip.resize(CLIP, 0.0);
     Ok(clip)
+}
+
+/// What a file begins with.
+struct Samples {
+    interleaved: Vec<f32>,
+    channels: usize,
+    rate: usize,
+}
+
+/// A second of a file of so many bytes, and a little more, for the resampler's filter.
+fn read_samples(file: File, bytes: u64) -> Result<Samples, String> {
+    let unread = |error| format!("no WAV file that is read: {error}");
+    let endless = ReadOnlySource::new(file.chain(repeat(0).take(SILENCE)));
+    let stream = MediaSourceStream::new(Box::new(endless), Default::default());
+    let mut reader = WavReader::try_new(stream, FormatOptions::default()).map_err(unread)?;
+    let track = reader.default_track(TrackType::Audio);
+    let Some((track, Some(CodecParameters::Audio(parameters)))) =
+        track.map(|track| (track, &track.codec_params))
+    else {
+        return Err("a WAV file without sound".into());
+    };
+    let channels = parameters.channels.as_ref().map_or(0, |all| all.count());
+    let rate = parameters.sample_rate.unwrap_or(0);
+    if channels == 0 || !RATES.contains(&rate) {
+        return Err(format!(
+            "{channels} channels at {rate} Hz, expected at least one at {} to {} Hz",
+            RATES.start(),
+            RATES.end()
+        ));
+    }
+    // A frame has eight bytes a channel at most.
+    let frames = track.num_frames.unwrap_or(u64::MAX);
+    let is_known = frames < UNKNOWN / (8 * channels as u64);
+    let mut decoder = symphonia::default::get_codecs()
+        .make_audio_decoder(parameters, &AudioDecoderOptions::default())
+        .map_err(unread)?;
+    let rate = rate as usize;
+    let wanted = channels * (rate + 2 * block(rate));
+    let mut interleaved = Vec::new();
+    let mut packet_samples: Vec<f32> = Vec::new();
+    let damaged = |error| format!("damaged WAV file: {error}");
+    while interleaved.len() < wanted
+        && let Some(packet) = reader.next_packet().map_err(damaged)?
+    {
+        let decoded = decoder.decode(&packet).map_err(damaged)?;
+        decoded.copy_to_vec_interleaved(&mut packet_samples);
+        interleaved.extend_from_slice(&packet_samples);
+    }
+    interleaved.truncate(wanted);
+    let end = Box::new(reader).into_inner().pos();
+    if is_known && end > bytes {
+        return Err("damaged WAV file: it ends before its samples do".into());
+    }
+    Ok(Samples {
+        interleaved,
+        channels,
+        rate,
+    })
 }
 
 /// 16 kHz of any rate.
@@ -95,7 +135,7 @@ fn gcd(a: usize, b: usize) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use hound::{WavSpec, WavWriter};
+    use hound::{SampleFormat, WavSpec, WavWriter};
 
     use super::*;
 
@@ -167,6 +207,59 @@ mod tests {
             let (first, all) = clip(20);
             assert_eq!(first, all, "{rate} Hz");
         }
+    }
+
+    /// A file of these bytes.
+    fn read_bytes(bytes: &[u8]) -> Result<Vec<f32>, String> {
+        let file = tempfile::NamedTempFile::new().expect("a temporary file");
+        std::fs::write(file.path(), bytes).expect("the file is writable");
+        read_clip(file.path()).map_err(|error| error.to_string())
+    }
+
+    /// A file of one channel at 16 kHz whose data is said to have so many bytes, with chunks between that few programs read.
+    fn with_chunks(format: u16, bits: u16, data: &[u8], length: u32) -> Vec<u8> {
+        let mut bytes = b"RIFF\xff\xff\xff\xffWAVEfmt \x10\0\0\0".to_vec();
+        bytes.extend(format.to_le_bytes());
+        bytes.extend(1u16.to_le_bytes());
+        bytes.extend(16_000u32.to_le_bytes());
+        bytes.extend((16_000 * u32::from(bits) / 8).to_le_bytes());
+        bytes.extend((bits / 8).to_le_bytes());
+        bytes.extend(bits.to_le_bytes());
+        // Of odd lengths, and so each followed by a byte that is no part of it.
+        bytes.extend(b"junk\x05\0\0\0abcde\0");
+        bytes.extend(b"LIST\x10\0\0\0INFOISFT\x03\0\0\0abc\0");
+        bytes.extend(b"data");
+        bytes.extend(length.to_le_bytes());
+        bytes.extend(data);
+        bytes
+    }
+
+    #[test]
+    fn what_programs_write_to_pipes_is_read_to_its_end() {
+        let data: Vec<u8> = [8192i16, -16384]
+            .iter()
+            .flat_map(|v| v.to_le_bytes())
+            .collect();
+        // Two samples and silence, or what was said instead.
+        let is_read = |bytes: &[u8]| match read_bytes(bytes) {
+            Ok(clip) => {
+                assert_eq!(clip.len(), CLIP);
+                let is_silent = clip[2..].iter().all(|&sample| sample == 0.0);
+                assert_eq!((&clip[..2], is_silent), (&[0.25, -0.5][..], true));
+            }
+            Err(said) => panic!("{said}"),
+        };
+        for length in [4, 0x7fff_f000, u32::MAX] {
+            is_read(&with_chunks(1, 16, &data, length));
+        }
+        let doubles: Vec<u8> = [0.25f64, -0.5]
+            .iter()
+            .flat_map(|v| v.to_le_bytes())
+            .collect();
+        is_read(&with_chunks(3, 64, &doubles, 16));
+        let cut = read_bytes(&with_chunks(1, 16, &data, 6)).map(|_| ());
+        let said = cut.expect_err("two bytes are missing");
+        assert!(said.contains("ends before its samples do"), "{said}");
     }
 
     #[test]

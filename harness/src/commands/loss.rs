@@ -25,42 +25,53 @@ enum ReductionName {
 
 #[derive(Args)]
 pub(crate) struct Arguments {
-    /// A safetensors file with `embeddings [H,N,D]`, `prototypes [H,C,D]` and `labels [N]`.
+    /// A safetensors file with `embeddings [H,N,D]` and `prototypes [H,C,D]` (f32, f16 or bf16), and `labels [N]` (i64, i32 or u32).
     input: PathBuf,
     /// Where to write `loss`, `total`, `lse`, `predictions`, `grad_embeddings`, `grad_prototypes`.
     #[arg(long)]
     out: PathBuf,
     /// What cosines are multiplied with: the inverse temperature.
-    #[arg(long, default_value_t = 16.0)]
+    #[arg(long, default_value_t = 16.0, allow_negative_numbers = true)]
     scale: f32,
     /// Only the first K classes take part.
-    #[arg(long, value_name = "K")]
+    #[arg(long, value_name = "K", allow_negative_numbers = true)]
     active: Option<usize>,
     /// What becomes of the losses of a head's rows.
     #[arg(long, value_enum, default_value_t = ReductionName::Mean)]
     reduction: ReductionName,
     /// The share of the target that is spread over all classes.
-    #[arg(long, value_name = "E", default_value_t = 0.0)]
+    #[arg(
+        long,
+        value_name = "E",
+        default_value_t = 0.0,
+        allow_negative_numbers = true
+    )]
     label_smoothing: f32,
     /// The label of rows that are left out.
     #[arg(long, value_name = "I", default_value_t = -100, allow_negative_numbers = true)]
     ignore_index: i32,
-    /// One weight a head, for `total` and the gradients.
-    #[arg(long, value_delimiter = ',', allow_hyphen_values = true)]
+    /// A weight for each head, separated by commas, for `total` and the gradients.
+    #[arg(
+        long,
+        value_name = "A,B,..",
+        value_delimiter = ',',
+        allow_hyphen_values = true
+    )]
     head_weights: Option<Vec<f32>>,
     /// f32 products may round their operands to TF32 on an NVIDIA GPU.
     #[arg(long)]
     allow_tf32: bool,
     /// Also times so many steps of loss and gradients: launched as a recorded graph where the device records graphs.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     repeat: Option<NonZeroUsize>,
-    /// auto, cpu, cuda, cuda:N or wgpu
+    /// auto, cpu, cuda, cuda:N or wgpu; auto is the first that works of cuda, cpu, wgpu
     #[arg(long, default_value_t = DeviceName::Auto)]
     device: DeviceName,
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<(), Error> {
     let file = TensorFile::open(&arguments.input)?;
+    file.is_not(&arguments.out)?;
     let client = arguments.device.client()?;
     let inputs = Inputs {
         embeddings: file.floats(&client, "embeddings")?,

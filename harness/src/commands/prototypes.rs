@@ -14,13 +14,13 @@ use crate::tensors::{TensorFile, Written};
 
 #[derive(Args)]
 pub(crate) struct Arguments {
-    /// A safetensors file with `embeddings [H,N,D]` and `labels [N]`.
+    /// A safetensors file with `embeddings [H,N,D]` (f32, f16 or bf16) and `labels [N]` (i64, i32 or u32).
     input: PathBuf,
     /// Where to write `prototypes [H,K,D]` and `counts [K]`.
     #[arg(long)]
     out: PathBuf,
-    /// K; one more than the highest label that is not ignored, if absent.
-    #[arg(long, value_name = "K")]
+    /// The number of classes K; if absent, one more than the highest label that is not ignored.
+    #[arg(long, value_name = "K", allow_negative_numbers = true)]
     classes: Option<usize>,
     /// Rows with this label are left out.
     #[arg(long, default_value_t = -100, allow_negative_numbers = true)]
@@ -28,16 +28,17 @@ pub(crate) struct Arguments {
     /// Normalize each embedding before averaging.
     #[arg(long)]
     normalize: bool,
-    /// auto, cpu, cuda, cuda:N or wgpu
+    /// auto, cpu, cuda, cuda:N or wgpu; auto is the first that works of cuda, cpu, wgpu
     #[arg(long, default_value_t = DeviceName::Auto)]
     device: DeviceName,
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<(), Error> {
     let file = TensorFile::open(&arguments.input)?;
+    file.is_not(&arguments.out)?;
     let classes = match arguments.classes {
         Some(classes) => classes,
-        None => file.highest_label("labels", arguments.ignore_index)? + 1,
+        None => file.classes("labels", arguments.ignore_index)?,
     };
     let client = arguments.device.client()?;
     let embeddings = file.floats(&client, "embeddings")?;
@@ -58,7 +59,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Error> {
     };
     let mut sums = ClassSums::new(&client, heads, classes, dim, &options)?;
     sums.accumulate(&client, &embeddings, &labels)?;
-    let counts = sums.read_counts(&client)?;
+    let counts = sums
+        .read_counts(&client)
+        .map_err(|error| file.with_label("labels", error))?;
     // A class nobody saw has no mean: its prototype is zero, and its count says so.
     let bytes = heads * classes * dim * embeddings.dtype.size();
     let zeros = TensorHandle::new_contiguous(

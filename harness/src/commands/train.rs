@@ -8,6 +8,7 @@ use clap::Args;
 use crate::device::DeviceName;
 use crate::error::Error;
 use crate::output::say;
+use crate::training::claim::Claim;
 use crate::training::config::{RunConfig, Source};
 use crate::training::data::Dataset;
 use crate::training::run::Run;
@@ -28,36 +29,36 @@ pub(crate) struct Train {
     #[arg(long)]
     resume: bool,
     /// Passes over the base classes' clips.
-    #[arg(long, default_value_t = 100)]
+    #[arg(long, default_value_t = 100, allow_negative_numbers = true)]
     epochs: usize,
-    /// Clips a step.
-    #[arg(long, default_value_t = 128)]
+    /// Clips per step.
+    #[arg(long, default_value_t = 128, allow_negative_numbers = true)]
     batch: usize,
     /// The encoder's width: 8 gives embeddings of 256.
-    #[arg(long, default_value_t = 8)]
+    #[arg(long, default_value_t = 8, allow_negative_numbers = true)]
     tau: usize,
-    /// What cosines are multiplied with.
-    #[arg(long, default_value_t = 16.0)]
+    /// What cosines are multiplied with: the inverse temperature.
+    #[arg(long, default_value_t = 16.0, allow_negative_numbers = true)]
     scale: f64,
     /// The highest learning rate, before cosine decay.
-    #[arg(long, default_value_t = 0.004)]
+    #[arg(long, default_value_t = 0.004, allow_negative_numbers = true)]
     learning_rate: f64,
     /// Weight of the reconstruction loss.
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
     lambda: f64,
     /// Weight of the reconstruction loss over class-wise shuffled parts.
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
     lambda_shuffled: f64,
-    /// Of everything random.
-    #[arg(long, default_value_t = 0)]
+    /// Seed of everything random.
+    #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
     seed: u64,
     /// Synthesised keywords.
-    #[arg(long, default_value_t = 35)]
+    #[arg(long, default_value_t = 35, allow_negative_numbers = true)]
     keywords: usize,
     /// Synthesised voices to train on.
-    #[arg(long, default_value_t = 40)]
+    #[arg(long, default_value_t = 40, allow_negative_numbers = true)]
     voices: usize,
-    /// auto, cpu, cuda, cuda:N or wgpu
+    /// auto, cpu, cuda, cuda:N or wgpu; auto is the first that works of cuda, cpu, wgpu
     #[arg(long, default_value_t = DeviceName::Auto)]
     device: DeviceName,
 }
@@ -69,7 +70,7 @@ pub(crate) struct Evaluate {
     /// The Speech-Commands folder, if it is not where it was in training; none for a run on synthesised keywords.
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
-    /// auto, cpu, cuda, cuda:N or wgpu
+    /// auto, cpu, cuda, cuda:N or wgpu; auto is the first that works of cuda, cpu, wgpu
     #[arg(long, default_value_t = DeviceName::Auto)]
     device: DeviceName,
 }
@@ -159,7 +160,7 @@ pub(crate) fn train(arguments: &Train, given: &dyn Fn(&str) -> bool) -> Result<(
         .validate()
         .map_err(|reason| Error::Usage(format!("--{reason}")))?;
     let devices = config.device.training_devices()?;
-    let claim = Run::claim(&arguments.out, &config, arguments.resume)?;
+    let claim = Claim::new(&arguments.out, &config, arguments.resume)?;
     say(format_args!(
         "seed {}, {}: preparing the clips",
         config.seed, config.device

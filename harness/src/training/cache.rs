@@ -11,10 +11,11 @@ use crate::audio::features::{Extractor, INPUT, INPUTS};
 use crate::audio::synthesis::{Speaker, speak, vocabulary};
 use crate::audio::wav::{read_clip, resample};
 use crate::error::Error;
+use crate::output::progress;
 use crate::tensors::write_piecewise;
 
 /// Counts up when a clip is read otherwise than before.
-const CLIP_FORMAT: &[u8] = b"clip 2";
+const CLIP_FORMAT: &[u8] = b"clip 3";
 /// Bytes of a clip's features.
 const WIDTH: usize = INPUTS * INPUT * size_of::<f32>();
 
@@ -25,18 +26,19 @@ pub(super) fn cached(files: &[PathBuf], cache: &Path, keep: bool) -> Result<Vec<
     let mut hash = blake3::Hasher::new();
     hash.update(CLIP_FORMAT);
     hash.update(&to_bytes(&probe(&extractor)?));
-    for path in files {
-        let content = fs::read(path).map_err(Error::io(path))?;
-        hash.update(&(content.len() as u64).to_le_bytes());
-        hash.update(&content);
+    for digest in digests(files)? {
+        hash.update(digest.as_bytes());
     }
     let name = cache.join(format!("{}.features", hash.finalize().to_hex()));
     if let Some(features) = read_cache(&name, files.len()) {
         return Ok(features);
     }
+    let bar = progress(files.len() as u64);
+    bar.set_message("clips");
     let features: Result<Vec<Vec<f32>>, Error> = files
         .par_iter()
         .map(|path| {
+            bar.inc(1);
             let features = extractor.extract(&read_clip(path)?);
             match features.iter().all(|value| value.is_finite()) {
                 true => Ok(features),
@@ -47,11 +49,23 @@ pub(super) fn cached(files: &[PathBuf], cache: &Path, keep: bool) -> Result<Vec<
             }
         })
         .collect();
+    bar.finish_and_clear();
     let features = features?;
     if keep && let Err(error) = write_cache(&name, cache, &features) {
         eprintln!("protohead: {error}: the features will be computed again next time");
     }
     Ok(features)
+}
+
+/// Of the content of each file.
+fn digests(files: &[PathBuf]) -> Result<Vec<blake3::Hash>, Error> {
+    let digest = |path: &PathBuf| {
+        let mut hash = blake3::Hasher::new();
+        let file = File::open(path).map_err(Error::io(path))?;
+        hash.update_reader(file).map_err(Error::io(path))?;
+        Ok(hash.finalize())
+    };
+    files.par_iter().map(digest).collect()
 }
 
 /// Clip by clip, as all of a large folder's are gigabytes.

@@ -35,19 +35,22 @@ pub(super) fn wavs(folder: &Path) -> Result<Vec<PathBuf>, Error> {
 pub(super) fn keywords(root: &Path) -> Result<Vec<String>, Error> {
     let mut found = Vec::new();
     for path in entries(root)? {
-        let name = path
-            .file_name()
-            .unwrap_or_default()
-            .to_string_lossy()
-            .into_owned();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
         if path.is_dir() && !name.starts_with(['_', '.']) && !wavs(&path)?.is_empty() {
-            found.push(name);
+            if path.file_name().and_then(|name| name.to_str()).is_none() {
+                return Err(Error::Content {
+                    path: path.clone(),
+                    reason: "a keyword has a name in UTF-8".into(),
+                });
+            }
+            found.push(name.into_owned());
         }
     }
     Ok(found)
 }
 
-/// The clips that a list names, as `<keyword>/<file>`; none if there is no list. Clips of what is no keyword may be among them.
+/// The clips that a list names, as `<keyword>/<file>`; none if there is no list. Every one must be a clip of a keyword, or a name
+/// with a misprint would be trained on: but for those of keywords that are not there at all, as in a part of the dataset.
 pub(super) fn list(root: &Path, name: &str, keywords: &[String]) -> Result<HashSet<String>, Error> {
     let path = root.join(name);
     let text = match fs::read_to_string(&path) {
@@ -55,20 +58,29 @@ pub(super) fn list(root: &Path, name: &str, keywords: &[String]) -> Result<HashS
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(HashSet::new()),
         Err(error) => return Err(Error::io(&path)(error)),
     };
-    let lines = text
-        .lines()
-        .map(|line| line.trim().trim_start_matches("./").to_owned());
-    let clips: HashSet<String> = lines.filter(|line| !line.is_empty()).collect();
-    let is_missing = |clip: &&String| {
-        let keyword = clip.split('/').next().unwrap_or_default();
-        keywords.iter().any(|known| known == keyword) && !root.join(clip).is_file()
-    };
-    // The first by name: a set has no order.
-    match clips.iter().filter(is_missing).min() {
-        Some(clip) => Err(Error::Content {
-            path,
-            reason: format!("names {clip}, and there is no such file"),
-        }),
-        None => Ok(clips),
+    // Some editors put a mark before the first line.
+    let lines = text.trim_start_matches('\u{feff}').lines().map(str::trim);
+    let mut clips = HashSet::new();
+    for line in lines.filter(|line| !line.is_empty()) {
+        let clip = line.trim_start_matches("./");
+        let wrong = |reason: &str| Error::Content {
+            path: path.clone(),
+            reason: format!("names {line}, {reason}"),
+        };
+        let [keyword, file] = clip.split('/').collect::<Vec<_>>()[..] else {
+            return Err(wrong("which is not <keyword>/<file>"));
+        };
+        if [keyword, file]
+            .iter()
+            .any(|name| ["", ".", ".."].contains(name))
+        {
+            return Err(wrong("which is not <keyword>/<file>"));
+        }
+        let is_known = keywords.iter().any(|known| known == keyword);
+        if is_known && !root.join(clip).is_file() {
+            return Err(wrong("and there is no such file"));
+        }
+        clips.insert(clip.to_owned());
     }
+    Ok(clips)
 }

@@ -1,10 +1,13 @@
 //! The base session, prototype replacement, and the incremental sessions.
 
 mod cache;
+mod checkpoint;
+pub(crate) mod claim;
 pub(crate) mod config;
 pub(crate) mod data;
 mod encoder;
 mod folder;
+mod json;
 mod metrics;
 pub(crate) mod network;
 mod record;

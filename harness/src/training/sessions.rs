@@ -123,7 +123,9 @@ pub(crate) fn evaluate(
             ));
             let targets = labels(&dataset.train, &shots, &device);
             // Only the new classes have shots, so only their rows change.
-            weights = class_means(embedded, weights, targets, known, &Default::default())?.weights;
+            let means = class_means(embedded, weights, targets, known, &Default::default())?;
+            means.check()?;
+            weights = means.weights;
         }
         let options = Options {
             scale: 1.0,

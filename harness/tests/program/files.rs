@@ -239,6 +239,8 @@ fn damaged_input_of_loss_gets_one_line_and_leaves_nothing() {
         ),
         (good(), vec!["--active", "9"], "9 active classes"),
         (good(), vec!["--scale", "NaN"], "scale is NaN"),
+        (good(), vec!["--label-smoothing", "-0.1"], "between 0 and 1"),
+        (good(), vec!["--active", "-1"], "'-1' for '--active"),
         (
             good(),
             vec!["--label-smoothing", "2"],
@@ -284,6 +286,12 @@ fn damaged_files_get_one_line_and_leave_nothing() {
                 "not a safetensors file",
             );
         }
+        write(&input, &good());
+        let output = protohead(&[command, &name, "--out", &name]);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{stderr}");
+        assert!(stderr.contains("is the file that is read"), "{stderr}");
+        assert_eq!(fs::read(&input).expect("still there"), whole);
         fs::write(&input, b"RIFF....WAVEfmt not tensors at all").expect("the folder is writable");
         refused(
             &[command, &name, "--out", &out_name],
@@ -328,12 +336,22 @@ fn damaged_input_of_prototypes_gets_one_line_and_leaves_nothing() {
         (
             vec![floats("embeddings", &[1, 2, 2]), labels(&[0, 5])],
             vec!["--classes", "2"],
-            "the label of row 1",
+            "label 5 of row 1",
         ),
         (
             vec![floats("embeddings", &[1, 2, 2]), labels(&[-3, -1])],
             vec![],
             "not a class",
+        ),
+        (
+            vec![floats("embeddings", &[1, 2, 2]), labels(&[-100, -100])],
+            vec![],
+            "every row is ignored: --classes",
+        ),
+        (
+            vec![floats("embeddings", &[1, 2, 2]), labels(&[0, 60_000_000])],
+            vec![],
+            "label 60000000 of row 1 is high for 2 rows",
         ),
         (
             vec![floats("embeddings", &[1, 2, 2]), labels(&[0, 1])],

@@ -3,6 +3,7 @@
 mod files;
 mod speech;
 mod training;
+mod values;
 
 use std::fs;
 use std::path::Path;

@@ -117,6 +117,71 @@ fn a_folder_whose_name_is_no_utf_8_is_refused() {
 }
 
 /// Trains a tiny network on synthesised keywords.
+/// Training in a process of its own, which is killed with this value.
+struct Trained(std::process::Child);
+
+impl Trained {
+    /// Begun, and come as far as to have left a file.
+    fn until(out: &Path, epochs: &str, file: &str) -> Self {
+        let started = train(out, epochs, &[])
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null())
+            .spawn();
+        let mut trained = Self(started.expect("starts"));
+        let begun = std::time::Instant::now();
+        while !out.join(file).exists() {
+            let ended = trained.0.try_wait().expect("can be asked");
+            assert_eq!(ended, None, "it ended without {file}");
+            assert!(begun.elapsed().as_secs() < 300, "it never left {file}");
+            std::thread::sleep(std::time::Duration::from_millis(2));
+        }
+        trained
+    }
+}
+
+impl Drop for Trained {
+    fn drop(&mut self) {
+        // Where it has ended already there is nothing to kill.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Asserts that two finished runs have left the same.
+fn same_bytes(one: &Path, other: &Path) {
+    for name in [
+        "accuracy.json",
+        "checkpoint/digest.json",
+        "checkpoint/metrics.jsonl",
+        "checkpoint/model.bpk",
+        "checkpoint/optimizer.bpk",
+        "config.json",
+        "curves.svg",
+        "data.json",
+        "metrics.jsonl",
+        "model.bpk",
+    ] {
+        let [a, b] = [one, other].map(|run| fs::read(run.join(name)).expect("written"));
+        assert!(a == b, "{name} differs");
+    }
+}
+
+#[test]
+fn a_run_that_was_killed_before_its_first_checkpoint_begins_again() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let [straight, broken] = ["straight", "broken"].map(|name| folder.path().join(name));
+    let whole = train(&straight, "2", &[]).output().expect("starts");
+    assert!(whole.status.success(), "{whole:?}");
+    drop(Trained::until(&broken, "2", "config.json"));
+    assert!(
+        !broken.join("checkpoint").exists(),
+        "it was killed too late"
+    );
+    let again = train(&broken, "2", &["--resume"]).output().expect("starts");
+    assert!(again.status.success(), "{again:?}");
+    same_bytes(&straight, &broken);
+}
+
 fn train(out: &Path, epochs: &str, more: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_protohead"));
     command
@@ -150,26 +215,19 @@ fn a_run_that_was_killed_resumes_to_the_same_weights_to_the_bit() {
             .success()
     );
     // Killed as soon as the first epoch is on disk.
-    let mut child = train(&broken, "12", &[])
-        .stdout(std::process::Stdio::null())
-        .spawn()
-        .expect("starts");
-    while !broken.join("metrics.jsonl").exists() {
-        assert!(
-            child.try_wait().expect("can be asked").is_none(),
-            "it ended before its first epoch"
-        );
-        std::thread::sleep(std::time::Duration::from_millis(5));
-    }
+    let child = Trained::until(&broken, "12", "metrics.jsonl");
     let beside = train(&broken, "12", &["--resume"])
         .output()
         .expect("starts");
     let stderr = String::from_utf8_lossy(&beside.stderr);
     assert_eq!(beside.status.code(), Some(2), "{stderr}");
     assert!(stderr.contains("another process trains in it"), "{stderr}");
-    child.kill().expect("can be killed");
-    child.wait().expect("can be waited for");
+    drop(child);
     assert!(!broken.join("accuracy.json").exists());
+    let unfinished = protohead(&["evaluate", &broken.to_string_lossy(), "--device", "cpu"]);
+    let stderr = String::from_utf8_lossy(&unfinished.stderr);
+    assert_eq!(unfinished.status.code(), Some(2), "{stderr}");
+    assert!(stderr.contains("is not finished"), "{stderr}");
     let refused = train(&broken, "12", &[]).output().expect("starts");
     assert_eq!(refused.status.code(), Some(2));
     // Its options are the run's: others are refused, and none needs to be said again.
@@ -184,20 +242,30 @@ fn a_run_that_was_killed_resumes_to_the_same_weights_to_the_bit() {
         assert_eq!(output.status.code(), Some(2), "{stderr}");
         assert!(stderr.contains(says), "{stderr}");
     }
-    assert!(protohead(&resume).status.success());
-    for name in [
-        "accuracy.json",
-        "checkpoint/metrics.jsonl",
-        "checkpoint/model.bpk",
-        "checkpoint/optimizer.bpk",
-        "config.json",
-        "curves.svg",
-        "data.json",
-        "metrics.jsonl",
-        "model.bpk",
+    // A checkpoint of files that do not belong together is no checkpoint.
+    let checkpoint = broken.join("checkpoint");
+    for (name, instead) in [
+        ("optimizer.bpk", "model.bpk"),
+        ("metrics.jsonl", "digest.json"),
     ] {
-        let [a, b] = [&straight, &broken].map(|run| fs::read(run.join(name)).expect("written"));
-        assert!(a == b, "{name} differs");
+        let [right, wrong] =
+            [name, instead].map(|name| fs::read(checkpoint.join(name)).expect("written"));
+        for damaged in [&wrong, &right[..right.len() / 2], &[]] {
+            fs::write(checkpoint.join(name), damaged).expect("the folder is writable");
+            let output = protohead(&resume);
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            assert_eq!(output.status.code(), Some(2), "{name}: {stderr}");
+            assert!(
+                stderr.contains("do not belong together"),
+                "{name}: {stderr}"
+            );
+        }
+        fs::write(checkpoint.join(name), right).expect("the folder is writable");
+    }
+    // The second time there is nothing left to do.
+    for _ in 0..2 {
+        assert!(protohead(&resume).status.success());
+        same_bytes(&straight, &broken);
     }
     // Evaluating again prints the same table.
     let evaluate = |run: &Path| {
@@ -325,5 +393,5 @@ fn damaged_runs_get_one_line_from_evaluate_and_stay_as_they_are() {
         evaluation_refused(&run, &["--device", "cpu"], "damaged");
     }
     fs::remove_file(&model).expect("the folder is writable");
-    evaluation_refused(&run, &["--device", "cpu"], "No such file");
+    evaluation_refused(&run, &["--device", "cpu"], "is not finished");
 }

@@ -1,0 +1,112 @@
+//! A run's folder, taken for one process.
+
+use std::fs::{self, File, TryLockError};
+use std::path::{Path, PathBuf};
+
+use super::cache::clear_cache;
+use super::config::RunConfig;
+use super::data::Dataset;
+use super::json::{read_json, write_json};
+use super::run::{Data, Run};
+use crate::error::Error;
+
+/// A run's folder that no other process trains in. What was made for it goes away again with the claim, if no run begins.
+pub(crate) struct Claim {
+    folder: PathBuf,
+    lock: File,
+    /// The folders that were made, from the run's own outwards.
+    made: Vec<PathBuf>,
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        if self.made.first() == Some(&self.folder) {
+            // What was made, and the folders if nothing else has come into them.
+            let cache = self.folder.join("cache");
+            clear_cache(&cache);
+            let _ = fs::remove_dir(cache);
+            for name in ["config.json", "data.json"] {
+                let _ = fs::remove_file(self.folder.join(name));
+            }
+        }
+        for folder in &self.made {
+            let _ = fs::remove_dir(folder);
+        }
+    }
+}
+
+/// Whether a run has come as far as to leave something.
+fn has_begun(folder: &Path) -> bool {
+    let left = [
+        "accuracy.json",
+        "checkpoint",
+        "checkpoint.old",
+        "metrics.jsonl",
+        "model.bpk",
+    ];
+    left.iter().any(|name| folder.join(name).exists())
+}
+
+impl Claim {
+    /// Takes a folder for a run of this configuration, to begin there or to go on. Done before the clips are prepared.
+    pub(crate) fn new(folder: &Path, config: &RunConfig, resume: bool) -> Result<Self, Error> {
+        let content = |reason: &str| Error::Content {
+            path: folder.into(),
+            reason: reason.into(),
+        };
+        let missing = |path: &&Path| !path.as_os_str().is_empty() && !path.exists();
+        let made: Vec<PathBuf> = folder
+            .ancestors()
+            .take_while(missing)
+            .map(Path::to_path_buf)
+            .collect();
+        fs::create_dir_all(folder).map_err(Error::io(folder))?;
+        let lock = File::open(folder).map_err(Error::io(folder))?;
+        if let Err(TryLockError::WouldBlock) = lock.try_lock() {
+            return Err(content("another process trains in it"));
+        }
+        let claim = Self {
+            folder: folder.into(),
+            lock,
+            made,
+        };
+        let begun = has_begun(folder);
+        if folder.join("config.json").exists() {
+            // Another's is refused as damaged, and left as it is.
+            let found = Run::config(folder)?;
+            if begun && !resume {
+                return Err(content("holds a run already; --resume continues it"));
+            }
+            if resume && let Some(difference) = config.difference(&found) {
+                return Err(content(&difference));
+            }
+        } else if begun {
+            return Err(content("holds a run, but not its config.json"));
+        }
+        Ok(claim)
+    }
+
+    /// Begins a run on these clips, or goes on with it.
+    pub(crate) fn begin(mut self, config: RunConfig, dataset: &Dataset) -> Result<Run, Error> {
+        let data = Data {
+            keywords: dataset.keywords.clone(),
+            scaling: dataset.scaling,
+        };
+        let folder = &self.folder;
+        let (data_path, config_path) = (folder.join("data.json"), folder.join("config.json"));
+        if has_begun(folder) {
+            if read_json::<Data>(&data_path)? != data {
+                return Err(Error::Content {
+                    path: folder.clone(),
+                    reason: "the training clips are not those that the run began with".into(),
+                });
+            }
+        } else {
+            write_json(&data_path, &data)?;
+            write_json(&config_path, &config)?;
+        }
+        self.made.clear();
+        let lock = self.lock.try_clone().map_err(Error::io(&self.folder))?;
+        Ok(Run::locked(&self.folder, config, dataset, lock))
+    }
+}

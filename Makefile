@@ -20,20 +20,23 @@ setup: ## install what a build needs
 setup-tests:
 	@scripts/setup.sh --tests
 
-build: setup ## the program, in target/release/protohead
+build: setup ## the program, in target/release/protohead, and the tests
 	cargo build $(cargo_flags) --bins --tests
 
 demo: build ## train on synthesised keywords and print the table of accuracies
 	rm -rf runs/demo
 	$${CARGO_TARGET_DIR:-target}/release/protohead train $(demo_flags)
 
-test: setup-tests ## all tests, on the CPU and on whatever Vulkan driver there is
+test: setup-tests ## all tests, on the CPU, on whatever Vulkan driver there is, and on a CUDA GPU if there is one
 	cargo test $(cargo_flags)
 
-check: setup-tests ## formatting, lints, documentation, tests: what CI runs
+check: setup-tests ## formatting, lints, documentation, combinations of features, tests: what CI runs
 	cargo fmt --all --check
 	cargo clippy $(cargo_flags) --all-targets -- --deny warnings
 	RUSTDOCFLAGS="--deny warnings" cargo doc $(cargo_flags) --no-deps
+	cargo check --release -p protohead
+	cargo check --release -p protohead --features burn,cpu
+	cargo check --release -p protohead-harness --features wgpu
 	cargo test $(cargo_flags)
 
 bench: setup ## throughput of every op at every shape beside its peers: about a quarter of an hour

@@ -114,8 +114,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     means.check()?;
     let heads = heads.with_active(TRAINED + 1)?;
     let (inputs, labels) = batch(&centers, 0..TRAINED + 1, 450);
-    let logits = heads.forward(model.embed(inputs))?;
-    let right = accuracy(logits.argmax(2).squeeze_dim(2), &labels);
+    // Predictions come with the loss, without logits in memory.
+    let loss = heads.loss(
+        model.embed(inputs),
+        on_heads(&labels, &device),
+        &LossOptions::default(),
+    )?;
+    loss.heads.check()?;
+    let right = accuracy(loss.heads.predictions, &labels);
     println!(
         "{} classes, one of them from five examples: accuracy {right:.2}",
         TRAINED + 1

@@ -13,6 +13,7 @@ use cubecl::ir::features::Plane;
 use cubecl::prelude::*;
 
 use crate::error::Error;
+use crate::math::tile::TILE_VECTORS;
 use crate::tiles::{Engine, Tile};
 
 /// The shape of a kernel.
@@ -160,7 +161,7 @@ impl Blueprint {
                     variant,
                     lanes,
                     plane: 1,
-                    tile_rows: tile_rows.min(lanes * crate::packing::unit::TILE_VECTORS),
+                    tile_rows: tile_rows.min(lanes * TILE_VECTORS),
                     product: None,
                     units: cores.min(hardware.max_units_per_cube).max(1) as usize,
                     forced: strategy != Strategy::Inferred,
@@ -205,7 +206,7 @@ impl Blueprint {
     /// Rows of a tile on either side of a product; packed operands are padded to a multiple of it.
     pub(crate) fn tile(&self) -> usize {
         match self.variant {
-            Variant::Unit => self.lanes * crate::packing::unit::TILE_VECTORS,
+            Variant::Unit => self.lanes * TILE_VECTORS,
             _ => self.product.map_or(1, |tile| tile.side),
         }
     }

@@ -46,7 +46,6 @@ mod gradients;
 mod loss;
 mod math;
 mod operand;
-mod packing;
 mod tiles;
 
 /// The CubeCL whose clients and tensors the ops take.

@@ -160,6 +160,10 @@ pub(crate) fn train(arguments: &Train, given: &dyn Fn(&str) -> bool) -> Result<(
         .validate()
         .map_err(|reason| Error::Usage(format!("--{reason}")))?;
     let devices = config.device.training_devices()?;
+    if arguments.resume && !arguments.out.join("config.json").exists() {
+        let out = arguments.out.display();
+        say(format_args!("{out} holds no run yet: it begins there"));
+    }
     let claim = Claim::new(&arguments.out, &config, arguments.resume)?;
     say(format_args!(
         "seed {}, {}: preparing the clips",

@@ -9,7 +9,6 @@ use crate::blueprint::{Blueprint, Strategy};
 use crate::error::Error;
 use crate::gradients::{Gradients, Wanted};
 use crate::operand::{Strided, addressable, addressed, count, empty};
-use crate::packing::{Operand, Packed};
 
 /// The operands, never modified.
 #[derive(Clone, Debug)]
@@ -79,10 +78,7 @@ pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<Te
     );
     match call.blueprint.product {
         Some(tile) => tiled::launch_forward(&call, tile, &logits, options.scale),
-        None => {
-            let packed = call.problem.packed(client, &call.blueprint, true);
-            unit::launch_forward(client, &call.blueprint, &packed, &logits, options.scale);
-        }
+        None => unit::launch_forward(&call, &logits, options.scale),
     }
     Ok(logits)
 }
@@ -132,23 +128,7 @@ pub fn backward(
         return Ok(gradients);
     }
     addressable("the workspace", unit::scratch(&call.blueprint, &sizes))?;
-    let packed = call.problem.packed(client, &call.blueprint, false);
-    for (grad, owner) in [
-        (&gradients.embeddings, Operand::Embeddings),
-        (&gradients.weights, Operand::Weights),
-    ] {
-        if let Some(grad) = grad {
-            unit::launch_backward(&BackwardCall {
-                client,
-                blueprint: &call.blueprint,
-                packed: &packed,
-                upstream: &upstream,
-                grad,
-                owner,
-                scale: options.scale,
-            });
-        }
-    }
+    unit::launch_backward(&call, &upstream, options.scale, &gradients);
     Ok(gradients)
 }
 
@@ -177,15 +157,4 @@ impl<'a> Call<'a> {
             problem,
         })
     }
-}
-
-/// A backward launch of the unit variant, for one operand.
-pub(super) struct BackwardCall<'a> {
-    pub client: &'a Client,
-    pub blueprint: &'a Blueprint,
-    pub packed: &'a Packed,
-    pub upstream: &'a Strided,  // [heads, rows, active]
-    pub grad: &'a TensorHandle, // [heads, count, dim]
-    pub owner: Operand,
-    pub scale: f32,
 }

@@ -8,14 +8,40 @@ use crate::blueprint::Blueprint;
 use crate::error::Error;
 use crate::gradients::{Gradients, Wanted};
 use crate::operand::{Strided, addressable, addressed, count, empty};
-use crate::packing::{Packed, PackedSizes};
 
 /// Embeddings and class weights that belong together.
 pub(crate) struct CosineProblem {
     pub embeddings: Strided,
     pub weights: Strided,
     pub classes: usize,
-    pub sizes: PackedSizes,
+    pub sizes: Sizes,
+}
+
+/// Its sizes, and what whole tiles make of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Sizes {
+    pub heads: usize,
+    pub rows: usize,
+    pub rows_padded: usize,
+    pub active: usize,
+    pub active_padded: usize,
+    pub dim: usize,
+    pub dim_padded: usize,
+}
+
+impl Sizes {
+    fn new(heads: usize, rows: usize, active: usize, dim: usize, blueprint: &Blueprint) -> Self {
+        let padded = |size: usize| size.next_multiple_of(blueprint.tile());
+        Self {
+            heads,
+            rows,
+            rows_padded: padded(rows),
+            active,
+            active_padded: padded(active),
+            dim,
+            dim_padded: padded(dim),
+        }
+    }
 }
 
 impl CosineProblem {
@@ -53,7 +79,7 @@ impl CosineProblem {
         addressable("active classes", active as u128)?;
         // Their gradient is stored whole, whatever the strides of the class weights are.
         addressed(client, "class weights", count(weights.shape()))?;
-        let sizes = PackedSizes::new(heads, rows, active, dim, blueprint);
+        let sizes = Sizes::new(heads, rows, active, dim, blueprint);
         let packed_rows = match chunked {
             true => sizes.rows_padded,
             false => sizes.rows_padded + sizes.active_padded,
@@ -66,24 +92,6 @@ impl CosineProblem {
             classes,
             sizes,
         })
-    }
-
-    /// Both, packed; with panels of class weights if `for_logits`.
-    pub(crate) fn packed(
-        &self,
-        client: &Client,
-        blueprint: &Blueprint,
-        for_logits: bool,
-    ) -> Packed {
-        Packed::new(
-            client,
-            &self.embeddings,
-            &self.weights,
-            self.sizes,
-            self.vector_size(blueprint),
-            blueprint,
-            for_logits,
-        )
     }
 
     /// The widest vector, up to the blueprint's, that every row of both starts and ends on.

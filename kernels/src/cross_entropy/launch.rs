@@ -55,6 +55,7 @@ pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<Lo
     let row_loss = empty(client, [heads, rows], F32);
     let lse = empty(client, [heads, rows], F32);
     let predictions = empty(client, [heads, rows], U32);
+    let head_weights = options.loss.upload_weights(client);
     let call = ForwardCall {
         client,
         blueprint: &blueprint,
@@ -65,19 +66,21 @@ pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<Lo
         predictions: &predictions,
         loss: &options.loss,
     };
-    match blueprint.variant {
-        Variant::Unit => unit::launch_forward(&call),
-        _ => plane::launch_forward(&call),
-    }
-    let reduced = reduce::launch(
-        client,
-        &blueprint,
-        &row_loss,
-        &labels,
-        classes,
-        &options.loss,
-        options.loss.upload_weights(client).as_ref(),
-    );
+    let reduced = match blueprint.variant {
+        Variant::Unit => unit::launch_forward(&call, head_weights.as_ref()),
+        _ => {
+            plane::launch_forward(&call);
+            reduce::launch(
+                client,
+                &blueprint,
+                &row_loss,
+                &labels,
+                classes,
+                &options.loss,
+                head_weights.as_ref(),
+            )
+        }
+    };
     Ok(LossOutput::new(
         row_loss,
         reduced,

@@ -1,20 +1,25 @@
-//! One unit a row, in the widest vectors that rows start and end on.
+//! One unit a row, in the widest vectors that rows start and end on; then one reduces the losses of all.
 
 use cubecl::prelude::*;
+use cubecl::server::Handle;
 
 use super::launch::{BackwardCall, ForwardCall};
 use crate::loss::Reduction;
 use crate::loss::arriving::{arriving_at, share_of_row};
+use crate::loss::reduce::{HowReduced, Reduced, reduce_rows};
 use crate::loss::target::{LabelRule, is_class, label_rule, target_of};
+use crate::math::group::Group;
 use crate::math::lanes::iota;
 use crate::math::online_softmax::{OnlineSoftmax, logit_gradient};
+use crate::math::span::meet;
 use crate::operand::{RowStrides, whole};
 
-pub(super) fn launch_forward(call: &ForwardCall) {
+pub(super) fn launch_forward(call: &ForwardCall, head_weights: Option<&Handle>) -> Reduced {
     let (count, dim) = call.blueprint.unit_grid(call.client);
     let [heads, rows, classes] = call.logits.dims3();
     let vector = call.logits.vector_size(call.blueprint);
-    // SAFETY: `Strided` proved the logits, the outputs are [heads, rows], labels have `rows` elements.
+    let reduced = Reduced::empty(call.client, heads);
+    // SAFETY: `Strided` proved the logits, the outputs are [heads, rows] or as their comments say, labels have `rows` elements.
     unsafe {
         forward::launch_unchecked(
             call.client,
@@ -27,15 +32,30 @@ pub(super) fn launch_forward(call: &ForwardCall) {
             whole(call.row_loss, 1),
             whole(call.lse, 1),
             whole(call.predictions, 1),
+            match head_weights {
+                Some(weights) => BufferArg::from_raw_parts(weights.clone(), heads),
+                None => whole(call.lse, 1), // not read
+            },
+            whole(&reduced.loss, 1),
+            whole(&reduced.total, 1),
+            whole(&reduced.status, 1),
             heads,
             rows,
             classes,
             label_rule(call.labels.dtype(), classes, call.loss.ignore_index),
             call.loss.label_smoothing,
+            HowReduced {
+                all: Group::ALONE,
+                mean: call.loss.reduction == Reduction::Mean,
+                by_head: true,
+                weighted: head_weights.is_some(),
+            },
+            call.blueprint.units,
             call.logits.dtype(),
             call.labels.dtype(),
         );
     }
+    reduced
 }
 
 pub(super) fn launch_backward(call: &BackwardCall) {
@@ -74,21 +94,27 @@ fn forward<F: Float, I: Int, N: Size>(
     logits: &[Vector<F, N>],
     strides: RowStrides,
     labels: &[I],
-    row_loss: &mut [f32],
-    lse: &mut [f32],
-    predictions: &mut [u32],
+    row_loss: &mut [f32],    // [heads, rows]
+    lse: &mut [f32],         // [heads, rows]
+    predictions: &mut [u32], // [heads, rows]
+    head_weights: &[f32],    // [heads] if weighted
+    loss: &mut [f32],        // [heads]
+    total: &mut [f32],       // [1]
+    status: &mut [u32],      // [STATUS_FIELDS]
     heads: usize,
     rows: usize,
     classes: usize,
     rule: LabelRule,
     smoothing: f32,
+    #[comptime] how: HowReduced,
+    #[comptime] units: usize,
     #[define(F)] _dtype: ElemType,
     #[define(I)] _label: ElemType,
 ) {
     let lanes = N::value();
     let counted = iota::<N>();
     let active = classes as u32;
-    let mut at = ABSOLUTE_POS;
+    let mut at = UNIT_POS as usize;
     while at < heads * rows {
         let row = at % rows;
         let from = at / rows * strides.head + row * strides.row;
@@ -104,12 +130,27 @@ fn forward<F: Float, I: Int, N: Size>(
         let softmax = state.finish();
         lse[at] = softmax.lse();
         predictions[at] = softmax.best;
-        let mut loss = 0.0f32.runtime();
+        let mut of_row = 0.0f32.runtime();
         if is_class(target) {
-            loss = softmax.loss(active, smoothing);
+            of_row = softmax.loss(active, smoothing);
         }
-        row_loss[at] = loss;
-        at += CUBE_COUNT * CUBE_DIM as usize;
+        row_loss[at] = of_row;
+        at += CUBE_DIM as usize;
+    }
+    meet(units);
+    if UNIT_POS == 0 {
+        reduce_rows::<I>(
+            &*row_loss,
+            labels,
+            head_weights,
+            loss,
+            total,
+            status,
+            heads,
+            rows,
+            &rule,
+            how,
+        );
     }
 }
 

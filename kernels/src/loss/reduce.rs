@@ -11,7 +11,7 @@ use cubecl::std::tensor::TensorHandle;
 use super::count_labels;
 use super::options::{LossOptions, Reduction};
 use super::target::{LabelRule, label_rule};
-use crate::blueprint::{Blueprint, Variant};
+use crate::blueprint::Blueprint;
 use crate::math::group::{Group, group_sum};
 use crate::math::sum::{Kahan, sum_of_unit};
 use crate::operand::{F32, Labels, U32, empty, whole};
@@ -36,7 +36,7 @@ impl Reduced {
     }
 }
 
-/// Reduces `row_loss [heads, rows]`.
+/// Reduces `row_loss [heads, rows]` on a GPU; on a CPU the launch that finds the losses does.
 pub(crate) fn launch(
     client: &Client,
     blueprint: &Blueprint,
@@ -48,10 +48,7 @@ pub(crate) fn launch(
 ) -> Reduced {
     let [heads, rows] = [row_loss.shape()[0], row_loss.shape()[1]];
     let reduced = Reduced::empty(client, heads);
-    let all = match blueprint.variant {
-        Variant::Unit => Group::ALONE,
-        _ => Group::cube(blueprint),
-    };
+    let all = Group::cube(blueprint);
     // SAFETY: every buffer has the length that its comment says, and the kernel stays inside heads × rows.
     unsafe {
         reduce::launch_unchecked(
@@ -96,7 +93,26 @@ fn reduce<I: Int>(
     #[comptime] how: HowReduced,
     #[define(I)] _label: ElemType,
 ) {
-    let counted = count_labels::<I>(labels, rows, &rule, how.all);
+    reduce_rows::<I>(
+        row_loss, labels, weights, loss, total, status, heads, rows, &rule, how,
+    );
+}
+
+/// The losses of all rows, and the labels. All units of `how.all` must call.
+#[cube]
+pub(crate) fn reduce_rows<I: Int>(
+    row_loss: &[f32],   // [heads, rows]
+    labels: &[I],       // [rows]
+    weights: &[f32],    // [heads] if weighted
+    loss: &mut [f32],   // [heads]
+    total: &mut [f32],  // [1]
+    status: &mut [u32], // [STATUS_FIELDS]
+    heads: usize,
+    rows: usize,
+    rule: &LabelRule,
+    #[comptime] how: HowReduced,
+) {
+    let counted = count_labels::<I>(labels, rows, rule, how.all);
     if UNIT_POS == 0 {
         status[0] = counted.classes;
         status[1] = counted.invalid;

@@ -1,4 +1,4 @@
-//! How the units of a cube divide work: contiguous parts, in order.
+//! How the units of a cube divide work (contiguous parts, in order), and meet.
 
 use cubecl::prelude::*;
 
@@ -20,4 +20,28 @@ pub(crate) fn share(start: usize, count: usize) -> Span {
         start: start + each * unit + min(unit, rest),
         end: start + each * (unit + 1) + min(unit + 1, rest),
     }
+}
+
+/// The units of a launch of one cube wait for each other. Each must call. A unit alone has nobody to wait for, and its launch none
+/// of what a barrier costs: some 40 µs.
+#[cube]
+pub(crate) fn wait(#[comptime] units: usize) {
+    if comptime!(units > 1) {
+        sync_cube();
+    }
+}
+
+/// [`wait`], the first time in a launch.
+///
+/// The shared memory has CubeCL wait for the launches before this one: otherwise two launches of different streams could each hold
+/// cores that the other is waiting for.
+#[cube]
+pub(crate) fn meet(#[comptime] units: usize) {
+    if comptime!(units > 1) {
+        let mut place = Shared::<[u32]>::new_slice(1usize);
+        if UNIT_POS == 0 {
+            place[0] = 0u32.runtime();
+        }
+    }
+    wait(units);
 }

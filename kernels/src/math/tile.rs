@@ -6,6 +6,9 @@
 
 use cubecl::prelude::*;
 
+/// Vectors that a register tile is wide on a CPU.
+pub(crate) const TILE_VECTORS: usize = 2;
+
 /// Where a tile finds the scalars it broadcasts: element `(row, step)` is at `base + row · row_stride + step · step_stride`.
 #[derive(CubeType, Clone, Copy)]
 pub(crate) struct Broadcast {

@@ -5,6 +5,7 @@ use cubecl::std::tensor::TensorHandle;
 
 use super::launch::{BackwardCall, Call};
 use super::row::{Pair, PerOperand, Products, load};
+use crate::math::span::meet;
 use crate::math::sum::sum_of_unit;
 use crate::operand::whole;
 
@@ -22,17 +23,12 @@ pub(super) fn launch_forward(call: &Call, cosines: &TensorHandle, loss: &TensorH
             call.first.buffer_arg(vector),
             call.second.buffer_arg(vector),
             whole(cosines, 1),
+            whole(loss, 1),
             call.strides_arg(),
             call.rows,
             call.dim,
+            call.blueprint.units,
             call.whole.dtype(),
-        );
-        one_minus_mean::launch_unchecked(
-            call.client,
-            CubeCount::new_single(),
-            CubeDim::new_single(),
-            whole(cosines, 1),
-            whole(loss, 1),
         );
     }
 }
@@ -113,24 +109,24 @@ fn forward<F: Float, N: Size>(
     first: &[Vector<F, N>],
     second: &[Vector<F, N>],
     cosines: &mut [f32],
+    loss: &mut [f32],
     strides: PerOperand,
     rows: usize,
     dim: usize,
+    #[comptime] units: usize,
     #[define(F)] _dtype: ElemType,
 ) {
-    let mut row = ABSOLUTE_POS;
+    let mut row = UNIT_POS as usize;
     while row < rows {
         let of_row = products::<F, N>(whole, first, second, &strides.at(row), dim);
         cosines[row] = of_row.cosine();
-        row += CUBE_COUNT * CUBE_DIM as usize;
+        row += CUBE_DIM as usize;
     }
-}
-
-#[cube(launch_unchecked)]
-fn one_minus_mean(cosines: &[f32], loss: &mut [f32]) {
-    let rows = cosines.len();
-    let sum = sum_of_unit(cosines, 0usize, rows, 0usize, 1usize);
-    loss[0] = 1.0 - sum / f32::cast_from(rows as u32);
+    meet(units);
+    if UNIT_POS == 0 {
+        let sum = sum_of_unit(&*cosines, 0usize, rows, 0usize, 1usize);
+        loss[0] = 1.0 - sum / f32::cast_from(rows as u32);
+    }
 }
 
 #[cube(launch_unchecked)]

@@ -5,9 +5,8 @@ use cubecl::prelude::*;
 use super::plan::{CACHED_PANELS, OWNED_CLASSES, OWNED_PANELS, Phases, Plan};
 use crate::math::norm::{inverse_norm, projection};
 use crate::math::span::{Span, share};
-use crate::math::tile::{Broadcast, Lanes, add_to};
+use crate::math::tile::{Broadcast, Lanes, TILE_VECTORS, add_to};
 use crate::operand::RowStrides;
-use crate::packing::unit::TILE_VECTORS;
 
 /// Adds the rows of the items `chunk` to the gradients of the classes `classes`, in every head that the chunk touches.
 #[cube]

@@ -31,9 +31,9 @@ use crate::loss::arriving::{Arriving, share_of_row};
 use crate::loss::reduce::{HowReduced, reduce_heads};
 use crate::loss::target::{LabelRule, label_rule};
 use crate::math::group::Group;
-use crate::math::span::{Span, share};
+use crate::math::span::{Span, share, wait};
+use crate::math::tile::TILE_VECTORS;
 use crate::operand::{F32, RowStrides, addressable, whole};
-use crate::packing::unit::TILE_VECTORS;
 use plan::{HostPlan, Phases, Plan, Problem};
 use rows::ClassBlock;
 
@@ -279,7 +279,7 @@ fn step<F: Float, I: Int, N: Size, M: Size>(
             end_head,
             width,
         );
-        sync_cube();
+        wait(units);
         let mut kept = 0usize.runtime(); // the first class of those that are kept
         for number in 0..blocks {
             if number + 1 < blocks {
@@ -355,7 +355,7 @@ fn step<F: Float, I: Int, N: Size, M: Size>(
                     );
                 }
             }
-            sync_cube(); // this block's place is the next but one's
+            wait(units); // this block's place is the next but one's
             if comptime!(phases.weights) {
                 let classes = Span {
                     start: kept,
@@ -377,7 +377,7 @@ fn step<F: Float, I: Int, N: Size, M: Size>(
                         tile_rows,
                     );
                     kept = classes.end;
-                    sync_cube(); // the next classes take the place of these
+                    wait(units); // the next classes take the place of these
                 }
             }
         }
@@ -399,7 +399,7 @@ fn step<F: Float, I: Int, N: Size, M: Size>(
                 row_gradients::finish::<F, N, M>(&*workspace, grad_embeddings, &plan, &item);
             }
         }
-        sync_cube(); // the next chunk divides the same workspace otherwise
+        wait(units); // the next chunk divides the same workspace otherwise
         start = chunk.end;
     }
     if comptime!(phases.weights) {

@@ -8,8 +8,8 @@ use cubecl::prelude::*;
 use super::plan::Plan;
 use crate::math::norm::{inverse_norm, row_norm};
 use crate::math::span::share;
+use crate::math::tile::TILE_VECTORS;
 use crate::operand::RowStrides;
-use crate::packing::unit::TILE_VECTORS;
 
 /// The unit vector of `source[from..from + dim]`, or zeros, to `at` in pieces of `width`, `block_stride` apart; gives the norm.
 #[cube]

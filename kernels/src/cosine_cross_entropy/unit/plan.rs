@@ -4,7 +4,7 @@ use cubecl::prelude::*;
 
 use super::rows::Item;
 use crate::math::span::Span;
-use crate::packing::unit::TILE_VECTORS;
+use crate::math::tile::TILE_VECTORS;
 
 /// What one launch computes, decided when the kernel is compiled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -6,9 +6,8 @@ use super::plan::{Phases, Plan};
 use super::rows::{ClassBlock, Item};
 use crate::loss::target::INVALID;
 use crate::math::norm::{inverse_norm, projection, row_norm};
-use crate::math::tile::{Broadcast, Lanes, add_to};
+use crate::math::tile::{Broadcast, Lanes, TILE_VECTORS, add_to};
 use crate::operand::RowStrides;
-use crate::packing::unit::TILE_VECTORS;
 
 /// Sets the gradients of an item's rows to zero.
 #[cube]

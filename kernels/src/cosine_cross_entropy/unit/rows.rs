@@ -6,8 +6,7 @@ use super::plan::{Phases, Plan};
 use super::row_gradients;
 use crate::loss::target::INVALID;
 use crate::math::online_softmax::FLOOR;
-use crate::math::tile::{Broadcast, Lanes, accumulate};
-use crate::packing::unit::TILE_VECTORS;
+use crate::math::tile::{Broadcast, Lanes, TILE_VECTORS, accumulate};
 
 /// How far a logit may rise above the base before the base follows. Exponentials up to e⁸ lose nothing in f32, and while the
 /// base stands, what was summed under it needs no correction.

@@ -4,7 +4,7 @@ use cubecl::prelude::*;
 
 use crate::loss::reduce::STATUS_FIELDS;
 use crate::loss::target::{IGNORED, INVALID, LabelRule, is_class, target_of};
-use crate::math::span::share;
+use crate::math::span::{share, wait};
 
 /// Turns labels into targets, and counts the rows that have one; the status goes out if this launch is to `report`.
 /// Every unit must call.
@@ -20,9 +20,6 @@ pub(super) fn count<I: Int>(
     #[comptime] units: usize,
 ) -> u32 {
     let unit = UNIT_POS as usize;
-    // Shared memory also has the runtime wait for the launches before this one, so that no two launches with
-    // barriers, of different streams, can each hold cores that the other is waiting for.
-    let mut shared = Shared::<[u32]>::new_slice(comptime!(STATUS_FIELDS * units));
     let mut counted = 0u32.runtime();
     let mut invalid = 0u32.runtime();
     let mut first = INVALID.runtime();
@@ -40,17 +37,21 @@ pub(super) fn count<I: Int>(
             first = min(first, row as u32);
         }
     }
-    shared[unit * STATUS_FIELDS] = counted;
-    shared[unit * STATUS_FIELDS + 1] = invalid;
-    shared[unit * STATUS_FIELDS + 2] = first;
-    sync_cube();
-    counted = 0;
-    invalid = 0;
-    first = INVALID;
-    for i in 0..units {
-        counted += shared[i * STATUS_FIELDS];
-        invalid += shared[i * STATUS_FIELDS + 1];
-        first = min(first, shared[i * STATUS_FIELDS + 2]);
+    if comptime!(units > 1) {
+        // See `meet` for what else shared memory does here.
+        let mut shared = Shared::<[u32]>::new_slice(comptime!(STATUS_FIELDS * units));
+        shared[unit * STATUS_FIELDS] = counted;
+        shared[unit * STATUS_FIELDS + 1] = invalid;
+        shared[unit * STATUS_FIELDS + 2] = first;
+        wait(units);
+        counted = 0;
+        invalid = 0;
+        first = INVALID;
+        for i in 0..units {
+            counted += shared[i * STATUS_FIELDS];
+            invalid += shared[i * STATUS_FIELDS + 1];
+            first = min(first, shared[i * STATUS_FIELDS + 2]);
+        }
     }
     if comptime!(report) && unit == 0 {
         status[0] = counted;

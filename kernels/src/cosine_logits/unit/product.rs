@@ -1,164 +1,15 @@
-//! One unit packs a panel at a time, and multiplies register tiles of the packed operands.
+//! Register tiles of the packed operands, multiplied, and what becomes of their sums.
 
-use cubecl::client::Client;
 use cubecl::prelude::*;
 
-use super::{Layout, Operand, Packed};
-use crate::blueprint::Blueprint;
-use crate::math::norm::{inverse_norm, projection, row_norm};
-use crate::math::tile::{Broadcast, Lanes, accumulate};
-use crate::operand::{RowStrides, Strided};
-
-/// Vectors a tile is wide.
-pub(crate) const TILE_VECTORS: usize = 2;
-
-pub(super) fn launch(
-    client: &Client,
-    embeddings: &Strided,
-    weights: &Strided,
-    packed: &Packed,
-    vector: usize,
-    blueprint: &Blueprint,
-) {
-    let sizes = &packed.sizes;
-    let (count, dim) = blueprint.unit_grid(client);
-    // SAFETY: `Strided` proved that its strides stay inside its buffer, `Packed::new` allocated whole panels.
-    unsafe {
-        pack::launch_unchecked(
-            client,
-            count,
-            dim,
-            vector,
-            blueprint.lanes,
-            embeddings.buffer_arg(vector),
-            embeddings.strides_arg(vector),
-            weights.buffer_arg(vector),
-            weights.strides_arg(vector),
-            packed.rows_arg(),
-            packed.panels_arg(blueprint.lanes),
-            packed.norms_arg(),
-            sizes.launch_arg(),
-            packed.panels.is_some(),
-            embeddings.dtype(),
-        );
-    }
-}
-
-#[cube(launch_unchecked)]
-fn pack<F: Float, M: Size, N: Size>(
-    embeddings: &[Vector<F, M>],
-    embedding_strides: RowStrides,
-    weights: &[Vector<F, M>],
-    weight_strides: RowStrides,
-    rows: &mut [f32],
-    panels: &mut [Vector<f32, N>],
-    norms: &mut [f32],
-    layout: Layout,
-    #[comptime] with_panels: bool,
-    #[define(F)] _dtype: ElemType,
-) {
-    let lanes = N::value();
-    let width = comptime!(lanes * TILE_VECTORS);
-    let embedding_panels = layout.heads * layout.rows_padded / width;
-    let weight_panels = layout.heads * layout.active_padded / width;
-    let mut panel = ABSOLUTE_POS;
-    while panel < embedding_panels + weight_panels {
-        if panel < embedding_panels {
-            pack_rows::<F, M>(
-                embeddings,
-                &embedding_strides,
-                rows,
-                norms,
-                &layout,
-                panel,
-                Operand::Embeddings,
-                width,
-            );
-        } else {
-            let panel = panel - embedding_panels;
-            pack_rows::<F, M>(
-                weights,
-                &weight_strides,
-                rows,
-                norms,
-                &layout,
-                panel,
-                Operand::Weights,
-                width,
-            );
-            if comptime!(with_panels) {
-                interleave::<N>(&*rows, panels, &layout, panel);
-            }
-        }
-        panel += CUBE_COUNT * CUBE_DIM as usize;
-    }
-}
-
-/// Normalizes the rows of one panel.
-#[cube]
-fn pack_rows<F: Float, M: Size>(
-    source: &[Vector<F, M>],
-    strides: &RowStrides,
-    rows: &mut [f32],
-    norms: &mut [f32],
-    layout: &Layout,
-    panel: usize,
-    #[comptime] operand: Operand,
-    #[comptime] width: usize,
-) {
-    let piece = M::value();
-    let panels_per_head = layout.padded(operand) / width;
-    let head = panel / panels_per_head;
-    let first = (panel % panels_per_head) * width;
-    let packed_row = layout.head_start(head, operand) + first;
-    for r in 0..width {
-        let out = (packed_row + r) * layout.dim_padded;
-        let mut filled = 0usize;
-        if first + r < layout.count(operand) {
-            let at = head * strides.head + (first + r) * strides.row;
-            let norm = row_norm::<F, M>(source, at, layout.dim / piece);
-            norms[packed_row + r] = norm;
-            let inverse = Vector::<f32, M>::new(inverse_norm(norm));
-            let unit = rows.as_vectorized_mut().with_vector_size_mut::<M>();
-            for d in 0..layout.dim / piece {
-                unit[out / piece + d] = Vector::<f32, M>::cast_from(source[at + d]) * inverse;
-            }
-            filled = layout.dim;
-        } else {
-            norms[packed_row + r] = 0.0;
-        }
-        for d in filled..layout.dim_padded {
-            rows[out + d] = 0.0;
-        }
-    }
-}
-
-/// Interleaves the packed rows of one panel of class weights.
-#[cube]
-fn interleave<N: Size>(rows: &[f32], panels: &mut [Vector<f32, N>], layout: &Layout, panel: usize) {
-    let lanes = N::value();
-    let width = comptime!(lanes * TILE_VECTORS);
-    let first = layout.heads * layout.rows_padded + panel * width;
-    for d in 0..layout.dim_padded {
-        #[unroll]
-        for v in 0..TILE_VECTORS {
-            let mut column = Vector::<f32, N>::empty();
-            #[unroll]
-            for lane in 0..lanes {
-                column.insert(
-                    lane,
-                    rows[(first + v * lanes + lane) * layout.dim_padded + d],
-                );
-            }
-            panels[(panel * layout.dim_padded + d) * TILE_VECTORS + v] = column;
-        }
-    }
-}
+use super::layout::{Layout, Operand};
+use crate::math::norm::{inverse_norm, projection};
+use crate::math::tile::{Broadcast, Lanes, TILE_VECTORS, accumulate};
 
 /// Cosines of `tile_rows` packed rows with the panel that begins with the padded class `panel_class` of all heads:
 /// `tile [tile_rows, width]`.
 #[cube]
-pub(crate) fn cosines<N: Size>(
+pub(super) fn cosines<N: Size>(
     tile: &mut Array<Vector<f32, N>>,
     rows: &[f32],
     packed_row: usize,
@@ -194,14 +45,14 @@ pub(crate) fn cosines<N: Size>(
 /// The scratch of one unit in a backward pass: a block of logit gradients `[width, width]`, owner rows
 /// first, then the owner's gradient rows `[width, dim_padded]`.
 #[derive(CubeType, Clone, Copy)]
-pub(crate) struct Scratch {
+pub(super) struct Scratch {
     pub block: usize,
     pub gradient: usize,
 }
 
 #[cube]
 impl Scratch {
-    pub(crate) fn of_unit(dim_padded: usize, #[comptime] width: usize) -> Scratch {
+    pub(super) fn of_unit(dim_padded: usize, #[comptime] width: usize) -> Scratch {
         let start = ABSOLUTE_POS * width * (width + dim_padded);
         Scratch {
             block: start,
@@ -211,13 +62,13 @@ impl Scratch {
 }
 
 /// Floats of scratch that `units` need.
-pub(crate) fn scratch_len(units: usize, width: usize, dim_padded: usize) -> usize {
+pub(super) fn scratch_len(units: usize, width: usize, dim_padded: usize) -> usize {
     units * width * (width + dim_padded)
 }
 
 /// Sets the gradient rows of the scratch to zero.
 #[cube]
-pub(crate) fn clear_gradient(
+pub(super) fn clear_gradient(
     scratch: &mut [f32],
     at: &Scratch,
     dim_padded: usize,
@@ -230,7 +81,7 @@ pub(crate) fn clear_gradient(
 
 /// `gradient[o] += Σ_t block[o, t] · other[t]`, for the `width` rows of `other` from `packed_row` on.
 #[cube]
-pub(crate) fn add_product<N: Size>(
+pub(super) fn add_product<N: Size>(
     scratch: &mut [f32],
     at: &Scratch,
     rows: &[f32],
@@ -284,7 +135,7 @@ pub(crate) fn add_product<N: Size>(
 
 /// Through the normalization. Writes `grad[out..out + dim]`.
 #[cube]
-pub(crate) fn finish_row<F: Float, M: Size>(
+fn finish_row<F: Float, M: Size>(
     grad: &mut [Vector<F, M>],
     out: usize,
     scratch: &[f32],
@@ -313,7 +164,7 @@ pub(crate) fn finish_row<F: Float, M: Size>(
 
 /// Writes an owner's block of gradient rows `[width, dim]` from the scratch; stored rows that took no part get zeros.
 #[cube]
-pub(crate) fn write_gradients<F: Float, M: Size>(
+pub(super) fn write_gradients<F: Float, M: Size>(
     grad: &mut [Vector<F, M>],
     gradient: &[f32], // the unit's gradient rows, [width, dim_padded]
     rows: &[f32],

@@ -4,7 +4,7 @@ use cubecl::prelude::*;
 
 /// Which operand a tile belongs to, decided when the kernel is compiled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum Operand {
+pub(super) enum Operand {
     /// The embeddings: `rows` of them a head.
     Embeddings,
     /// The class weights: `active` of them a head.
@@ -13,7 +13,7 @@ pub(crate) enum Operand {
 
 impl Operand {
     /// The one it is multiplied with.
-    pub(crate) fn other(self) -> Self {
+    pub(super) fn other(self) -> Self {
         match self {
             Self::Embeddings => Self::Weights,
             Self::Weights => Self::Embeddings,
@@ -23,7 +23,7 @@ impl Operand {
 
 /// The sizes of the packed operands.
 #[derive(CubeType, CubeLaunch, Clone, Copy)]
-pub(crate) struct Layout {
+pub(super) struct Layout {
     pub heads: usize,
     pub rows: usize,
     pub rows_padded: usize,
@@ -36,7 +36,7 @@ pub(crate) struct Layout {
 #[cube]
 impl Layout {
     /// How many rows of a head are real.
-    pub(crate) fn count(&self, #[comptime] operand: Operand) -> usize {
+    pub(super) fn count(&self, #[comptime] operand: Operand) -> usize {
         match comptime!(operand) {
             Operand::Embeddings => self.rows,
             Operand::Weights => self.active,
@@ -44,7 +44,7 @@ impl Layout {
     }
 
     /// How many rows of a head are packed.
-    pub(crate) fn padded(&self, #[comptime] operand: Operand) -> usize {
+    pub(super) fn padded(&self, #[comptime] operand: Operand) -> usize {
         match comptime!(operand) {
             Operand::Embeddings => self.rows_padded,
             Operand::Weights => self.active_padded,
@@ -52,7 +52,7 @@ impl Layout {
     }
 
     /// The packed row where a head of an operand begins.
-    pub(crate) fn head_start(&self, head: usize, #[comptime] operand: Operand) -> usize {
+    pub(super) fn head_start(&self, head: usize, #[comptime] operand: Operand) -> usize {
         match comptime!(operand) {
             Operand::Embeddings => head * self.rows_padded,
             Operand::Weights => self.heads * self.rows_padded + head * self.active_padded,

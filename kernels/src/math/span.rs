@@ -22,8 +22,8 @@ pub(crate) fn share(start: usize, count: usize) -> Span {
     }
 }
 
-/// The units of a launch of one cube wait for each other. Each must call. A unit alone has nobody to wait for, and its launch none
-/// of what a barrier costs: some 40 µs.
+/// The units of a launch of one cube wait for each other. Each must call. A unit alone has nobody to wait for, and its launch need
+/// not wait for those before it.
 #[cube]
 pub(crate) fn wait(#[comptime] units: usize) {
     if comptime!(units > 1) {

@@ -1,5 +1,5 @@
 //! CubeCL kernels for cosine-classifier heads: many heads at once, at any number of classes, on any CubeCL device.
-//! [`cosine_cross_entropy`] never stores the `rows × classes` logits.
+//! [`cosine_cross_entropy`] takes no memory that grows with `rows × classes`: its workspaces are bounded.
 //!
 //! | op | what it does |
 //! |---|---|
@@ -11,7 +11,7 @@
 //!
 //! Float operands are [`TensorHandle`](cubecl::std::tensor::TensorHandle)s of f32, f16 or bf16, all of a call of one dtype,
 //! accumulated in f32; the last axis is packed (stride 1), the others have any stride. Labels are i32, i64 or u32; they and
-//! upstream gradients are contiguous. Inputs are never modified, results are new contiguous tensors, and the same input gives the
+//! the gradients of losses are contiguous. Inputs are never modified, results are new contiguous tensors, and the same input gives the
 //! same bits on the same device.
 //!
 //! Shapes, strides, dtypes, devices and options are checked before anything is launched, and what does not fit is an [`Error`] with

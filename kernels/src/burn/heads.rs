@@ -133,7 +133,7 @@ impl CosineHeads {
         cosine_logits(embeddings, self.weight.val(), &options)
     }
 
-    /// The cross-entropy of each head and their weighted sum, without logits in memory.
+    /// The cross-entropy of each head and their weighted sum, in memory that does not grow with rows × classes.
     ///
     /// On an autodiff device f32 gradients are computed with the loss: evaluate with `Module::valid`, or they are computed for nothing.
     ///

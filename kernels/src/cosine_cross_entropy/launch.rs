@@ -89,8 +89,8 @@ pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<Lo
 
 /// The gradients of the operands, from a [`forward`] with the same inputs and options. May be called again.
 ///
-/// Inputs, scale, active classes and ignored label must be those of the forward pass, which `output` does not remember; the
-/// reduction, label smoothing and head weights may be others.
+/// Inputs, scale, active classes and ignored label must be those of the forward pass, which is not checked; the reduction, label
+/// smoothing and head weights may be others.
 ///
 /// # Errors
 /// As [`forward`], of the upstream gradient and of `output`, too.

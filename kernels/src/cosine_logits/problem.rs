@@ -2,6 +2,7 @@
 
 use cubecl::client::Client;
 use cubecl::ir::ElemType;
+use cubecl::prelude::*;
 use cubecl::std::tensor::TensorHandle;
 
 use crate::blueprint::Blueprint;
@@ -18,7 +19,7 @@ pub(crate) struct CosineProblem {
 }
 
 /// Its sizes, and what whole tiles make of them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(CubeType, CubeLaunch, Clone, Copy, Debug)]
 pub(crate) struct Sizes {
     pub heads: usize,
     pub rows: usize,

@@ -8,7 +8,7 @@ use cubecl::prelude::*;
 use super::{classify, told};
 use crate::class_means::launch::AccumulateCall;
 use crate::loss::target::{LabelRule, is_class, label_rule};
-use crate::math::norm::{add_squares, inverse_norm, no_squares, norm_of};
+use crate::math::norm::{inverse_norm, row_norm};
 use crate::math::span::share;
 use crate::math::sum::KahanLanes;
 use crate::operand::{RowStrides, whole};
@@ -89,9 +89,7 @@ fn inverse_norms<F: Float, N: Size>(
     let mine = share(0, heads * rows);
     for at in mine.start..mine.end {
         let from = at / rows * strides.head + at % rows * strides.row;
-        let mut squares = no_squares::<N>();
-        add_squares::<F, N>(&mut squares, embeddings, from, dim / N::value());
-        inverse[at] = inverse_norm(norm_of::<N>(&squares));
+        inverse[at] = inverse_norm(row_norm::<F, N>(embeddings, from, dim / N::value()));
     }
 }
 

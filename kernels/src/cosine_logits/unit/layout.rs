@@ -2,6 +2,8 @@
 
 use cubecl::prelude::*;
 
+use crate::cosine_logits::problem::{Sizes, SizesExpand};
+
 /// Which operand a tile belongs to, decided when the kernel is compiled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Operand {
@@ -21,20 +23,8 @@ impl Operand {
     }
 }
 
-/// The sizes of the packed operands.
-#[derive(CubeType, CubeLaunch, Clone, Copy)]
-pub(super) struct Layout {
-    pub heads: usize,
-    pub rows: usize,
-    pub rows_padded: usize,
-    pub active: usize,
-    pub active_padded: usize,
-    pub dim: usize,
-    pub dim_padded: usize,
-}
-
 #[cube]
-impl Layout {
+impl Sizes {
     /// How many rows of a head are real.
     pub(super) fn count(&self, #[comptime] operand: Operand) -> usize {
         match comptime!(operand) {

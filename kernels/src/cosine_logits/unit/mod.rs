@@ -14,7 +14,7 @@ use crate::Gradients;
 use crate::blueprint::Blueprint;
 use crate::math::tile::TILE_VECTORS;
 use crate::operand::{RowStrides, Strided, whole, whole_if_asked, widest};
-use layout::{Layout, Operand};
+use layout::Operand;
 use packed::{Packed, pack};
 use product::{Scratch, add_product, clear_gradient, cosines, scratch_len, write_gradients};
 
@@ -120,7 +120,7 @@ fn forward<F: Float, M: Size, N: Size, L: Size>(
     panels: &mut [Vector<f32, N>],
     norms: &mut [f32],
     logits: &mut [Vector<F, L>], // [heads, rows, active]
-    layout: Layout,
+    layout: Sizes,
     scale: f32,
     #[comptime] units: usize,
     #[comptime] tile_rows: usize,
@@ -203,7 +203,7 @@ fn backward<F: Float, M: Size, N: Size, L: Size>(
     scratch: &mut [f32],
     grad_embeddings: &mut [Vector<F, L>], // [heads, rows, dim]
     grad_weights: &mut [Vector<F, L>],    // [heads, classes, dim]
-    layout: Layout,
+    layout: Sizes,
     classes: usize,
     scale: f32,
     #[comptime] of_embeddings: bool,
@@ -265,7 +265,7 @@ fn gradients<F: Float, N: Size, L: Size>(
     upstream_strides: &RowStrides,
     scratch: &mut [f32],
     grad: &mut [Vector<F, L>],
-    layout: &Layout,
+    layout: &Sizes,
     stored: usize,
     scale: f32,
     #[comptime] owner: Operand,

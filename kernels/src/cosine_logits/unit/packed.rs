@@ -10,8 +10,8 @@ use cubecl::client::Client;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
-use super::layout::{Layout, LayoutLaunch, Operand};
-use crate::cosine_logits::problem::Sizes;
+use super::layout::Operand;
+use crate::cosine_logits::problem::{Sizes, SizesLaunch};
 use crate::math::norm::{inverse_norm, row_norm};
 use crate::math::span::meet;
 use crate::math::tile::TILE_VECTORS;
@@ -47,9 +47,9 @@ impl Packed {
         }
     }
 
-    pub(super) fn layout_arg(&self) -> LayoutLaunch {
+    pub(super) fn layout_arg(&self) -> SizesLaunch {
         let sizes = &self.sizes;
-        LayoutLaunch::new(
+        SizesLaunch::new(
             sizes.heads,
             sizes.rows,
             sizes.rows_padded,
@@ -96,7 +96,7 @@ pub(super) fn pack<F: Float, M: Size, N: Size>(
     rows: &mut [f32],
     panels: &mut [Vector<f32, N>],
     norms: &mut [f32],
-    layout: &Layout,
+    layout: &Sizes,
     #[comptime] with_panels: bool,
     #[comptime] units: usize,
 ) {
@@ -145,7 +145,7 @@ fn pack_rows<F: Float, M: Size>(
     strides: &RowStrides,
     rows: &mut [f32],
     norms: &mut [f32],
-    layout: &Layout,
+    layout: &Sizes,
     panel: usize,
     #[comptime] operand: Operand,
     #[comptime] width: usize,
@@ -179,7 +179,7 @@ fn pack_rows<F: Float, M: Size>(
 
 /// Interleaves the packed rows of one panel of class weights.
 #[cube]
-fn interleave<N: Size>(rows: &[f32], panels: &mut [Vector<f32, N>], layout: &Layout, panel: usize) {
+fn interleave<N: Size>(rows: &[f32], panels: &mut [Vector<f32, N>], layout: &Sizes, panel: usize) {
     let lanes = N::value();
     let width = comptime!(lanes * TILE_VECTORS);
     let first = layout.heads * layout.rows_padded + panel * width;

@@ -2,7 +2,8 @@
 
 use cubecl::prelude::*;
 
-use super::layout::{Layout, Operand};
+use super::layout::Operand;
+use crate::cosine_logits::problem::Sizes;
 use crate::math::norm::{inverse_norm, projection};
 use crate::math::tile::{Broadcast, Lanes, TILE_VECTORS, accumulate};
 
@@ -143,7 +144,7 @@ fn finish_row<F: Float, M: Size>(
     rows: &[f32],
     packed_row: usize,
     norm: f32,
-    layout: &Layout,
+    layout: &Sizes,
 ) {
     let piece = M::value();
     let unit = rows.as_vectorized().with_vector_size::<M>();
@@ -172,7 +173,7 @@ pub(super) fn write_gradients<F: Float, M: Size>(
     head: usize,
     first: usize,
     stored: usize,
-    layout: &Layout,
+    layout: &Sizes,
     #[comptime] owner: Operand,
     #[comptime] width: usize,
 ) {

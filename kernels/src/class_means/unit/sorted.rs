@@ -1,5 +1,8 @@
-//! Rows are first sorted by class, stably, then each unit sums the rows of its classes in registers: every embedding is read
-//! once, every sum touched once, whatever the number of classes is.
+//! Rows are first sorted by class, stably, then each unit sums the rows of its classes: every embedding comes from memory once,
+//! every sum is touched once, whatever the number of classes is.
+//!
+//! A few rows of a class at a time are read twice, first for their norms, which only load and multiply: that brings them to the cache
+//! as fast as memory can; so it is done even where nobody asks for norms.
 //!
 //! Bytes: `4·H·(N + 2K)·D` for f32 (embeddings, sums and carries), and 4·(2N + K) for targets and order.
 
@@ -8,13 +11,13 @@ use cubecl::prelude::*;
 use super::{classify, told};
 use crate::class_means::launch::AccumulateCall;
 use crate::loss::target::{LabelRule, is_class, label_rule};
-use crate::math::norm::{inverse_norm, row_norm};
+use crate::math::norm::{add_squares, inverse_norm, no_squares, norm_of};
 use crate::math::span::share;
 use crate::math::sum::KahanLanes;
 use crate::operand::{RowStrides, whole};
 
-/// Vectors of columns of a part of the work.
-const PART: usize = 16;
+/// Elements of the rows that stay in the cache between their two readings.
+const BLOCK: usize = 1 << 12;
 /// Vectors of columns that are summed side by side.
 const WIDTH: usize = 4;
 
@@ -25,28 +28,10 @@ pub(super) fn launch(call: &AccumulateCall) {
     let vector = call.embeddings.vector_size(call.blueprint);
     let rule = label_rule(call.labels.dtype(), classes, call.sums.options.ignore_index);
     let (count, cube) = call.blueprint.unit_grid(call.client);
-    let norms = call.norms();
-    let inverse = client.empty(norms * size_of::<f32>());
-    let targets = client.empty(rows * size_of::<u32>());
-    let order = client.empty(rows * size_of::<u32>());
-    let ends = client.empty(classes * size_of::<u32>());
+    let block = (BLOCK / dim).clamp(1, 16);
+    let norms = call.blueprint.units * block;
     // SAFETY: `Strided` proved the embeddings, labels have `rows` elements, the sums are [heads, classes, dim].
     unsafe {
-        if call.sums.options.normalize {
-            inverse_norms::launch_unchecked(
-                client,
-                count.clone(),
-                cube,
-                vector,
-                call.embeddings.buffer_arg(vector),
-                call.embeddings.strides_arg(vector),
-                BufferArg::from_raw_parts(inverse.clone(), norms),
-                heads,
-                rows,
-                dim,
-                call.embeddings.dtype(),
-            );
-        }
         accumulate::launch_unchecked(
             client,
             count,
@@ -55,18 +40,19 @@ pub(super) fn launch(call: &AccumulateCall) {
             call.embeddings.buffer_arg(vector),
             call.embeddings.strides_arg(vector),
             call.labels.buffer_arg(),
-            BufferArg::from_raw_parts(inverse, norms),
-            BufferArg::from_raw_parts(targets, rows),
-            BufferArg::from_raw_parts(order, rows),
-            BufferArg::from_raw_parts(ends, classes),
+            BufferArg::from_raw_parts(client.empty(norms * size_of::<f32>()), norms),
+            BufferArg::from_raw_parts(client.empty(rows * size_of::<u32>()), rows),
+            BufferArg::from_raw_parts(client.empty(rows * size_of::<u32>()), rows),
+            BufferArg::from_raw_parts(client.empty(classes * size_of::<u32>()), classes),
             whole(&call.sums.sums, vector),
             whole(&call.sums.carries, vector),
             whole(&call.sums.counts, 1),
             whole(&call.sums.status, 1),
             heads,
             rows,
-            dim,
+            dim / vector,
             classes,
+            block,
             rule,
             call.sums.options.normalize,
             call.sums.fresh,
@@ -77,39 +63,23 @@ pub(super) fn launch(call: &AccumulateCall) {
 }
 
 #[cube(launch_unchecked)]
-fn inverse_norms<F: Float, N: Size>(
-    embeddings: &[Vector<F, N>],
-    strides: RowStrides,
-    inverse: &mut [f32], // [heads, rows]
-    heads: usize,
-    rows: usize,
-    dim: usize,
-    #[define(F)] _dtype: ElemType,
-) {
-    let mine = share(0, heads * rows);
-    for at in mine.start..mine.end {
-        let from = at / rows * strides.head + at % rows * strides.row;
-        inverse[at] = inverse_norm(row_norm::<F, N>(embeddings, from, dim / N::value()));
-    }
-}
-
-#[cube(launch_unchecked)]
 fn accumulate<F: Float, I: Int, N: Size>(
     embeddings: &[Vector<F, N>],
     strides: RowStrides,
     labels: &[I],
-    inverse: &[f32],                // [heads, rows], or one element
+    inverse: &mut [f32],            // [units, block]
     targets: &mut [u32],            // [rows]
     order: &mut [u32],              // [rows]
     ends: &mut [u32],               // [classes]
-    sums: &mut [Vector<f32, N>],    // [heads, classes, dim]
-    carries: &mut [Vector<f32, N>], // [heads, classes, dim]
+    sums: &mut [Vector<f32, N>],    // [heads, classes, columns]
+    carries: &mut [Vector<f32, N>], // [heads, classes, columns]
     counts: &mut [u32],             // [classes]
     status: &mut [u32],             // [2]
     heads: usize,
     rows: usize,
-    dim: usize,
+    columns: usize, // vectors of a row
     classes: usize,
+    block: usize, // rows
     rule: LabelRule,
     #[comptime] normalize: bool,
     #[comptime] fresh: bool,
@@ -122,38 +92,41 @@ fn accumulate<F: Float, I: Int, N: Size>(
             labels, targets, order, ends, counts, status, rows, classes, &rule,
         );
     }
-    let sorted = told(found) as usize;
-    let columns = dim / N::value();
-    let parts = columns.div_ceil(PART);
     // The work of a class is its rows, and one more for its sums; each unit takes an equal share of it all.
-    let work = sorted + classes;
-    let mine = share(0, heads * parts * work);
-    for part in 0..heads * parts {
-        let base = part * work;
+    let work = told(found) as usize + classes;
+    let mine = share(0, heads * work);
+    for head in 0..heads {
+        let base = head * work;
         if base < mine.end && base + work > mine.start {
-            let head = part / parts;
-            let first = part % parts * PART;
-            let last = min(first + PART, columns);
-            let together = first + (last - first) / WIDTH * WIDTH;
             let mut begin = 0usize.runtime();
             for class in 0..classes {
                 let end = ends[class] as usize;
                 let at = base + begin + class;
-                if at >= mine.start && at < mine.end && (comptime!(fresh) || begin < end) {
+                if at >= mine.start && at < mine.end {
                     let sum = (head * classes + class) * columns;
-                    let mut column = first;
-                    while column < together {
-                        add_rows::<F, N>(
-                            embeddings, &strides, inverse, &*order, sums, carries, head, column,
-                            sum, begin, end, rows, normalize, fresh, WIDTH,
-                        );
-                        column += WIDTH;
+                    if comptime!(fresh) {
+                        for d in sum..sum + columns {
+                            sums[d] = Vector::<f32, N>::new(0.0);
+                            carries[d] = Vector::<f32, N>::new(0.0);
+                        }
                     }
-                    for column in together..last {
+                    let mut place = begin;
+                    while place < end {
+                        let next = min(place + block, end);
                         add_rows::<F, N>(
-                            embeddings, &strides, inverse, &*order, sums, carries, head, column,
-                            sum, begin, end, rows, normalize, fresh, 1usize,
+                            embeddings,
+                            head * strides.head,
+                            strides.row,
+                            inverse,
+                            UNIT_POS as usize * block,
+                            &order[place..next],
+                            sums,
+                            carries,
+                            sum,
+                            columns,
+                            normalize,
                         );
+                        place = next;
                     }
                 }
                 begin = end;
@@ -199,61 +172,111 @@ fn sort<I: Int>(
     place
 }
 
-/// Adds the rows `order[begin..end]` to `count` vectors of columns of a sum, by Kahan.
+/// Adds rows to the sum that begins at `sum`.
 #[cube]
 fn add_rows<F: Float, N: Size>(
     embeddings: &[Vector<F, N>],
-    strides: &RowStrides,
-    inverse: &[f32],
+    source: usize, // where the head's first row begins
+    stride: usize, // of rows
+    inverse: &mut [f32],
+    norms: usize, // where the unit's part of `inverse` begins
     order: &[u32],
     sums: &mut [Vector<f32, N>],
     carries: &mut [Vector<f32, N>],
-    head: usize,
-    first: usize,
     sum: usize,
-    begin: usize,
-    end: usize,
-    rows: usize,
+    columns: usize,
     #[comptime] normalize: bool,
-    #[comptime] fresh: bool,
+) {
+    let mut squares = no_squares::<N>();
+    for place in 0..order.len() {
+        let from = source + order[place] as usize * stride;
+        add_squares::<F, N>(&mut squares, embeddings, from, columns);
+        if comptime!(normalize) {
+            inverse[norms + place] = inverse_norm(norm_of::<N>(&squares));
+            squares = no_squares::<N>();
+        }
+    }
+    if comptime!(!normalize) {
+        // Nobody reads it, but it keeps the loop from being optimised away.
+        inverse[norms] = norm_of::<N>(&squares);
+    }
+    let together = columns / WIDTH * WIDTH;
+    let mut column = 0usize.runtime();
+    while column < together {
+        add_columns::<F, N>(
+            embeddings,
+            source + column,
+            stride,
+            &*inverse,
+            norms,
+            order,
+            sums,
+            carries,
+            sum + column,
+            normalize,
+            WIDTH,
+        );
+        column += WIDTH;
+    }
+    for column in together..columns {
+        add_columns::<F, N>(
+            embeddings,
+            source + column,
+            stride,
+            &*inverse,
+            norms,
+            order,
+            sums,
+            carries,
+            sum + column,
+            normalize,
+            1usize,
+        );
+    }
+}
+
+/// Adds `count` vectors of columns of rows, by Kahan.
+#[cube]
+fn add_columns<F: Float, N: Size>(
+    embeddings: &[Vector<F, N>],
+    source: usize,
+    stride: usize,
+    inverse: &[f32],
+    norms: usize,
+    order: &[u32],
+    sums: &mut [Vector<f32, N>],
+    carries: &mut [Vector<f32, N>],
+    sum: usize,
+    #[comptime] normalize: bool,
     #[comptime] count: usize,
 ) {
     let mut total = Array::<Vector<f32, N>>::new(count);
     let mut carry = Array::<Vector<f32, N>>::new(count);
     #[unroll]
     for d in 0..count {
-        match comptime!(fresh) {
-            true => {
-                total[d] = Vector::<f32, N>::new(0.0);
-                carry[d] = Vector::<f32, N>::new(0.0);
-            }
-            false => {
-                total[d] = sums[sum + first + d];
-                carry[d] = carries[sum + first + d];
-            }
-        }
+        total[d] = sums[sum + d];
+        carry[d] = carries[sum + d];
     }
-    for place in begin..end {
-        let row = order[place] as usize;
-        let source = head * strides.head + row * strides.row + first;
+    for place in 0..order.len() {
+        let from = source + order[place] as usize * stride;
         #[unroll]
         for d in 0..count {
-            let mut value = Vector::<f32, N>::cast_from(embeddings[source + d]);
+            let mut value = Vector::<f32, N>::cast_from(embeddings[from + d]);
             if comptime!(normalize) {
-                value *= Vector::<f32, N>::new(inverse[head * rows + row]);
+                value *= Vector::<f32, N>::new(inverse[norms + place]);
             }
-            let mut sum = KahanLanes::<N> {
+            let mut lane = KahanLanes::<N> {
                 sum: total[d],
                 carry: carry[d],
             };
-            sum.add(value);
-            total[d] = sum.sum;
-            carry[d] = sum.carry;
+            lane.add(value);
+            total[d] = lane.sum;
+            carry[d] = lane.carry;
         }
     }
     #[unroll]
     for d in 0..count {
-        sums[sum + first + d] = total[d];
-        carries[sum + first + d] = carry[d];
+        sums[sum + d] = total[d];
+        carries[sum + d] = carry[d];
     }
 }

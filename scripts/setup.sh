@@ -16,11 +16,30 @@ fail() {
   exit 1
 }
 
-# CubeCL's build script downloads a prebuilt LLVM by itself where it can.
-can_download_llvm() {
-  command -v curl >/dev/null &&
-    curl --silent --fail --head --location --max-time 10 --output /dev/null \
-      "https://github.com/tracel-ai/tracel-llvm/releases/tag/v$llvm_version"
+# The archive that CubeCL's build script would download, to where it would put it: here there is another way if that fails.
+download_llvm() {
+  local arch=x64 url sum
+  [ "$(uname -m)" = aarch64 ] && arch=AArch64
+  url="https://github.com/tracel-ai/tracel-llvm/releases/download/v$llvm_version/linux-$arch"
+  for tool in curl xz sha256sum; do
+    command -v "$tool" >/dev/null || return 1
+  done
+  mkdir -p "${llvm_dir%/*}"
+  download=$(mktemp -d "${llvm_dir%/*}/download.XXXXXX")
+  trap 'rm -rf "$download"' EXIT
+  curl --silent --fail --location --connect-timeout 10 --output "$download/checksums.json" "$url.checksums.json" || return 1
+  sum=$(sed -nE 's/.*"archive_sha256": *"([0-9a-f]{64})".*/\1/p' "$download/checksums.json")
+  echo "setup: downloading LLVM from GitHub into $llvm_dir"
+  if curl --fail --location --progress-bar --output "$download/llvm.tar.xz" "$url.tar.xz" &&
+    echo "$sum  $download/llvm.tar.xz" | sha256sum --check --quiet - &&
+    tar -xJf "$download/llvm.tar.xz" -C "$download" &&
+    touch "$download/${llvm_dir##*/}/.tracel-llvm-installed"; then
+    rm -rf "$llvm_dir"
+    mv "$download/${llvm_dir##*/}" "$llvm_dir"
+  else
+    echo "setup: that failed, trying Debian's" >&2
+    return 1
+  fi
 }
 
 apt_install() {
@@ -41,10 +60,9 @@ if ! command -v c++ >/dev/null; then
   apt_install g++ || fail "no C++ compiler: install one (Debian's g++), then run this again"
 fi
 
-if [ ! -e "$llvm_dir/.tracel-llvm-installed" ]; then
-  if can_download_llvm; then
-    echo "setup: the first build will download LLVM into $llvm_dir"
-  else
+# Elsewhere than on Linux it is left to CubeCL's build script.
+if [ "$(uname -s)" = Linux ] && [ ! -e "$llvm_dir/.tracel-llvm-installed" ]; then
+  if ! download_llvm; then
     if [ ! -x "$debian_llvm/bin/llvm-config" ] || [ ! -e /usr/share/doc/libpolly-22-dev ]; then
       apt_install llvm-22-dev libpolly-22-dev libzstd-dev libz3-dev zlib1g-dev libxml2-dev ||
         fail "no LLVM: neither GitHub nor apt-get (as root or with sudo) could provide it, so nothing can be built here"

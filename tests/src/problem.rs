@@ -1,5 +1,7 @@
 //! Random problems: sizes off every multiple, values and labels of several kinds, all from one seed.
 
+use std::fmt;
+
 use cubecl::client::Client;
 use cubecl::ir::{ElemType, FloatKind, IntKind, UIntKind};
 use cubecl::prelude::CubeElement;
@@ -9,9 +11,10 @@ use proptest::prelude::*;
 use protohead_reference as reference;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
 
 /// The dtype of embeddings, class weights and logits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Dtype {
     /// f32
     F32,
@@ -56,7 +59,7 @@ impl Dtype {
 }
 
 /// The dtype of labels.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum LabelDtype {
     /// i32
     I32,
@@ -67,7 +70,7 @@ pub enum LabelDtype {
 }
 
 /// What embeddings and class weights look like.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Values {
     /// Uniform in −1..1.
     Uniform,
@@ -80,7 +83,7 @@ pub enum Values {
 }
 
 /// What labels look like.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum LabelKind {
     /// Any class.
     Classes,
@@ -92,8 +95,9 @@ pub enum LabelKind {
     Ends,
 }
 
-/// A problem, small enough to be printed.
-#[derive(Clone, Debug)]
+/// A problem, printed as the one line that has [`problem`] give it alone.
+#[derive(Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Problem {
     /// H, N, D, C, K
     pub sizes: (usize, usize, usize, usize, usize),
@@ -144,6 +148,16 @@ impl Problem {
     }
 }
 
+/// The environment variable that names the only problem to try.
+pub const ONLY: &str = "PROTOHEAD_PROBLEM";
+
+impl fmt::Debug for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let text = serde_json::to_string(self).map_err(|_| fmt::Error)?;
+        write!(f, "{ONLY}='{text}'")
+    }
+}
+
 /// Sizes up to a little more than two tiles of any variant, mostly off every multiple.
 pub fn sizes() -> impl proptest::strategy::Strategy<Value = (usize, usize, usize, usize, usize)> {
     let length = |limit: usize| {
@@ -157,8 +171,17 @@ pub fn sizes() -> impl proptest::strategy::Strategy<Value = (usize, usize, usize
         .prop_flat_map(|(h, n, d, c)| (Just(h), Just(n), Just(d), Just(c), 1..=c))
 }
 
-/// Any problem.
-pub fn problem() -> impl proptest::strategy::Strategy<Value = Problem> {
+/// Any problem; only the one of the environment variable [`ONLY`], if it is set.
+pub fn problem() -> BoxedStrategy<Problem> {
+    match std::env::var(ONLY) {
+        Ok(text) => {
+            Just(serde_json::from_str(&text).expect("a problem, as a failure prints it")).boxed()
+        }
+        Err(_) => any_problem().boxed(),
+    }
+}
+
+fn any_problem() -> impl proptest::strategy::Strategy<Value = Problem> {
     use protohead::Reduction;
     let dtypes = (
         prop_oneof![3 => Just(Dtype::F32), 1 => Just(Dtype::F16), 1 => Just(Dtype::Bf16)],
@@ -448,4 +471,23 @@ pub fn download(client: &Client, tensor: &TensorHandle) -> Vec<f64> {
 /// Widens.
 pub fn wide(values: &[f32]) -> Vec<f64> {
     values.iter().map(|&v| f64::from(v)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn what_a_failure_prints_is_one_line_that_gives_the_problem_again(problem in any_problem()) {
+            // As proptest prints it, which asks for many lines.
+            let printed = format!("{problem:#?}");
+            prop_assert!(!printed.contains('\n'), "{}", printed);
+            let text = printed
+                .strip_prefix("PROTOHEAD_PROBLEM='")
+                .and_then(|rest| rest.strip_suffix('\''));
+            let again: Problem = serde_json::from_str(text.expect("quoted")).expect("a problem");
+            prop_assert_eq!(again, problem);
+        }
+    }
 }

@@ -2,7 +2,7 @@
 //! speech head's rows of its new classes to the means of their shots, and accuracy is taken on all classes so far.
 
 use burn::tensor::{Device, Tensor};
-use protohead::burn::{class_means, cosine_logits};
+use protohead::burn::{ClassSums, class_means, cosine_logits};
 use protohead::cosine_logits::Options;
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
@@ -70,14 +70,13 @@ pub(crate) fn replace_prototypes(
     let evaluated = burn::module::Module::valid(&network);
     let rows = dataset.train.of(0..protocol.base);
     let device = devices.heads.clone().without_autodiff();
-    let embedded = embeddings(&evaluated, dataset, &dataset.train, &rows, devices);
-    let targets = labels(&dataset.train, &rows, &device);
-    let (heads, means) = evaluated.heads.replace_prototypes(
-        embedded,
-        targets,
-        protocol.base,
-        &Default::default(),
-    )?;
+    let [heads, _, dim] = evaluated.heads.weight.dims();
+    let mut sums = ClassSums::new(heads, protocol.base, dim, &Default::default(), &device)?;
+    for rows in rows.chunks(CHUNK) {
+        let embedded = embeddings(&evaluated, dataset, &dataset.train, rows, devices);
+        sums.accumulate(embedded, labels(&dataset.train, rows, &device))?;
+    }
+    let (heads, means) = evaluated.heads.replace_prototypes_by(&sums)?;
     means.check()?;
     Ok(Network {
         encoder: evaluated.encoder,

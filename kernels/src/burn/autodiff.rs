@@ -11,9 +11,8 @@ use burn::backend::{AutodiffBackend, Backend, TensorMetadata};
 use burn::tensor::DType;
 
 use super::ops::{MaybeGrad, ProtoheadGradOps, ProtoheadOps};
-use crate::{
-    Reduction, class_means, cosine_cross_entropy as fused, cosine_logits as logits, cross_entropy,
-};
+use super::sums::State;
+use crate::{Reduction, cosine_cross_entropy as fused, cosine_logits as logits, cross_entropy};
 
 #[derive(Debug)]
 struct FusedBackward;
@@ -384,20 +383,22 @@ impl<B: Backend + ProtoheadOps + ProtoheadGradOps, C: CheckpointStrategy> Protoh
         }
     }
 
-    fn protohead_class_means(
+    fn protohead_class_sums(
         embeddings: FloatTensor<Self>,
         labels: IntTensor<Self>,
+        status: IntTensor<Self>,
+        state: State,
+    ) -> IntTensor<Self> {
+        B::protohead_class_sums(embeddings.into_primitive(), labels, status, state)
+    }
+
+    fn protohead_class_means(
         weights: FloatTensor<Self>,
-        active: usize,
-        options: class_means::Options,
+        status: IntTensor<Self>,
+        state: State,
     ) -> (FloatTensor<Self>, IntTensor<Self>, IntTensor<Self>) {
-        let (means, counts, status) = B::protohead_class_means(
-            embeddings.into_primitive(),
-            labels,
-            weights.into_primitive(),
-            active,
-            options,
-        );
+        let (means, counts, status) =
+            B::protohead_class_means(weights.into_primitive(), status, state);
         (<Self as AutodiffBackend>::from_inner(means), counts, status)
     }
 }

@@ -6,12 +6,14 @@ use burn::tensor::DType;
 use burn_cubecl::CubeBackend;
 use burn_cubecl::kernel::{cast, into_contiguous, untile};
 use burn_cubecl::tensor::CubeTensor;
+use cubecl::client::Client;
 use cubecl::ir::Type;
 use cubecl::std::tensor::TensorHandle;
 
 use super::ops::{MaybeGrad, ProtoheadGradOps, ProtoheadOps};
+use super::sums::State;
 use super::total;
-use crate::class_means::{self, ClassSums};
+use crate::class_means::ClassSums;
 use crate::loss::{LossOutput, Saved};
 use crate::{
     Error, Gradients, Upstream, Wanted, cosine_cross_entropy as fused, cosine_logits as logits,
@@ -53,6 +55,18 @@ fn labels(tensor: CubeTensor) -> TensorHandle {
         _ => cast(tensor, DType::I32),
     };
     handle(into_contiguous(tensor))
+}
+
+/// What becomes of class sums, made now if this is the first that they see of a device.
+fn with_sums<T>(client: &Client, state: &State, then: impl FnOnce(&mut ClassSums) -> T) -> T {
+    let mut held = state.sums.lock().expect("no call has failed");
+    let sums = held.get_or_insert_with(|| {
+        let State {
+            heads, active, dim, ..
+        } = *state;
+        checked(ClassSums::new(client, heads, active, dim, &state.options))
+    });
+    then(sums)
 }
 
 /// A result of the kernels as Burn's tensor, on the device of `like`.
@@ -169,24 +183,35 @@ impl ProtoheadOps for CubeBackend {
         tensor(&whole, output.loss, DType::F32)
     }
 
-    fn protohead_class_means(
+    fn protohead_class_sums(
         embeddings: FloatTensor<Self>,
         rows: IntTensor<Self>,
-        weights: FloatTensor<Self>,
-        active: usize,
-        options: class_means::Options,
-    ) -> (FloatTensor<Self>, IntTensor<Self>, IntTensor<Self>) {
-        let client = &embeddings.client;
+        _status: IntTensor<Self>,
+        state: State,
+    ) -> IntTensor<Self> {
         let values = operand(embeddings.clone());
-        let [heads, dim] = [values.shape()[0], values.shape()[2]];
-        let mut sums = checked(ClassSums::new(client, heads, active, dim, &options));
-        checked(sums.accumulate(client, &values, &labels(rows)));
-        let means = checked(sums.write_means(client, &operand(weights)));
-        (
-            tensor(&embeddings, means, embeddings.dtype),
-            tensor(&embeddings, sums.counts().clone(), DType::U32),
-            tensor(&embeddings, sums.status().clone(), DType::U32),
-        )
+        with_sums(&embeddings.client, &state, |sums| {
+            checked(sums.accumulate(&embeddings.client, &values, &labels(rows)));
+            tensor(&embeddings, sums.status().clone(), DType::U32)
+        })
+    }
+
+    fn protohead_class_means(
+        weights: FloatTensor<Self>,
+        _status: IntTensor<Self>,
+        state: State,
+    ) -> (FloatTensor<Self>, IntTensor<Self>, IntTensor<Self>) {
+        let old = operand(weights.clone());
+        with_sums(&weights.client, &state, |sums| {
+            let means = checked(sums.write_means(&weights.client, &old));
+            // Copies of what later batches change.
+            let now = |handle: &TensorHandle| tensor(&weights, handle.clone(), DType::U32).copy();
+            (
+                tensor(&weights, means, weights.dtype),
+                now(sums.counts()),
+                now(sums.status()),
+            )
+        })
     }
 }
 

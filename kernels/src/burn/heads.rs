@@ -2,9 +2,9 @@
 
 use burn::config::Config;
 use burn::module::{Initializer, Module, Param};
-use burn::tensor::{Device, Int, Tensor};
+use burn::tensor::{Device, FloatDType, Int, Tensor};
 
-use super::{ClassMeans, class_means, cosine_cross_entropy, cosine_logits, total};
+use super::{ClassMeans, ClassSums, class_means, cosine_cross_entropy, cosine_logits, total};
 use crate::{
     Error, LossOptions, class_means as means, cosine_cross_entropy as fused,
     cosine_logits as logits,
@@ -48,6 +48,9 @@ impl CosineHeadsConfig {
 
 /// H cosine heads over the same classes: class weights `[heads, classes, dim]`, of which the first `active` classes
 /// take part.
+///
+/// Embeddings may be of another dtype than the weights, as in mixed precision: logits and losses round the weights to the embeddings'
+/// dtype, their gradients and prototypes come in the weights' own.
 ///
 /// # Examples
 /// ```no_run
@@ -130,7 +133,18 @@ impl CosineHeads {
             allow_tf32: self.allow_tf32,
             ..logits::Options::default()
         };
-        cosine_logits(embeddings, self.weight.val(), &options)
+        let weights = self.weights_for(&embeddings);
+        cosine_logits(embeddings, weights, &options)
+    }
+
+    fn weights_for(&self, embeddings: &Tensor<3>) -> Tensor<3> {
+        let weights = self.weight.val();
+        match embeddings.dtype() {
+            dtype if dtype.is_float() && dtype != weights.dtype() => {
+                weights.cast(FloatDType::from(dtype))
+            }
+            _ => weights, // the ops refuse what they cannot take
+        }
     }
 
     /// The cross-entropy of each head and their weighted sum, in memory that does not grow with rows × classes.
@@ -157,7 +171,8 @@ impl CosineHeads {
             },
             ..fused::Options::default()
         };
-        let heads = cosine_cross_entropy(embeddings, self.weight.val(), labels, &unweighted)?;
+        let weights = self.weights_for(&embeddings);
+        let heads = cosine_cross_entropy(embeddings, weights, labels, &unweighted)?;
         let total = total(heads.loss.clone(), options.weights(count));
         Ok(HeadsLoss { total, heads })
     }
@@ -178,13 +193,25 @@ impl CosineHeads {
     ) -> Result<(Self, ClassMeans), Error> {
         let weight = self.weight.val().detach();
         let replacement = class_means(embeddings, weight, labels, active, options)?;
+        Ok((self.replaced_by(&replacement), replacement))
+    }
+
+    /// [`replace_prototypes`](Self::replace_prototypes) with the means of what came in batches.
+    ///
+    /// # Errors
+    /// A typed [`Error`] if the sums do not fit.
+    pub fn replace_prototypes_by(self, sums: &ClassSums) -> Result<(Self, ClassMeans), Error> {
+        let replacement = sums.means(self.weight.val().detach())?;
+        Ok((self.replaced_by(&replacement), replacement))
+    }
+
+    fn replaced_by(self, replacement: &ClassMeans) -> Self {
         let trained = self.weight.val().is_require_grad();
         let means = replacement.weights.clone().detach();
         let means = means.set_require_grad(trained);
-        let replaced = Self {
+        Self {
             weight: self.weight.clone().map(|_| means),
             ..self
-        };
-        Ok((replaced, replacement))
+        }
     }
 }

@@ -16,9 +16,11 @@ mod heads;
 mod ops;
 #[cfg(feature = "fusion")]
 mod specs;
+mod sums;
 mod total;
 
 pub use heads::{CosineHeads, CosineHeadsConfig, HeadsLoss};
+pub use sums::{ClassMeans, ClassSums, class_means};
 
 use burn::backend::Dispatch;
 use burn::backend::cubecl::dtype_to_elem_type;
@@ -29,7 +31,7 @@ use cubecl::ir::ElemType;
 use crate::cosine_logits::{active_classes, same_dtype};
 use crate::operand::{addressable, count};
 use crate::{
-    Error, LossOptions, Reduction, Strategy, class_means as means, cosine_cross_entropy as fused,
+    Error, LossOptions, Reduction, Strategy, cosine_cross_entropy as fused,
     cosine_logits as logits_op, cross_entropy as cross_entropy_op,
 };
 use ops::ProtoheadOps;
@@ -49,7 +51,8 @@ pub struct CrossEntropy<const D: usize> {
 /// Labels, and what the device found in them.
 #[derive(Clone, Debug)]
 struct Judged {
-    labels: Tensor<1, Int>,
+    /// Absent if they came in batches.
+    labels: Option<Tensor<1, Int>>,
     /// Ends with the number of bad labels, and the row of the first.
     status: Tensor<1, Int>,
     active: usize,
@@ -69,9 +72,10 @@ impl Judged {
             return Ok(());
         }
         let row = first as usize;
+        let labels = self.labels.as_ref().map(read).transpose()?;
         Err(Error::Label {
             row,
-            label: read(&self.labels)?.get(row).copied(),
+            label: labels.and_then(|labels| labels.get(row).copied()),
             active: self.active,
             rows: invalid as usize,
         })
@@ -94,7 +98,7 @@ impl<const D: usize> CrossEntropy<D> {
             lse: Tensor::from_dispatch(lse),
             predictions: Tensor::<2, Int>::from_dispatch(predictions).cast(int),
             labels: Judged {
-                labels,
+                labels: Some(labels),
                 status: Tensor::from_dispatch(status),
                 active,
             },
@@ -177,7 +181,7 @@ fn fused_loss<const D: usize>(
     options: &fused::Options,
 ) -> Result<CrossEntropy<D>, Error> {
     let [heads, rows, _] = embeddings.dims();
-    let active = head_operands(&embeddings, &weights, options.scale, options.active)?;
+    let active = product_operands(&embeddings, &weights, options.scale, options.active)?;
     unweighted(&options.loss, heads)?;
     row_labels(&labels, rows, &embeddings.device())?;
     let results = <Dispatch as ProtoheadOps>::protohead_fused(
@@ -230,7 +234,7 @@ pub fn cosine_logits(
     weights: Tensor<3>,
     options: &logits_op::Options,
 ) -> Result<Tensor<3>, Error> {
-    let active = head_operands(&embeddings, &weights, options.scale, options.active)?;
+    let active = product_operands(&embeddings, &weights, options.scale, options.active)?;
     let [heads, rows, _] = embeddings.dims();
     sized("logits", &[heads, rows, active])?;
     Ok(Tensor::from_dispatch(
@@ -280,62 +284,6 @@ pub fn reconstruction(
             second.into_dispatch(),
         ),
     ))
-}
-
-/// The result of [`class_means`].
-#[derive(Clone, Debug)]
-pub struct ClassMeans {
-    /// `[heads, classes, dim]`: the class weights with the means in place.
-    pub weights: Tensor<3>,
-    /// `[active]`: how many rows each class had.
-    pub counts: Tensor<1, Int>,
-    labels: Judged,
-}
-
-impl ClassMeans {
-    /// Waits, and says whether every label was a class or ignored; a row whose label was neither is left out.
-    ///
-    /// # Errors
-    /// [`Error::Label`] with the first row that was not, [`Error::Device`] if the device failed.
-    pub fn check(&self) -> Result<(), Error> {
-        self.labels.check()
-    }
-}
-
-/// The means of `embeddings [heads, rows, dim]` by class, over the first `active` rows of `weights [heads, classes, dim]`: see
-/// [`class_means`](crate::class_means). Not differentiable.
-///
-/// # Errors
-/// A typed [`Error`] if shapes, dtypes or devices do not fit.
-pub fn class_means(
-    embeddings: Tensor<3>,
-    weights: Tensor<3>,
-    labels: Tensor<1, Int>,
-    active: usize,
-    options: &means::Options,
-) -> Result<ClassMeans, Error> {
-    head_operands(&embeddings, &weights, 1.0, Some(active))?;
-    row_labels(&labels, embeddings.dims()[1], &embeddings.device())?;
-    let int = embeddings.device().settings().int_dtype;
-    let (weights, counts, status) = <Dispatch as ProtoheadOps>::protohead_class_means(
-        embeddings.into_dispatch(),
-        labels.clone().into_dispatch(),
-        weights.into_dispatch(),
-        active,
-        means::Options {
-            strategy: Strategy::Inferred,
-            ..options.clone()
-        },
-    );
-    Ok(ClassMeans {
-        weights: Tensor::from_dispatch(weights),
-        counts: Tensor::<1, Int>::from_dispatch(counts).cast(int),
-        labels: Judged {
-            labels,
-            status: Tensor::from_dispatch(status),
-            active,
-        },
-    })
 }
 
 /// Refuses devices that are not CubeCL's.
@@ -391,14 +339,27 @@ fn head_operands(
     sized("class weights", &weights.dims())?;
     let active = active_classes(embeddings.dims(), weights.dims(), scale, active)?;
     together("class weights", &weights.device(), &embeddings.device())?;
-    same_dtype(
-        float_dtype("class weights", weights)?,
-        float_dtype("embeddings", embeddings)?,
-    )?;
+    float_dtype("class weights", weights)?;
+    float_dtype("embeddings", embeddings)?;
     // No tile is longer than this on any side.
     let padded = |count: usize| count.next_multiple_of(128) as u128;
     let packed = heads as u128 * (padded(rows) + padded(active)) * padded(dim);
     addressable("the packed operands", packed)?;
+    Ok(active)
+}
+
+/// [`head_operands`] of a product, which takes both in one dtype.
+fn product_operands(
+    embeddings: &Tensor<3>,
+    weights: &Tensor<3>,
+    scale: f32,
+    active: Option<usize>,
+) -> Result<usize, Error> {
+    let active = head_operands(embeddings, weights, scale, active)?;
+    same_dtype(
+        float_dtype("class weights", weights)?,
+        float_dtype("embeddings", embeddings)?,
+    )?;
     Ok(active)
 }
 

@@ -5,11 +5,12 @@ use burn::backend::{Backend, ExtensionType, backend_extension};
 
 #[cfg(feature = "fusion")]
 use super::specs::{
-    class_means_spec, cross_entropy_grad_spec, cross_entropy_spec, fused_at_once_spec,
-    fused_grad_spec, fused_spec, logits_grad_spec, logits_spec, reconstruction_grad_spec,
-    reconstruction_spec, scaled_spec, total_grad_spec, total_spec,
+    class_means_spec, class_sums_spec, cross_entropy_grad_spec, cross_entropy_spec,
+    fused_at_once_spec, fused_grad_spec, fused_spec, logits_grad_spec, logits_spec,
+    reconstruction_grad_spec, reconstruction_spec, scaled_spec, total_grad_spec, total_spec,
 };
-use crate::{class_means, cosine_cross_entropy as fused, cosine_logits as logits, cross_entropy};
+use super::sums::State;
+use crate::{cosine_cross_entropy as fused, cosine_logits as logits, cross_entropy};
 
 /// A gradient that was asked for, or not.
 #[derive(ExtensionType)]
@@ -85,15 +86,23 @@ pub(super) trait ProtoheadOps: Backend {
         second: FloatTensor<Self>,
     ) -> FloatTensor<Self>;
 
+    /// Adds rows to class sums, which Burn does not see; their status, which orders the calls.
+    #[fusion(meta = class_sums_spec)]
+    #[allow(unused_variables)]
+    fn protohead_class_sums(
+        embeddings: FloatTensor<Self>,
+        labels: IntTensor<Self>,
+        status: IntTensor<Self>,
+        state: State,
+    ) -> IntTensor<Self>;
+
     /// Class weights with the means in place, counts, and status.
     #[fusion(meta = class_means_spec)]
     #[allow(unused_variables)]
     fn protohead_class_means(
-        embeddings: FloatTensor<Self>,
-        labels: IntTensor<Self>,
         weights: FloatTensor<Self>,
-        active: usize,
-        options: class_means::Options,
+        status: IntTensor<Self>,
+        state: State,
     ) -> (FloatTensor<Self>, IntTensor<Self>, IntTensor<Self>);
 }
 

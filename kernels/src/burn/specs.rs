@@ -4,9 +4,8 @@ use burn::backend::fusion::custom::TensorSpec;
 use burn::tensor::{DType, Shape};
 
 use super::ops::MaybeGradMetadata;
-use crate::{
-    Reduction, class_means, cosine_cross_entropy as fused, cosine_logits as logits, cross_entropy,
-};
+use super::sums::State;
+use crate::{Reduction, cosine_cross_entropy as fused, cosine_logits as logits, cross_entropy};
 
 pub(super) fn fused_spec(
     embeddings: &TensorSpec,
@@ -99,16 +98,23 @@ pub(super) fn reconstruction_spec(
     TensorSpec::new(Shape::new([1]), DType::F32)
 }
 
-pub(super) fn class_means_spec(
+pub(super) fn class_sums_spec(
     _embeddings: &TensorSpec,
     _labels: &TensorSpec,
+    _status: &TensorSpec,
+    _state: &State,
+) -> TensorSpec {
+    TensorSpec::new(Shape::new([2]), DType::U32)
+}
+
+pub(super) fn class_means_spec(
     weights: &TensorSpec,
-    active: &usize,
-    _options: &class_means::Options,
+    _status: &TensorSpec,
+    state: &State,
 ) -> (TensorSpec, TensorSpec, TensorSpec) {
     (
         weights.clone(),
-        TensorSpec::new(Shape::new([*active]), DType::U32),
+        TensorSpec::new(Shape::new([state.active]), DType::U32),
         TensorSpec::new(Shape::new([2]), DType::U32),
     )
 }

@@ -1,5 +1,6 @@
 //! The equivalence suite: every op, on every device this build and machine can reach, in every variant it runs,
-//! against the reference. `PROPTEST_CASES` raises the number of random problems.
+//! against the reference. `PROPTEST_CASES` raises the number of random problems. A failure prints the smallest that it found as
+//! `PROTOHEAD_PROBLEM='…'`: with that before its command, `cargo test` tries this problem alone.
 
 mod burn_tensors;
 mod class_means;

@@ -4,11 +4,14 @@ use cubecl::client::Client;
 use cubecl::std::tensor::TensorHandle;
 use proptest::prelude::ProptestConfig;
 use proptest::test_runner::{FileFailurePersistence, TestCaseError};
+use protohead_tests::problem::ONLY;
 
-/// `cases` random problems unless `PROPTEST_CASES` says otherwise.
+/// `cases` random problems unless `PROPTEST_CASES` says otherwise, or there is only one.
 pub(crate) fn config(cases: u32) -> ProptestConfig {
     let default = ProptestConfig::default();
-    let chosen = if std::env::var_os("PROPTEST_CASES").is_some() {
+    let chosen = if std::env::var_os(ONLY).is_some() {
+        1
+    } else if std::env::var_os("PROPTEST_CASES").is_some() {
         default.cases
     } else {
         cases

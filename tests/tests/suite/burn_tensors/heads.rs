@@ -2,9 +2,10 @@
 
 use burn::module::Module;
 use burn::store::ModuleRecord;
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
 use protohead::burn::{
-    CosineHeadsConfig, cosine_cross_entropy, cosine_cross_entropy_by_row, cross_entropy_by_row,
+    ClassMeans, ClassSums, CosineHeads, CosineHeadsConfig, cosine_cross_entropy,
+    cosine_cross_entropy_by_row, cross_entropy_by_row,
 };
 use protohead::{Error, LossOptions, Reduction, cosine_cross_entropy as fused, cross_entropy};
 use protohead_reference as reference;
@@ -81,6 +82,126 @@ fn the_module_gives_the_references_loss_gradients_and_prototypes() {
             sums.counts
         );
     }
+}
+
+/// The weights are what they would be rounded by hand; their gradient and the prototypes keep the weights' dtype.
+#[test]
+fn embeddings_of_another_dtype_round_the_weights() {
+    let device = Device::cpu().autodiff();
+    let rounded = |tensor: Tensor<3>| tensor.cast(FloatDType::BF16);
+    let module = heads(&device, &numbers(90, 2));
+    let mut by_hand = heads(&device, &numbers(90, 2));
+    by_hand.weight = by_hand.weight.map(|w| rounded(w).detach().require_grad());
+    let embeddings = rounded(tensor(&numbers(126, 1), [3, 7, 6], &device));
+
+    let run = |module: &CosineHeads| {
+        let logits = module.forward(embeddings.clone()).expect("valid");
+        let options = LossOptions::default();
+        let loss = module.loss(embeddings.clone(), labels(&device), &options);
+        let loss = loss.expect("valid");
+        let gradients = loss.total.backward();
+        let dw = module.weight.val().grad(&gradients).expect("tracked");
+        (read(logits), read(loss.total), dw)
+    };
+    let (logits, loss, dw) = run(&module);
+    let (logits_by_hand, loss_by_hand, dw_by_hand) = run(&by_hand);
+    assert_eq!(logits, logits_by_hand);
+    assert_eq!(loss, loss_by_hand);
+    assert_eq!(dw.dtype(), DType::F32);
+    assert_eq!(dw_by_hand.dtype(), DType::BF16);
+    assert_eq!(read(dw), read(dw_by_hand.cast(FloatDType::F32)));
+
+    let (replaced, _) = module
+        .replace_prototypes(embeddings, labels(&device), 4, &Default::default())
+        .expect("valid");
+    assert_eq!(replaced.weight.val().dtype(), DType::F32);
+}
+
+/// Batches that nobody waits for are summed in order, to the bits of all rows at once, and what was read between stays as it was.
+#[test]
+fn prototypes_over_batches_are_those_of_all_rows_at_once() {
+    for device in devices() {
+        let trained = heads(&device.autodiff(), &numbers(90, 2));
+        for module in [trained.valid(), trained] {
+            let device = module.weight.val().device();
+            let embeddings = tensor(&numbers(126, 1), [3, 7, 6], &device);
+            let options = Default::default();
+            let replaced = module.clone();
+            let (at_once, _) = replaced
+                .replace_prototypes(embeddings.clone(), labels(&device), 4, &options)
+                .expect("valid");
+            let mut sums = ClassSums::new(3, 4, 6, &options, &device).expect("valid");
+            let (untouched, nothing) = module.clone().replace_prototypes_by(&sums).expect("valid");
+            let mut between = None;
+            for (first, last) in [(0, 3), (3, 4), (4, 7)] {
+                let rows = embeddings.clone().slice([0..3, first..last, 0..6]);
+                sums.accumulate(rows, labels(&device).slice([first..last]))
+                    .expect("valid");
+                if first == 0 {
+                    between = Some(sums.means(module.weight.val()).expect("valid"));
+                }
+            }
+            let (over_batches, means) = module.clone().replace_prototypes_by(&sums).expect("valid");
+            means.check().expect("labels are valid");
+            let counts = |means: &ClassMeans| read_counts(means.counts.clone());
+            assert_eq!(read(over_batches.weight.val()), read(at_once.weight.val()));
+            assert_eq!(counts(&means), [2, 1, 2, 1]);
+            assert_eq!(counts(&between.expect("it was asked for")), [1, 1, 0, 1]);
+            assert_eq!(read(untouched.weight.val()), read(module.weight.val()));
+            assert_eq!(counts(&nothing), [0; 4]);
+        }
+    }
+}
+
+/// A bad label of any batch is told by the means, by its row in the batch.
+#[test]
+fn bad_labels_and_shapes_over_batches_are_told() {
+    let device = Device::cpu();
+    let module = heads(&device.clone().autodiff(), &numbers(90, 2)).valid();
+    let mut sums = ClassSums::new(3, 4, 6, &Default::default(), &device).expect("valid");
+    for values in [vec![0, 1, 2], vec![3, 9, -1], vec![0, 0, 7]] {
+        let values: Vec<i32> = values;
+        let labels: Tensor<1, Int> = Tensor::from_data(TensorData::new(values, [3]), &device);
+        let rows = tensor(&numbers(3 * 3 * 6, 1), [3, 3, 6], &device);
+        sums.accumulate(rows, labels).expect("shapes fit");
+    }
+    let means = sums.means(module.weight.val()).expect("shapes fit");
+    assert_eq!(
+        means.check(),
+        Err(Error::Label {
+            row: 1,
+            label: None,
+            active: 4,
+            rows: 3
+        })
+    );
+    assert_eq!(read_counts(means.counts), [3, 1, 1, 1]);
+
+    let three = |classes, dim| tensor(&numbers(3 * classes * dim, 1), [3, classes, dim], &device);
+    let labels = Tensor::from_data(TensorData::new(vec![0i32, 1, 2], [3]), &device);
+    for (rows, labels) in [
+        (three(3, 5), labels.clone()),
+        (three(4, 6), labels.clone()),
+        (tensor(&numbers(36, 1), [2, 3, 6], &device), labels),
+    ] {
+        let refused = sums.accumulate(rows, labels);
+        assert!(matches!(refused, Err(Error::Shape { .. })), "{refused:?}");
+    }
+    for weights in [three(3, 6), three(5, 5)] {
+        let refused = sums.means(weights).map(drop);
+        assert!(matches!(refused, Err(Error::Shape { .. })), "{refused:?}");
+    }
+    let nothing = ClassSums::new(3, 0, 6, &Default::default(), &device).map(drop);
+    assert!(matches!(nothing, Err(Error::Empty { .. })), "{nothing:?}");
+    let elsewhere = ClassSums::new(3, 4, 6, &Default::default(), &Device::flex()).map(drop);
+    assert!(
+        matches!(elsewhere, Err(Error::Place { .. })),
+        "{elsewhere:?}"
+    );
+}
+
+fn read_counts(counts: Tensor<1, Int>) -> Vec<u32> {
+    counts.try_into_vec_as::<u32>().expect("the device works")
 }
 
 #[test]

@@ -1,0 +1,195 @@
+//! Prototype averaging on Burn tensors: streamed over batches, or at once.
+
+use std::sync::{Arc, Mutex};
+
+use burn::backend::Dispatch;
+use burn::tensor::{Device, Int, Tensor};
+
+use super::ops::ProtoheadOps;
+use super::{Judged, cube_device, float_dtype, head_operands, row_labels, sized, together};
+use crate::{Error, Strategy, class_means as means};
+
+/// Sums of rows by class, over batches: [`class_means::ClassSums`](crate::class_means::ClassSums) on Burn tensors. Not [`Clone`], since
+/// a copy would share the buffers.
+///
+/// # Examples
+/// ```no_run
+/// use burn::tensor::{Device, Int, Tensor};
+/// use protohead::burn::{ClassSums, CosineHeads};
+///
+/// # fn prototypes(
+/// #     heads: CosineHeads,
+/// #     batches: Vec<(Tensor<3>, Tensor<1, Int>)>,
+/// #     device: &Device,
+/// # ) -> Result<CosineHeads, protohead::Error> {
+/// let mut sums = ClassSums::new(3, 20, 256, &Default::default(), device)?;
+/// for (embeddings, labels) in batches {
+///     sums.accumulate(embeddings, labels)?;
+/// }
+/// let (heads, means) = heads.replace_prototypes_by(&sums)?;
+/// means.check()?; // waits: were all labels of all batches classes?
+/// # Ok(heads) }
+/// ```
+#[derive(Debug)]
+pub struct ClassSums {
+    state: State,
+    /// What the last call gave, and the next asks for: Burn runs them in this order.
+    status: Tensor<1, Int>,
+}
+
+/// The sums themselves, which Burn does not see. The first call that reaches a device makes them.
+#[derive(Clone, Debug)]
+pub(super) struct State {
+    pub sums: Arc<Mutex<Option<means::ClassSums>>>,
+    pub heads: usize,
+    pub active: usize,
+    pub dim: usize,
+    pub options: means::Options,
+}
+
+impl ClassSums {
+    /// Sums of no rows yet, for `heads` × `active` × `dim` (H, K, D): labels are to be in `0..active`.
+    ///
+    /// # Errors
+    /// [`Error::Empty`] if a size is zero, [`Error::TooLarge`] if the sums pass 32-bit addresses, [`Error::Place`] if the device is not
+    /// CubeCL's.
+    pub fn new(
+        heads: usize,
+        active: usize,
+        dim: usize,
+        options: &means::Options,
+        device: &Device,
+    ) -> Result<Self, Error> {
+        cube_device(device)?;
+        sized("class sums", &[heads, active, dim])?;
+        Ok(Self {
+            state: State {
+                sums: Arc::default(),
+                heads,
+                active,
+                dim,
+                options: means::Options {
+                    strategy: Strategy::Inferred,
+                    ..options.clone()
+                },
+            },
+            status: Tensor::zeros([2], device),
+        })
+    }
+
+    /// Adds `embeddings [heads, rows, dim]` (f32, f16 or bf16) to the classes that `labels [rows]` name. A row whose label is no class
+    /// is left out, and [`ClassMeans::check`] tells.
+    ///
+    /// # Errors
+    /// A typed [`Error`] if shapes, dtypes or devices do not fit.
+    pub fn accumulate(
+        &mut self,
+        embeddings: Tensor<3>,
+        labels: Tensor<1, Int>,
+    ) -> Result<(), Error> {
+        let [heads, rows, dim] = embeddings.dims();
+        if [heads, dim] != [self.state.heads, self.state.dim] {
+            return Err(Error::Shape {
+                operand: "embeddings",
+                got: embeddings.dims().to_vec(),
+                expected: format!(
+                    "[{}, rows, {}], like the sums",
+                    self.state.heads, self.state.dim
+                ),
+            });
+        }
+        sized("embeddings", &embeddings.dims())?;
+        float_dtype("embeddings", &embeddings)?;
+        let device = self.status.device();
+        together("embeddings", &embeddings.device(), &device)?;
+        row_labels(&labels, rows, &device)?;
+        let status = <Dispatch as ProtoheadOps>::protohead_class_sums(
+            embeddings.into_dispatch(),
+            labels.into_dispatch(),
+            self.status.clone().into_dispatch(),
+            self.state.clone(),
+        );
+        self.status = Tensor::from_dispatch(status);
+        Ok(())
+    }
+
+    /// `weights [heads, classes, dim]` with the means so far in place of the first `active` rows. A class without rows keeps its old row.
+    /// Not differentiable.
+    ///
+    /// # Errors
+    /// A typed [`Error`] if shapes, dtypes or devices do not fit.
+    pub fn means(&self, weights: Tensor<3>) -> Result<ClassMeans, Error> {
+        let State {
+            heads, active, dim, ..
+        } = self.state;
+        let [_, classes, _] = weights.dims();
+        if weights.dims() != [heads, classes, dim] || classes < active {
+            return Err(Error::Shape {
+                operand: "class weights",
+                got: weights.dims().to_vec(),
+                expected: format!("[{heads}, at least {active}, {dim}]"),
+            });
+        }
+        sized("class weights", &weights.dims())?;
+        float_dtype("class weights", &weights)?;
+        let device = self.status.device();
+        together("class weights", &weights.device(), &device)?;
+        let (weights, counts, status) = <Dispatch as ProtoheadOps>::protohead_class_means(
+            weights.into_dispatch(),
+            self.status.clone().into_dispatch(),
+            self.state.clone(),
+        );
+        Ok(ClassMeans {
+            weights: Tensor::from_dispatch(weights),
+            counts: Tensor::<1, Int>::from_dispatch(counts).cast(device.settings().int_dtype),
+            labels: Judged {
+                labels: None,
+                status: Tensor::from_dispatch(status),
+                active,
+            },
+        })
+    }
+}
+
+/// The result of [`class_means`] and [`ClassSums::means`].
+#[derive(Clone, Debug)]
+pub struct ClassMeans {
+    /// `[heads, classes, dim]`: the class weights with the means in place.
+    pub weights: Tensor<3>,
+    /// `[active]`: how many rows each class had.
+    pub counts: Tensor<1, Int>,
+    labels: Judged,
+}
+
+impl ClassMeans {
+    /// Waits, and says whether every label was a class or ignored; a row whose label was neither is left out.
+    ///
+    /// # Errors
+    /// [`Error::Label`] with the first row that was not (in its batch, and without its label, if there were several);
+    /// [`Error::Device`] if the device failed.
+    pub fn check(&self) -> Result<(), Error> {
+        self.labels.check()
+    }
+}
+
+/// The means of `embeddings [heads, rows, dim]` by class, over the first `active` rows of `weights [heads, classes, dim]`: see
+/// [`class_means`](crate::class_means). Not differentiable. Embeddings and weights may differ in dtype. For rows in batches there is
+/// [`ClassSums`].
+///
+/// # Errors
+/// A typed [`Error`] if shapes, dtypes or devices do not fit.
+pub fn class_means(
+    embeddings: Tensor<3>,
+    weights: Tensor<3>,
+    labels: Tensor<1, Int>,
+    active: usize,
+    options: &means::Options,
+) -> Result<ClassMeans, Error> {
+    head_operands(&embeddings, &weights, 1.0, Some(active))?;
+    let [heads, _, dim] = embeddings.dims();
+    let mut sums = ClassSums::new(heads, active, dim, options, &embeddings.device())?;
+    sums.accumulate(embeddings, labels.clone())?;
+    let mut means = sums.means(weights)?;
+    means.labels.labels = Some(labels);
+    Ok(means)
+}

@@ -13,4 +13,5 @@ mod metamorphic;
 mod nvidia;
 mod reconstruction;
 mod support;
+mod tf32;
 mod threads;

@@ -1,6 +1,6 @@
 """Where a step on the CPU spends its time: samples of `serve`, by what the loop that they fall in does.
 
-    python3 benches/peers/profile.py target/release/serve cosine_cross_entropy/mid/protohead [more cases]
+    python3 benches/peers/cpu_profile.py target/release/serve cosine_cross_entropy/mid/protohead [more cases]
 
 Needs Linux' perf and binutils' objdump, and may need `sysctl kernel.perf_event_paranoid=1`. Kernels are compiled while the program
 runs and have no names, so their machine code is read from its memory, cut into the smallest loops, and each is named by its
@@ -129,4 +129,5 @@ def main():
         print(f"| {case} | {one / 1e6:.3g} ms | {total} | {where} |", flush=True)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -16,32 +16,6 @@ fail() {
   exit 1
 }
 
-# The archive that CubeCL's build script would download, to where it would put it: here there is another way if that fails.
-download_llvm() {
-  local arch=x64 url sum
-  [ "$(uname -m)" = aarch64 ] && arch=AArch64
-  url="https://github.com/tracel-ai/tracel-llvm/releases/download/v$llvm_version/linux-$arch"
-  for tool in curl xz sha256sum; do
-    command -v "$tool" >/dev/null || return 1
-  done
-  mkdir -p "${llvm_dir%/*}"
-  download=$(mktemp -d "${llvm_dir%/*}/download.XXXXXX")
-  trap 'rm -rf "$download"' EXIT
-  curl --silent --fail --location --connect-timeout 10 --output "$download/checksums.json" "$url.checksums.json" || return 1
-  sum=$(sed -nE 's/.*"archive_sha256": *"([0-9a-f]{64})".*/\1/p' "$download/checksums.json")
-  echo "setup: downloading LLVM from GitHub into $llvm_dir"
-  if curl --fail --location --progress-bar --output "$download/llvm.tar.xz" "$url.tar.xz" &&
-    echo "$sum  $download/llvm.tar.xz" | sha256sum --check --quiet - &&
-    tar -xJf "$download/llvm.tar.xz" -C "$download" &&
-    touch "$download/${llvm_dir##*/}/.tracel-llvm-installed"; then
-    rm -rf "$llvm_dir"
-    mv "$download/${llvm_dir##*/}" "$llvm_dir"
-  else
-    echo "setup: that failed, trying Debian's" >&2
-    return 1
-  fi
-}
-
 apt_install() {
   command -v apt-get >/dev/null || return 1
   local sudo=()
@@ -52,6 +26,31 @@ apt_install() {
   echo "setup: installing with apt-get: $*"
   "${sudo[@]}" apt-get update -qq
   "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
+}
+
+# The archive that CubeCL's build script would download, to where it would put it: here there is another way if that fails.
+download_llvm() {
+  local arch=x64 url sum tool
+  [ "$(uname -m)" = aarch64 ] && arch=AArch64
+  url="https://github.com/tracel-ai/tracel-llvm/releases/download/v$llvm_version/linux-$arch"
+  for tool in curl xz sha256sum; do
+    command -v "$tool" >/dev/null || apt_install ca-certificates coreutils curl xz-utils || return 1
+  done
+  mkdir -p "${llvm_dir%/*}" && download=$(mktemp -d "${llvm_dir%/*}/download.XXXXXX") || return 1
+  trap 'rm -rf "$download"' EXIT
+  curl --silent --fail --location --connect-timeout 10 --max-time 30 --output "$download/checksums.json" "$url.checksums.json" &&
+    sum=$(grep -oE '"archive_sha256": *"[0-9a-f]{64}"' "$download/checksums.json" | grep -oE '[0-9a-f]{64}') || return 1
+  echo "setup: downloading LLVM from GitHub into $llvm_dir"
+  if curl --fail --location --progress-bar --connect-timeout 10 --retry 3 --speed-limit 10000 --speed-time 60 \
+    --output "$download/llvm.tar.xz" "$url.tar.xz" &&
+    echo "$sum  $download/llvm.tar.xz" | sha256sum --check --status - &&
+    tar --no-same-owner -xJf "$download/llvm.tar.xz" -C "$download" &&
+    touch "$download/${llvm_dir##*/}/.tracel-llvm-installed"; then
+    rm -rf "$llvm_dir" && mv "$download/${llvm_dir##*/}" "$llvm_dir"
+  else
+    echo "setup: that failed, trying Debian's" >&2
+    return 1
+  fi
 }
 
 command -v cargo >/dev/null || fail "Rust is missing: install Rust 1.95 or newer with rustup, then run this again"
@@ -65,7 +64,7 @@ if [ "$(uname -s)" = Linux ] && [ ! -e "$llvm_dir/.tracel-llvm-installed" ]; the
   if ! download_llvm; then
     if [ ! -x "$debian_llvm/bin/llvm-config" ] || [ ! -e /usr/share/doc/libpolly-22-dev ]; then
       apt_install llvm-22-dev libpolly-22-dev libzstd-dev libz3-dev zlib1g-dev libxml2-dev ||
-        fail "no LLVM: neither GitHub nor apt-get (as root or with sudo) could provide it, so nothing can be built here"
+        fail "no LLVM: neither GitHub (with curl and xz) nor apt-get (as root or with sudo) could provide it, so nothing can be built here"
     fi
     echo "setup: using Debian's LLVM 22 for CubeCL, through $llvm_dir"
     mkdir -p "$llvm_dir/bin"

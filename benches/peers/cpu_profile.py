@@ -2,7 +2,7 @@
 
     python3 benches/peers/cpu_profile.py target/release/serve cosine_cross_entropy/mid/protohead [more cases]
 
-Needs Linux' perf and binutils' objdump, and may need `sysctl kernel.perf_event_paranoid=1`. Kernels are compiled while the program
+Needs Linux on x86-64, its perf and binutils' objdump, and may need `sysctl kernel.perf_event_paranoid=1`. Kernels are compiled while the program
 runs and have no names, so their machine code is read from its memory, cut into the smallest loops, and each is named by its
 instructions.
 """
@@ -76,7 +76,10 @@ def profile(serve, case, folder):
     def ask(line):
         process.stdin.write(line + "\n")
         process.stdin.flush()
-        return int(process.stdout.readline().split()[0])
+        answer = process.stdout.readline().split()
+        if not answer:
+            sys.exit(f"serve ended with {process.wait()} at {line}")
+        return int(answer[0])
 
     one = min(ask(f"{case} 4") for _ in range(4)) / 4
     data = f"{folder}/perf"
@@ -85,6 +88,8 @@ def profile(serve, case, folder):
     )
     while perf.poll() is None:
         ask(f"{case} {max(1, int(2e8 / one))}")
+    if perf.returncode:
+        sys.exit("perf could not record")
     jit = code(process.pid)
     process.stdin.close()
     process.wait()
@@ -94,7 +99,7 @@ def profile(serve, case, folder):
     for line in subprocess.run(script, check=True, capture_output=True, text=True).stdout.splitlines():
         address, _, place = line.strip().partition(" ")
         place = place.strip(" ()")
-        if "kernel" in place:
+        if "[kernel" in place or "[guest.kernel" in place:
             elsewhere["operating system"] += 1
         elif "/serve" in place or "/lib" in place or "vdso" in place:
             elsewhere["host program"] += 1
@@ -104,6 +109,8 @@ def profile(serve, case, folder):
         here = {address: count for address, count in samples.items() if start <= address < start + len(bytes_)}
         if not here:
             continue
+        for address in here:
+            del samples[address]
         listing = list(instructions(start, bytes_, folder))
         spans = loops(listing)
         names = {}
@@ -115,6 +122,7 @@ def profile(serve, case, folder):
             if span not in names:
                 names[span] = kind([name for at, name, _ in listing if span[0] <= at <= span[1]])
             elsewhere[names[span]] += count
+    elsewhere["code that is gone"] += sum(samples.values())
     return one, elsewhere
 
 

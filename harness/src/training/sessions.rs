@@ -76,7 +76,7 @@ pub(crate) fn replace_prototypes(
         let embedded = embeddings(&evaluated, dataset, &dataset.train, rows, devices);
         sums.accumulate(embedded, labels(&dataset.train, rows, &device))?;
     }
-    let (heads, means) = evaluated.heads.replace_prototypes_by(&sums)?;
+    let (heads, means) = evaluated.heads.replace_prototypes_by(&mut sums)?;
     means.check()?;
     Ok(Network {
         encoder: evaluated.encoder,

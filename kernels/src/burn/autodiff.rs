@@ -396,9 +396,15 @@ impl<B: Backend + ProtoheadOps + ProtoheadGradOps, C: CheckpointStrategy> Protoh
         weights: FloatTensor<Self>,
         status: IntTensor<Self>,
         state: State,
-    ) -> (FloatTensor<Self>, IntTensor<Self>, IntTensor<Self>) {
-        let (means, counts, status) =
+    ) -> (
+        FloatTensor<Self>,
+        IntTensor<Self>,
+        IntTensor<Self>,
+        IntTensor<Self>,
+    ) {
+        let (means, counts, status, next) =
             B::protohead_class_means(weights.into_primitive(), status, state);
-        (<Self as AutodiffBackend>::from_inner(means), counts, status)
+        let means = <Self as AutodiffBackend>::from_inner(means);
+        (means, counts, status, next)
     }
 }

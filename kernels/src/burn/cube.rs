@@ -200,16 +200,22 @@ impl ProtoheadOps for CubeBackend {
         weights: FloatTensor<Self>,
         _status: IntTensor<Self>,
         state: State,
-    ) -> (FloatTensor<Self>, IntTensor<Self>, IntTensor<Self>) {
+    ) -> (
+        FloatTensor<Self>,
+        IntTensor<Self>,
+        IntTensor<Self>,
+        IntTensor<Self>,
+    ) {
         let old = operand(weights.clone());
         with_sums(&weights.client, &state, |sums| {
             let means = checked(sums.write_means(&weights.client, &old));
-            // Copies of what later batches change.
-            let now = |handle: &TensorHandle| tensor(&weights, handle.clone(), DType::U32).copy();
+            let shared = |handle: &TensorHandle| tensor(&weights, handle.clone(), DType::U32);
             (
                 tensor(&weights, means, weights.dtype),
-                now(sums.counts()),
-                now(sums.status()),
+                // Copies of what later batches change.
+                shared(sums.counts()).copy(),
+                shared(sums.status()).copy(),
+                shared(sums.status()),
             )
         })
     }

@@ -2,7 +2,7 @@
 
 use burn::config::Config;
 use burn::module::{Initializer, Module, Param};
-use burn::tensor::{Device, FloatDType, Int, Tensor};
+use burn::tensor::{DType, Device, FloatDType, Int, Tensor};
 
 use super::{ClassMeans, ClassSums, class_means, cosine_cross_entropy, cosine_logits, total};
 use crate::{
@@ -139,11 +139,14 @@ impl CosineHeads {
 
     fn weights_for(&self, embeddings: &Tensor<3>) -> Tensor<3> {
         let weights = self.weight.val();
-        match embeddings.dtype() {
-            dtype if dtype.is_float() && dtype != weights.dtype() => {
-                weights.cast(FloatDType::from(dtype))
-            }
-            _ => weights, // the ops refuse what they cannot take
+        let dtype = embeddings.dtype();
+        // The ops refuse what they cannot take.
+        let taken = matches!(dtype, DType::F32 | DType::F16 | DType::BF16)
+            && weights.device() == embeddings.device();
+        if taken && dtype != weights.dtype() {
+            weights.cast(FloatDType::from(dtype))
+        } else {
+            weights
         }
     }
 
@@ -200,7 +203,7 @@ impl CosineHeads {
     ///
     /// # Errors
     /// A typed [`Error`] if the sums do not fit.
-    pub fn replace_prototypes_by(self, sums: &ClassSums) -> Result<(Self, ClassMeans), Error> {
+    pub fn replace_prototypes_by(self, sums: &mut ClassSums) -> Result<(Self, ClassMeans), Error> {
         let replacement = sums.means(self.weight.val().detach())?;
         Ok((self.replaced_by(&replacement), replacement))
     }

@@ -339,8 +339,8 @@ fn head_operands(
     sized("class weights", &weights.dims())?;
     let active = active_classes(embeddings.dims(), weights.dims(), scale, active)?;
     together("class weights", &weights.device(), &embeddings.device())?;
-    float_dtype("class weights", weights)?;
     float_dtype("embeddings", embeddings)?;
+    float_dtype("class weights", weights)?;
     // No tile is longer than this on any side.
     let padded = |count: usize| count.next_multiple_of(128) as u128;
     let packed = heads as u128 * (padded(rows) + padded(active)) * padded(dim);

@@ -96,14 +96,19 @@ pub(super) trait ProtoheadOps: Backend {
         state: State,
     ) -> IntTensor<Self>;
 
-    /// Class weights with the means in place, counts, and status.
+    /// Class weights with the means in place, counts, status, and the status that orders the calls.
     #[fusion(meta = class_means_spec)]
-    #[allow(unused_variables)]
+    #[allow(unused_variables, clippy::type_complexity)] // one per result
     fn protohead_class_means(
         weights: FloatTensor<Self>,
         status: IntTensor<Self>,
         state: State,
-    ) -> (FloatTensor<Self>, IntTensor<Self>, IntTensor<Self>);
+    ) -> (
+        FloatTensor<Self>,
+        IntTensor<Self>,
+        IntTensor<Self>,
+        IntTensor<Self>,
+    );
 }
 
 /// What the autodiff backend asks of the one that it wraps.

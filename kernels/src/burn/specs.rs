@@ -111,11 +111,13 @@ pub(super) fn class_means_spec(
     weights: &TensorSpec,
     _status: &TensorSpec,
     state: &State,
-) -> (TensorSpec, TensorSpec, TensorSpec) {
+) -> (TensorSpec, TensorSpec, TensorSpec, TensorSpec) {
+    let status = || TensorSpec::new(Shape::new([2]), DType::U32);
     (
         weights.clone(),
         TensorSpec::new(Shape::new([state.active]), DType::U32),
-        TensorSpec::new(Shape::new([2]), DType::U32),
+        status(),
+        status(),
     )
 }
 

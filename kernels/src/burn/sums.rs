@@ -10,7 +10,7 @@ use super::{Judged, cube_device, float_dtype, head_operands, row_labels, sized, 
 use crate::{Error, Strategy, class_means as means};
 
 /// Sums of rows by class, over batches: [`class_means::ClassSums`](crate::class_means::ClassSums) on Burn tensors. Not [`Clone`], since
-/// a copy would share the buffers.
+/// a copy would share the buffers. To be used from one thread, since CubeCL orders what one thread does.
 ///
 /// # Examples
 /// ```no_run
@@ -26,7 +26,7 @@ use crate::{Error, Strategy, class_means as means};
 /// for (embeddings, labels) in batches {
 ///     sums.accumulate(embeddings, labels)?;
 /// }
-/// let (heads, means) = heads.replace_prototypes_by(&sums)?;
+/// let (heads, means) = heads.replace_prototypes_by(&mut sums)?;
 /// means.check()?; // waits: were all labels of all batches classes?
 /// # Ok(heads) }
 /// ```
@@ -73,7 +73,8 @@ impl ClassSums {
                     ..options.clone()
                 },
             },
-            status: Tensor::zeros([2], device),
+            // Without autodiff, whatever the device: the means follow the weights.
+            status: Tensor::zeros([2], &device.clone().without_autodiff()),
         })
     }
 
@@ -104,8 +105,8 @@ impl ClassSums {
         together("embeddings", &embeddings.device(), &device)?;
         row_labels(&labels, rows, &device)?;
         let status = <Dispatch as ProtoheadOps>::protohead_class_sums(
-            embeddings.into_dispatch(),
-            labels.into_dispatch(),
+            embeddings.without_autodiff().into_dispatch(),
+            labels.without_autodiff().into_dispatch(),
             self.status.clone().into_dispatch(),
             self.state.clone(),
         );
@@ -118,7 +119,7 @@ impl ClassSums {
     ///
     /// # Errors
     /// A typed [`Error`] if shapes, dtypes or devices do not fit.
-    pub fn means(&self, weights: Tensor<3>) -> Result<ClassMeans, Error> {
+    pub fn means(&mut self, weights: Tensor<3>) -> Result<ClassMeans, Error> {
         let State {
             heads, active, dim, ..
         } = self.state;
@@ -134,11 +135,12 @@ impl ClassSums {
         float_dtype("class weights", &weights)?;
         let device = self.status.device();
         together("class weights", &weights.device(), &device)?;
-        let (weights, counts, status) = <Dispatch as ProtoheadOps>::protohead_class_means(
+        let (weights, counts, status, next) = <Dispatch as ProtoheadOps>::protohead_class_means(
             weights.into_dispatch(),
             self.status.clone().into_dispatch(),
             self.state.clone(),
         );
+        self.status = Tensor::<1, Int>::from_dispatch(next).without_autodiff();
         Ok(ClassMeans {
             weights: Tensor::from_dispatch(weights),
             counts: Tensor::<1, Int>::from_dispatch(counts).cast(device.settings().int_dtype),
@@ -165,7 +167,7 @@ impl ClassMeans {
     /// Waits, and says whether every label was a class or ignored; a row whose label was neither is left out.
     ///
     /// # Errors
-    /// [`Error::Label`] with the first row that was not (in its batch, and without its label, if there were several);
+    /// [`Error::Label`] with the first row that was not: of [`ClassSums`] the row in its batch, without the label;
     /// [`Error::Device`] if the device failed.
     pub fn check(&self) -> Result<(), Error> {
         self.labels.check()

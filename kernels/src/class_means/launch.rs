@@ -37,7 +37,8 @@ impl Default for Options {
     }
 }
 
-/// Sums and counts of rows by class, on the device. Not [`Clone`], since a copy would share the buffers.
+/// Sums and counts of rows by class, on the device. Not [`Clone`], since a copy would share the buffers. To be used from one thread,
+/// since CubeCL orders what one thread does.
 ///
 /// # Examples
 /// ```no_run
@@ -323,17 +324,6 @@ pub(super) struct AccumulateCall<'a> {
     pub embeddings: &'a Strided, // [heads, rows, dim]
     pub labels: &'a Labels,
     pub sums: &'a ClassSums,
-}
-
-impl AccumulateCall<'_> {
-    /// Norms that are kept beside sorted rows: one a row, where rows are normalized; a single element otherwise.
-    pub(super) fn norms(&self) -> usize {
-        let [heads, rows, _] = self.embeddings.dims3();
-        match self.sums.options.normalize {
-            true => heads * rows,
-            false => 1,
-        }
-    }
 }
 
 #[cube(launch_unchecked)]

@@ -9,7 +9,8 @@ use protohead_tests::problem::ONLY;
 /// `cases` random problems unless `PROPTEST_CASES` says otherwise, or there is only one.
 pub(crate) fn config(cases: u32) -> ProptestConfig {
     let default = ProptestConfig::default();
-    let chosen = if std::env::var_os(ONLY).is_some() {
+    let only = std::env::var_os(ONLY).is_some();
+    let chosen = if only {
         1
     } else if std::env::var_os("PROPTEST_CASES").is_some() {
         default.cases
@@ -18,10 +19,14 @@ pub(crate) fn config(cases: u32) -> ProptestConfig {
     };
     ProptestConfig {
         cases: chosen,
-        failure_persistence: Some(Box::new(FileFailurePersistence::Direct(concat!(
-            env!("CARGO_MANIFEST_DIR"),
-            "/regressions.txt"
-        )))),
+        // A seed would not lead to the only problem again.
+        failure_persistence: match only {
+            true => None,
+            false => Some(Box::new(FileFailurePersistence::Direct(concat!(
+                env!("CARGO_MANIFEST_DIR"),
+                "/regressions.txt"
+            )))),
+        },
         max_shrink_iters: 400,
         ..default
     }

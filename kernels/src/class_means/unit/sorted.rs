@@ -1,10 +1,12 @@
-//! Rows are first sorted by class, stably, then each unit sums the rows of its classes: every embedding comes from memory once,
-//! every sum is touched once, whatever the number of classes is.
+//! Rows are first sorted by class, stably, then each unit sums the rows of its classes: every embedding comes from memory once, every
+//! sum stays in the cache while its class is summed, whatever the number of classes is. A class is summed by one unit, so one that has
+//! most of the rows leaves the others without work.
 //!
 //! A few rows of a class at a time are read twice, first for their norms, which only load and multiply: that brings them to the cache
 //! as fast as memory can; so it is done even where nobody asks for norms.
 //!
-//! Bytes: `4·H·(N + 2K)·D` for f32 (embeddings, sums and carries), and 4·(2N + K) for targets and order.
+//! Bytes: `4·H·(N + 2K)·D` for f32 (embeddings, sums and carries; these are read besides, if there were batches before), and
+//! 4·(2N + K) for targets and order.
 
 use cubecl::prelude::*;
 

@@ -87,17 +87,29 @@ fn the_module_gives_the_references_loss_gradients_and_prototypes() {
 /// The weights are what they would be rounded by hand; their gradient and the prototypes keep the weights' dtype.
 #[test]
 fn embeddings_of_another_dtype_round_the_weights() {
-    let device = Device::cpu().autodiff();
-    let rounded = |tensor: Tensor<3>| tensor.cast(FloatDType::BF16);
-    let module = heads(&device, &numbers(90, 2));
-    let mut by_hand = heads(&device, &numbers(90, 2));
+    for device in devices() {
+        for (dtype, float) in [
+            (DType::F16, FloatDType::F16),
+            (DType::BF16, FloatDType::BF16),
+        ] {
+            if device.supports_dtype(dtype) {
+                weights_are_rounded(&device.clone().autodiff(), dtype, float);
+            }
+        }
+    }
+}
+
+fn weights_are_rounded(device: &Device, dtype: DType, float: FloatDType) {
+    let rounded = |tensor: Tensor<3>| tensor.cast(float);
+    let module = heads(device, &numbers(90, 2));
+    let mut by_hand = heads(device, &numbers(90, 2));
     by_hand.weight = by_hand.weight.map(|w| rounded(w).detach().require_grad());
-    let embeddings = rounded(tensor(&numbers(126, 1), [3, 7, 6], &device));
+    let embeddings = rounded(tensor(&numbers(126, 1), [3, 7, 6], device));
 
     let run = |module: &CosineHeads| {
         let logits = module.forward(embeddings.clone()).expect("valid");
         let options = LossOptions::default();
-        let loss = module.loss(embeddings.clone(), labels(&device), &options);
+        let loss = module.loss(embeddings.clone(), labels(device), &options);
         let loss = loss.expect("valid");
         let gradients = loss.total.backward();
         let dw = module.weight.val().grad(&gradients).expect("tracked");
@@ -108,20 +120,25 @@ fn embeddings_of_another_dtype_round_the_weights() {
     assert_eq!(logits, logits_by_hand);
     assert_eq!(loss, loss_by_hand);
     assert_eq!(dw.dtype(), DType::F32);
-    assert_eq!(dw_by_hand.dtype(), DType::BF16);
+    assert_eq!(dw_by_hand.dtype(), dtype);
     assert_eq!(read(dw), read(dw_by_hand.cast(FloatDType::F32)));
 
-    let (replaced, _) = module
-        .replace_prototypes(embeddings, labels(&device), 4, &Default::default())
-        .expect("valid");
-    assert_eq!(replaced.weight.val().dtype(), DType::F32);
+    let prototypes = |embeddings: Tensor<3>| {
+        let module = heads(device, &numbers(90, 2));
+        let replaced =
+            module.replace_prototypes(embeddings, labels(device), 4, &Default::default());
+        replaced.expect("valid").0.weight.val()
+    };
+    let wide = embeddings.clone().cast(FloatDType::F32);
+    assert_eq!(prototypes(embeddings.clone()).dtype(), DType::F32);
+    assert_eq!(read(prototypes(embeddings)), read(prototypes(wide)));
 }
 
 /// Batches that nobody waits for are summed in order, to the bits of all rows at once, and what was read between stays as it was.
 #[test]
 fn prototypes_over_batches_are_those_of_all_rows_at_once() {
     for device in devices() {
-        let trained = heads(&device.autodiff(), &numbers(90, 2));
+        let trained = heads(&device.clone().autodiff(), &numbers(90, 2));
         for module in [trained.valid(), trained] {
             let device = module.weight.val().device();
             let embeddings = tensor(&numbers(126, 1), [3, 7, 6], &device);
@@ -131,17 +148,25 @@ fn prototypes_over_batches_are_those_of_all_rows_at_once() {
                 .replace_prototypes(embeddings.clone(), labels(&device), 4, &options)
                 .expect("valid");
             let mut sums = ClassSums::new(3, 4, 6, &options, &device).expect("valid");
-            let (untouched, nothing) = module.clone().replace_prototypes_by(&sums).expect("valid");
+            let (untouched, nothing) = module
+                .clone()
+                .replace_prototypes_by(&mut sums)
+                .expect("valid");
             let mut between = None;
             for (first, last) in [(0, 3), (3, 4), (4, 7)] {
-                let rows = embeddings.clone().slice([0..3, first..last, 0..6]);
-                sums.accumulate(rows, labels(&device).slice([first..last]))
-                    .expect("valid");
+                // Halved and doubled, so that Burn has something of its own to put between.
+                let rows = embeddings.clone().slice([0..3, first..last, 0..6]) * 0.5;
+                let few = labels(&device).slice(first..last);
+                sums.accumulate(rows * 2.0, few).expect("valid");
                 if first == 0 {
-                    between = Some(sums.means(module.weight.val()).expect("valid"));
+                    let weights = module.weight.val() * 0.5;
+                    between = Some(sums.means(weights * 2.0).expect("valid"));
                 }
             }
-            let (over_batches, means) = module.clone().replace_prototypes_by(&sums).expect("valid");
+            let (over_batches, means) = module
+                .clone()
+                .replace_prototypes_by(&mut sums)
+                .expect("valid");
             means.check().expect("labels are valid");
             let counts = |means: &ClassMeans| read_counts(means.counts.clone());
             assert_eq!(read(over_batches.weight.val()), read(at_once.weight.val()));
@@ -149,6 +174,21 @@ fn prototypes_over_batches_are_those_of_all_rows_at_once() {
             assert_eq!(counts(&between.expect("it was asked for")), [1, 1, 0, 1]);
             assert_eq!(read(untouched.weight.val()), read(module.weight.val()));
             assert_eq!(counts(&nothing), [0; 4]);
+        }
+        // Sums of a device with autodiff, prototypes of a module without, and the other way round.
+        let trained = heads(&device.clone().autodiff(), &numbers(90, 2));
+        let embeddings = tensor(&numbers(126, 1), [3, 7, 6], &device);
+        for (module, device) in [
+            (trained.valid(), device.clone().autodiff()),
+            (trained, device.clone()),
+        ] {
+            let trained = module.weight.val().is_require_grad();
+            let mut sums = ClassSums::new(3, 4, 6, &Default::default(), &device).expect("valid");
+            sums.accumulate(embeddings.clone(), labels(&device))
+                .expect("valid");
+            let (replaced, _) = module.replace_prototypes_by(&mut sums).expect("valid");
+            assert_eq!(replaced.weight.val().is_require_grad(), trained);
+            assert_eq!(replaced.weight.val().device().is_autodiff(), trained);
         }
     }
 }

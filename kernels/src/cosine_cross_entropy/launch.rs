@@ -80,10 +80,10 @@ impl Default for Options {
 /// ```
 pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<LossOutput, Error> {
     let call = Call::new(client, inputs, options)?;
-    Ok(match call.blueprint.product {
-        Some(tile) => call.gpu_forward(tile),
-        None if call.blueprint.variant == Variant::Small => call.small(None).0,
-        None => call.unit_forward()?,
+    Ok(match call.kernels {
+        Kernels::Tiled(tile) => call.gpu_forward(tile),
+        Kernels::Small => call.small(None).0,
+        Kernels::Unit => call.unit_forward()?,
     })
 }
 
@@ -121,10 +121,10 @@ pub(crate) fn backward_from(
     if !wanted.any() {
         return Ok(Gradients::default());
     }
-    Ok(match call.blueprint.product {
-        Some(tile) => call.gpu_backward(tile, saved, &arriving, wanted),
-        None if call.blueprint.variant == Variant::Small => call.small(Some((&arriving, wanted))).1,
-        None => call.unit_backward(saved, &arriving, wanted)?,
+    Ok(match call.kernels {
+        Kernels::Tiled(tile) => call.gpu_backward(tile, saved, &arriving, wanted),
+        Kernels::Small => call.small(Some((&arriving, wanted))).1,
+        Kernels::Unit => call.unit_backward(saved, &arriving, wanted)?,
     })
 }
 
@@ -148,10 +148,19 @@ pub fn forward_backward(
     call.forward_backward(&arriving, wanted)
 }
 
+/// Which of the folders beside has the kernels.
+#[derive(Clone, Copy)]
+enum Kernels {
+    Unit,
+    Tiled(Tile),
+    Small,
+}
+
 /// A call whose operands are proved.
 pub(super) struct Call<'a> {
     pub client: &'a Client,
     pub options: &'a Options,
+    kernels: Kernels,
     pub blueprint: Blueprint,
     pub problem: CosineProblem,
     pub labels: Labels,
@@ -204,9 +213,15 @@ impl<'a> Call<'a> {
                 blueprint = small;
             }
         }
+        let kernels = match (blueprint.product, blueprint.variant) {
+            (Some(tile), _) => Kernels::Tiled(tile),
+            (None, Variant::Small) => Kernels::Small,
+            (None, _) => Kernels::Unit,
+        };
         Ok(Self {
             client,
             options,
+            kernels,
             blueprint: blueprint.for_work(problem.operations()),
             problem,
             labels,
@@ -267,16 +282,14 @@ impl<'a> Call<'a> {
         arriving: &Arriving,
         wanted: Wanted,
     ) -> Result<(LossOutput, Gradients), Error> {
-        Ok(match self.blueprint.product {
-            Some(tile) => {
+        Ok(match self.kernels {
+            Kernels::Tiled(tile) => {
                 let output = self.gpu_forward(tile);
                 let gradients = self.gpu_backward(tile, &output.saved(), arriving, wanted);
                 (output, gradients)
             }
-            None if self.blueprint.variant == Variant::Small => {
-                self.small(Some((arriving, wanted)))
-            }
-            None => {
+            Kernels::Small => self.small(Some((arriving, wanted))),
+            Kernels::Unit => {
                 if let Some(both) = self.unit_forward_backward(arriving, wanted)? {
                     return Ok(both);
                 }

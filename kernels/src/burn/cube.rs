@@ -6,6 +6,7 @@ use burn::tensor::DType;
 use burn_cubecl::CubeBackend;
 use burn_cubecl::kernel::{cast, into_contiguous, untile};
 use burn_cubecl::tensor::CubeTensor;
+use cubecl::bytes::Bytes;
 use cubecl::client::Client;
 use cubecl::ir::Type;
 use cubecl::std::tensor::TensorHandle;
@@ -210,11 +211,20 @@ impl ProtoheadOps for CubeBackend {
         with_sums(&weights.client, &state, |sums| {
             let means = checked(sums.write_means(&weights.client, &old));
             let shared = |handle: &TensorHandle| tensor(&weights, handle.clone(), DType::U32);
+            // Copies of what later batches change; before the first there is nothing to copy.
+            let now = |handle: &TensorHandle| match sums.fresh {
+                true => {
+                    let zeros = vec![0u32; handle.shape()[0]];
+                    let zeros = weights.client.create(Bytes::from_elems(zeros));
+                    let shape = handle.shape().clone();
+                    shared(&TensorHandle::new_contiguous(shape, zeros, handle.dtype))
+                }
+                false => shared(handle).copy(),
+            };
             (
                 tensor(&weights, means, weights.dtype),
-                // Copies of what later batches change.
-                shared(sums.counts()).copy(),
-                shared(sums.status()).copy(),
+                now(sums.counts()),
+                now(sums.status()),
                 shared(sums.status()),
             )
         })

@@ -68,8 +68,8 @@ pub struct ClassSums {
     pub(super) options: Options,
     /// Rows that came so far, whether or not they had a class.
     pub(super) rows: usize,
-    /// Nothing was added yet: sums and carries are unspecified, and stand for zeros.
-    pub(super) fresh: bool,
+    /// Nothing was added yet: every buffer is unspecified, and stands for zeros.
+    pub(crate) fresh: bool,
 }
 
 impl ClassSums {
@@ -99,13 +99,11 @@ impl ClassSums {
         };
         let shape = [lanes, heads, classes, dim];
         addressable("class sums", heads as u128 * classes as u128 * dim as u128)?;
-        let zeros =
-            |count: usize| client.create(cubecl::bytes::Bytes::from_elems(vec![0u32; count]));
         Ok(Self {
             sums: empty(client, shape, F32),
             carries: empty(client, shape, F32),
-            counts: TensorHandle::new_contiguous([classes], zeros(classes), U32),
-            status: TensorHandle::new_contiguous([2], zeros(2), U32),
+            counts: empty(client, [classes], U32),
+            status: empty(client, [2], U32),
             options: options.clone(),
             rows: 0,
             fresh: true,
@@ -124,12 +122,13 @@ impl ClassSums {
         &self.carries
     }
 
-    /// u32, `[classes]`: rows of each class so far.
+    /// u32, `[classes]`: rows of each class so far; unspecified before the first batch.
     pub fn counts(&self) -> &TensorHandle {
         &self.counts
     }
 
-    /// u32, `[2]`: rows whose label was neither a class nor ignored, and the first of them in its batch.
+    /// u32, `[2]`: rows whose label was neither a class nor ignored, and the first of them in its batch; unspecified before the first
+    /// batch.
     pub fn status(&self) -> &TensorHandle {
         &self.status
     }
@@ -288,6 +287,7 @@ impl ClassSums {
                 stored,
                 dim / vector,
                 sharing,
+                self.fresh,
                 weights.dtype(),
             );
         }
@@ -301,6 +301,9 @@ impl ClassSums {
     /// is no longer at hand; [`Error::Device`] if the device failed.
     pub fn read_counts(&self, client: &Client) -> Result<Vec<u32>, Error> {
         on_device(client, "class sums", &self.sums)?;
+        if self.fresh {
+            return Ok(vec![0; self.dims()[1]]);
+        }
         let read = client
             .read(vec![self.counts.handle.clone(), self.status.handle.clone()])
             .map_err(Error::device)?;
@@ -357,8 +360,15 @@ fn merge<N: Size>(
     }
     let mut class = ABSOLUTE_POS;
     while class < counts.len() {
-        counts[class] += other_counts[class];
+        let mut count = other_counts[class];
+        if comptime!(!fresh) {
+            count += counts[class];
+        }
+        counts[class] = count;
         class += step;
+    }
+    if comptime!(fresh) && ABSOLUTE_POS == 0 {
+        status[0] = 0;
     }
     if ABSOLUTE_POS == 0 && other_status[0] > 0 {
         if status[0] == 0 {
@@ -382,6 +392,7 @@ fn write_means<F: Float, N: Size>(
     stored: usize,
     columns: usize,             // vectors of a row
     #[comptime] sharing: usize, // units that share a row
+    #[comptime] fresh: bool,    // no class has a row
     #[define(F)] _dtype: ElemType,
 ) {
     let lane = ABSOLUTE_POS % sharing;
@@ -391,7 +402,7 @@ fn write_means<F: Float, N: Size>(
         let class = row % stored;
         let old = head * strides.head + class * strides.row;
         let mut count = 0u32.runtime();
-        if class < classes {
+        if comptime!(!fresh) && class < classes {
             count = counts[class];
         }
         let mut d = lane;

@@ -1,6 +1,7 @@
 //! Prototype averaging against the reference.
 
 use proptest::prelude::*;
+use protohead::Error;
 use protohead::class_means::{ClassSums, Options};
 use protohead_reference as reference;
 use protohead_tests::close::Comparison;
@@ -176,6 +177,60 @@ fn sorted_rows_in_vectors_agree_with_the_reference() {
                 ..Problem::plain(sizes)
             };
             agrees(&problem, unit);
+        }
+    }
+}
+
+/// Its buffers are unspecified, and nothing may come of that.
+#[test]
+fn a_state_without_rows_changes_nothing() {
+    let problem = Problem::plain((2, 5, 6, 9, 4));
+    let data = problem.data();
+    for run in runs() {
+        let client = run.client;
+        let options = Options {
+            strategy: run.strategy,
+            ..Options::default()
+        };
+        let fresh = || ClassSums::new(client, 2, 4, 6, &options).expect("valid");
+        let weights = problem.upload(client, &data.weights, &[2, 9, 6]);
+        let mut sums = fresh();
+        sums.merge(client, &fresh()).expect("alike");
+        let means = sums.write_means(client, &weights).expect("they fit");
+        assert_eq!(
+            download(client, &means),
+            download(client, &weights),
+            "{run}"
+        );
+        assert_eq!(sums.read_counts(client), Ok(vec![0; 4]), "{run}");
+
+        let embeddings = problem.upload(client, &data.embeddings, &[2, 5, 6]);
+        let labels = problem.upload_labels(client, &[3, 0, 9, 3, 3]);
+        let mut other = fresh();
+        other
+            .accumulate(client, &embeddings, &labels)
+            .expect("it fits");
+        sums.merge(client, &other).expect("alike");
+        let of = |sums: &ClassSums| {
+            download(
+                client,
+                &sums.write_means(client, &weights).expect("they fit"),
+            )
+        };
+        assert_eq!(of(&sums), of(&other), "{run}");
+        for sums in [sums, other] {
+            let said = sums.read_counts(client);
+            assert!(
+                matches!(
+                    said,
+                    Err(Error::Label {
+                        row: 2,
+                        rows: 1,
+                        ..
+                    })
+                ),
+                "{run}: {said:?}"
+            );
         }
     }
 }

@@ -76,6 +76,7 @@ pub(super) fn launch(call: &AccumulateCall) -> Sorted {
             whole(&call.sums.status, 1),
             blocks,
             classes,
+            call.sums.fresh,
             group,
         );
         starts::launch_unchecked(
@@ -188,6 +189,7 @@ fn offsets(
     status: &mut [u32],     // [2]
     blocks: usize,
     classes: usize,
+    #[comptime] fresh: bool,
     #[comptime] group: Group,
 ) {
     let class = ABSOLUTE_POS;
@@ -213,7 +215,10 @@ fn offsets(
             }
         }
         totals[class] = total;
-        counts[class] += total;
+        if comptime!(!fresh) {
+            total += counts[class];
+        }
+        counts[class] = total;
     }
     let mut my_invalid = 0u32.runtime();
     let mut my_first = INVALID.runtime();
@@ -225,6 +230,9 @@ fn offsets(
     }
     let all_invalid = group_count(my_invalid, group);
     let first = group_min(my_first, group);
+    if comptime!(fresh) && ABSOLUTE_POS == 0 {
+        status[0] = 0;
+    }
     if ABSOLUTE_POS == 0 && all_invalid > 0 {
         if status[0] == 0 {
             status[1] = first;

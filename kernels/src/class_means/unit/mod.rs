@@ -52,7 +52,8 @@ fn told(found: u32) -> u32 {
     shared[0]
 }
 
-/// The target of each row, and to `histogram` how many rows each class has; counts the bad labels, and gives how many are good.
+/// The target of each row, and to `histogram` how many rows each class has; counts the bad labels, from 0 on if the state is fresh, and
+/// gives how many are good.
 /// Each label is read once: a second reading could find another, if someone writes them.
 #[cube]
 fn classify<I: Int>(
@@ -62,7 +63,11 @@ fn classify<I: Int>(
     status: &mut [u32],
     rows: usize,
     rule: &LabelRule,
+    #[comptime] fresh: bool,
 ) -> u32 {
+    if comptime!(fresh) {
+        status[0] = 0;
+    }
     let mut good = 0u32.runtime();
     for row in 0..rows {
         let target = target_of::<I>(labels[row], rule);

@@ -91,7 +91,7 @@ fn accumulate<F: Float, I: Int, N: Size>(
     let mut found = 0u32.runtime();
     if UNIT_POS == 0 {
         found = sort::<I>(
-            labels, targets, order, ends, counts, status, rows, classes, &rule,
+            labels, targets, order, ends, counts, status, rows, classes, &rule, fresh,
         );
     }
     // The work of a class is its rows, and one more for its sums; each unit takes an equal share of it all.
@@ -150,11 +150,15 @@ fn sort<I: Int>(
     rows: usize,
     classes: usize,
     rule: &LabelRule,
+    #[comptime] fresh: bool,
 ) -> u32 {
     for class in 0..classes {
         ends[class] = 0;
+        if comptime!(fresh) {
+            counts[class] = 0;
+        }
     }
-    let _good = classify::<I>(labels, targets, ends, status, rows, rule);
+    let _good = classify::<I>(labels, targets, ends, status, rows, rule, fresh);
     let mut place = 0u32.runtime();
     for class in 0..classes {
         let here = ends[class];

@@ -103,7 +103,12 @@ fn accumulate<F: Float, I: Int, N: Size>(
     }
     let mut found = 0u32.runtime();
     if unit == 0 {
-        found = classify::<I>(labels, targets, counts, status, rows, &rule);
+        if comptime!(fresh) {
+            for class in 0..classes {
+                counts[class] = 0;
+            }
+        }
+        found = classify::<I>(labels, targets, counts, status, rows, &rule, fresh);
     }
     // Places are counted in rows since unit 0 began a chunk.
     let last = before + rows;

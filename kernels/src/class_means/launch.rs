@@ -216,7 +216,9 @@ impl ClassSums {
         }
         let [lanes, heads, classes, dim] = self.shape();
         let vector = widest(blueprint.vector(F32), [dim]);
-        let (count, cube) = blueprint.elementwise(client, lanes * heads * classes * dim / vector);
+        let elements = lanes * heads * classes * dim;
+        let blueprint = blueprint.for_elements(elements);
+        let (count, cube) = blueprint.elementwise(client, elements / vector);
         // SAFETY: `new` allocated both states, and their shapes are equal.
         unsafe {
             merge::launch_unchecked(
@@ -267,6 +269,7 @@ impl ClassSums {
             Variant::Unit => 1,
             _ => Group::of(&blueprint, dim / vector).size,
         };
+        let blueprint = blueprint.for_elements(heads * (lanes * classes + stored) * dim);
         let (count, cube) = blueprint.elementwise(client, heads * stored * sharing);
         // SAFETY: `Strided` proved the weights, the sums are [lanes, heads, classes ≤ stored, dim].
         unsafe {

@@ -1,8 +1,8 @@
 //! Prototype averaging against the reference.
 
 use proptest::prelude::*;
-use protohead::Error;
 use protohead::class_means::{ClassSums, Options};
+use protohead::{Error, Strategy, Variant};
 use protohead_reference as reference;
 use protohead_tests::close::Comparison;
 use protohead_tests::devices::{Run, runs};
@@ -100,6 +100,16 @@ fn check(run: &Run, problem: &Problem, unit: bool, split: usize) -> Result<(), S
     let merged = means(run, problem, unit, split, true)?;
     if whole != streamed {
         return Err(format!("a batch split at {split} gives other bits"));
+    }
+    if run.strategy == Strategy::Forced(Variant::Unit) {
+        // Where nothing is forced a small batch takes fewer cores.
+        let inferred = Run {
+            strategy: Strategy::Inferred,
+            ..*run
+        };
+        if whole != means(&inferred, problem, unit, split, false)? {
+            return Err("on fewer cores there are other bits".into());
+        }
     }
     for (name, (ours, our_counts)) in [("means", &whole), ("merged means", &merged)] {
         if *our_counts != counts {

@@ -43,13 +43,17 @@ pub(super) fn launch(call: &AccumulateCall) -> Result<(), Error> {
 /// Shared memory also has the runtime wait for the launches before this one, so that no two launches with barriers, of different
 /// streams, can each hold cores that the other is waiting for.
 #[cube]
-fn told(found: u32) -> u32 {
-    let mut shared = Shared::<[u32]>::new_slice(1usize);
-    if UNIT_POS == 0 {
-        shared[0] = found;
+fn told(found: u32, #[comptime] units: usize) -> u32 {
+    let mut told = found;
+    if comptime!(units > 1) {
+        let mut shared = Shared::<[u32]>::new_slice(1usize);
+        if UNIT_POS == 0 {
+            shared[0] = found;
+        }
+        sync_cube();
+        told = shared[0];
     }
-    sync_cube();
-    shared[0]
+    told
 }
 
 /// The target of each row, and to `histogram` how many rows each class has; counts the bad labels, from 0 on if the state is fresh, and

@@ -29,9 +29,10 @@ pub(super) fn launch(call: &AccumulateCall) {
     let classes = call.sums.counts.shape()[0];
     let vector = call.embeddings.vector_size(call.blueprint);
     let rule = label_rule(call.labels.dtype(), classes, call.sums.options.ignore_index);
-    let (count, cube) = call.blueprint.unit_grid(call.client);
+    let blueprint = call.blueprint.for_elements(heads * (rows + classes) * dim);
+    let (count, cube) = blueprint.unit_grid(client);
     let block = (BLOCK / dim).clamp(1, 16);
-    let norms = call.blueprint.units * block;
+    let norms = blueprint.units * block;
     // SAFETY: `Strided` proved the embeddings, labels have `rows` elements, the sums are [heads, classes, dim].
     unsafe {
         accumulate::launch_unchecked(
@@ -56,6 +57,7 @@ pub(super) fn launch(call: &AccumulateCall) {
             classes,
             block,
             rule,
+            blueprint.units,
             call.sums.options.normalize,
             call.sums.fresh,
             call.embeddings.dtype(),
@@ -83,6 +85,7 @@ fn accumulate<F: Float, I: Int, N: Size>(
     classes: usize,
     block: usize, // rows
     rule: LabelRule,
+    #[comptime] units: usize,
     #[comptime] normalize: bool,
     #[comptime] fresh: bool,
     #[define(F)] _dtype: ElemType,
@@ -95,7 +98,7 @@ fn accumulate<F: Float, I: Int, N: Size>(
         );
     }
     // The work of a class is its rows, and one more for its sums; each unit takes an equal share of it all.
-    let work = told(found) as usize + classes;
+    let work = told(found, units) as usize + classes;
     let mine = share(0, heads * work);
     for head in 0..heads {
         let base = head * work;

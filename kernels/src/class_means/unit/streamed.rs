@@ -1,5 +1,5 @@
-//! Chunks of rows go to the units in turn, and each unit adds its rows, in order, to a lane of sums of its own: embeddings
-//! come from memory in one stream, and the sums stay in the cache.
+//! Chunks of rows go to the lanes of the sums in turn, and each unit adds the rows of its lanes, in order: embeddings come from memory
+//! in one stream, and the sums stay in the cache. There are as many lanes as units, but fewer units where a batch is small.
 //!
 //! A chunk is read twice, first for its norms, which only load and multiply: that brings it to the cache as fast as memory
 //! can, where adding row by row would wait for each; so it is done even where nobody asks for norms. Chunks are counted from the
@@ -32,7 +32,8 @@ pub(super) fn launch(call: &AccumulateCall) -> Result<(), Error> {
     let chunk = (CHUNK.min(CHUNKS / lanes) / dim).clamp(32, 1024);
     // The first chunk of a batch may be one that was begun.
     addressable("a batch", rows as u128 + (chunk * lanes) as u128)?;
-    let (count, cube) = call.blueprint.unit_grid(call.client);
+    let blueprint = call.blueprint.for_elements(heads * rows * dim);
+    let (count, cube) = blueprint.unit_grid(client);
     // SAFETY: `Strided` proved the embeddings, labels have `rows` elements, the sums are [lanes, heads, classes, dim].
     unsafe {
         accumulate::launch_unchecked(
@@ -60,6 +61,7 @@ pub(super) fn launch(call: &AccumulateCall) -> Result<(), Error> {
             lanes,
             call.sums.rows % (chunk * lanes),
             label_rule(call.labels.dtype(), classes, call.sums.options.ignore_index),
+            blueprint.units,
             call.sums.options.normalize,
             call.sums.fresh,
             call.embeddings.dtype(),
@@ -85,24 +87,17 @@ fn accumulate<F: Float, I: Int, N: Size>(
     columns: usize, // vectors of a row
     classes: usize,
     chunk: usize,  // rows
-    lanes: usize,  // units that stream
-    before: usize, // rows since unit 0 began a chunk
+    lanes: usize,  // of the sums
+    before: usize, // rows since lane 0 began a chunk
     rule: LabelRule,
+    #[comptime] units: usize,
     #[comptime] normalize: bool,
     #[comptime] fresh: bool,
     #[define(F)] _dtype: ElemType,
     #[define(I)] _label: ElemType,
 ) {
-    let unit = UNIT_POS as usize;
-    let lane = unit * heads * classes * columns;
-    if comptime!(fresh) && unit < lanes {
-        for i in lane..lane + heads * classes * columns {
-            sums[i] = Vector::<f32, N>::new(0.0);
-            carries[i] = Vector::<f32, N>::new(0.0);
-        }
-    }
     let mut found = 0u32.runtime();
-    if unit == 0 {
+    if UNIT_POS == 0 {
         if comptime!(fresh) {
             for class in 0..classes {
                 counts[class] = 0;
@@ -110,77 +105,88 @@ fn accumulate<F: Float, I: Int, N: Size>(
         }
         found = classify::<I>(labels, targets, counts, status, rows, &rule, fresh);
     }
-    // Places are counted in rows since unit 0 began a chunk.
+    // Places are counted in rows since lane 0 began a chunk.
     let last = before + rows;
     let mut chunks = 0usize.runtime();
-    if told(found) > 0 && unit < lanes {
+    if told(found, units) > 0 {
         chunks = last.div_ceil(chunk);
     }
-    let mut number = unit;
-    while number < chunks {
-        let start = number * chunk;
-        let first = max(start, before) - before;
-        let end = max(start + min(chunk, last - start), before) - before;
-        for head in 0..heads {
-            let source = head * strides.head;
-            let mut squares = no_squares::<N>();
-            for row in first..end {
-                add_squares::<F, N>(
-                    &mut squares,
-                    embeddings,
-                    source + row * strides.row,
-                    columns,
-                );
-                if comptime!(normalize) {
-                    inverse[unit * chunk + row - first] = inverse_norm(norm_of::<N>(&squares));
-                    squares = no_squares::<N>();
-                }
+    let mut lane = UNIT_POS as usize;
+    while lane < lanes {
+        let of_lane = lane * heads * classes * columns;
+        if comptime!(fresh) {
+            for i in of_lane..of_lane + heads * classes * columns {
+                sums[i] = Vector::<f32, N>::new(0.0);
+                carries[i] = Vector::<f32, N>::new(0.0);
             }
-            if comptime!(!normalize) {
-                // Nobody reads it, but it keeps the loop from being optimised away.
-                inverse[unit * chunk] = norm_of::<N>(&squares);
-            }
-            for row in first..end {
-                let target = targets[row];
-                if is_class(target) {
-                    let from = source + row * strides.row;
-                    let sum = lane + (head * classes + target as usize) * columns;
-                    let mut factor = 1.0f32.runtime();
+        }
+        let mut number = lane;
+        while number < chunks {
+            let start = number * chunk;
+            let first = max(start, before) - before;
+            let end = max(start + min(chunk, last - start), before) - before;
+            for head in 0..heads {
+                let source = head * strides.head;
+                let mut squares = no_squares::<N>();
+                for row in first..end {
+                    add_squares::<F, N>(
+                        &mut squares,
+                        embeddings,
+                        source + row * strides.row,
+                        columns,
+                    );
                     if comptime!(normalize) {
-                        factor = inverse[unit * chunk + row - first];
+                        inverse[lane * chunk + row - first] = inverse_norm(norm_of::<N>(&squares));
+                        squares = no_squares::<N>();
                     }
-                    let together = columns / WIDTH * WIDTH;
-                    let mut column = 0usize.runtime();
-                    while column < together {
-                        #[unroll]
-                        for d in 0..WIDTH {
+                }
+                if comptime!(!normalize) {
+                    // Nobody reads it, but it keeps the loop from being optimised away.
+                    inverse[lane * chunk] = norm_of::<N>(&squares);
+                }
+                for row in first..end {
+                    let target = targets[row];
+                    if is_class(target) {
+                        let from = source + row * strides.row;
+                        let sum = of_lane + (head * classes + target as usize) * columns;
+                        let mut factor = 1.0f32.runtime();
+                        if comptime!(normalize) {
+                            factor = inverse[lane * chunk + row - first];
+                        }
+                        let together = columns / WIDTH * WIDTH;
+                        let mut column = 0usize.runtime();
+                        while column < together {
+                            #[unroll]
+                            for d in 0..WIDTH {
+                                add::<F, N>(
+                                    embeddings,
+                                    sums,
+                                    carries,
+                                    from + column + d,
+                                    sum + column + d,
+                                    factor,
+                                    normalize,
+                                );
+                            }
+                            column += WIDTH;
+                        }
+                        for d in together..columns {
                             add::<F, N>(
                                 embeddings,
                                 sums,
                                 carries,
-                                from + column + d,
-                                sum + column + d,
+                                from + d,
+                                sum + d,
                                 factor,
                                 normalize,
                             );
                         }
-                        column += WIDTH;
-                    }
-                    for d in together..columns {
-                        add::<F, N>(
-                            embeddings,
-                            sums,
-                            carries,
-                            from + d,
-                            sum + d,
-                            factor,
-                            normalize,
-                        );
                     }
                 }
             }
+            number += lanes;
         }
-        number += lanes;
+        lane += units;
     }
 }
 

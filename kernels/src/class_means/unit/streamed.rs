@@ -153,40 +153,50 @@ fn accumulate<F: Float, I: Int, N: Size>(
                         if comptime!(normalize) {
                             factor = inverse[lane * chunk + row - first];
                         }
-                        let together = columns / WIDTH * WIDTH;
-                        let mut column = 0usize.runtime();
-                        while column < together {
-                            #[unroll]
-                            for d in 0..WIDTH {
-                                add::<F, N>(
-                                    embeddings,
-                                    sums,
-                                    carries,
-                                    from + column + d,
-                                    sum + column + d,
-                                    factor,
-                                    normalize,
-                                );
-                            }
-                            column += WIDTH;
-                        }
-                        for d in together..columns {
-                            add::<F, N>(
-                                embeddings,
-                                sums,
-                                carries,
-                                from + d,
-                                sum + d,
-                                factor,
-                                normalize,
-                            );
-                        }
+                        add_row::<F, N>(
+                            embeddings, sums, carries, from, sum, columns, factor, normalize,
+                        );
                     }
                 }
             }
             number += lanes;
         }
         lane += units;
+    }
+}
+
+/// Adds a row, times `factor` if it is normalized, to a sum.
+#[cube]
+fn add_row<F: Float, N: Size>(
+    embeddings: &[Vector<F, N>],
+    sums: &mut [Vector<f32, N>],
+    carries: &mut [Vector<f32, N>],
+    from: usize,
+    to: usize,
+    columns: usize,
+    factor: f32,
+    #[comptime] normalize: bool,
+) {
+    let together = columns / WIDTH * WIDTH;
+    let mut column = 0usize.runtime();
+    while column < together {
+        #[unroll]
+        for d in 0..WIDTH {
+            let (from, to) = (from + column + d, to + column + d);
+            add::<F, N>(embeddings, sums, carries, from, to, factor, normalize);
+        }
+        column += WIDTH;
+    }
+    for d in together..columns {
+        add::<F, N>(
+            embeddings,
+            sums,
+            carries,
+            from + d,
+            to + d,
+            factor,
+            normalize,
+        );
     }
 }
 

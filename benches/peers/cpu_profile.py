@@ -2,8 +2,8 @@
 
     python3 benches/peers/cpu_profile.py target/release/serve cosine_cross_entropy/mid/protohead [more cases]
 
-Needs Linux on x86-64, its perf and binutils' objdump, and may need `sysctl kernel.perf_event_paranoid=1`. Kernels are compiled while the program
-runs and have no names, so their machine code is read from its memory, cut into the smallest loops, and each is named by its
+Needs Linux on x86-64, its perf and binutils' objdump, and may need `sysctl kernel.perf_event_paranoid=1`. Kernels are compiled
+while the program runs and have no names, so their machine code is read from its memory, cut into the smallest loops, and each is named by its
 instructions.
 """
 
@@ -59,7 +59,6 @@ def kind(names):
     for name in names:
         count["fma"] += name.startswith("vfm") or name.startswith("vfnm")
         count["exp"] += name.startswith(("vscalef", "vrndscale", "vpslld", "vcvttps2dq", "vcvtps2dq", "vmaxp"))
-        count["div"] += name.startswith(("vdiv", "vsqrt"))
         count["pause"] += name.startswith("pause")
     if count["pause"]:
         return "waiting at barriers"

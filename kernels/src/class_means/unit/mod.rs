@@ -9,6 +9,7 @@ use cubecl::prelude::*;
 use super::launch::AccumulateCall;
 use crate::error::Error;
 use crate::loss::target::{INVALID, LabelRule, is_class, target_of};
+use crate::math::norm::{SIDE_BY_SIDE, add_squares, inverse_norm, norm_of};
 
 /// Elements of a head's sums, at most, that stay in a core's cache with their carries and the rows that pass: 256 KiB.
 const CACHED: usize = 1 << 15;
@@ -54,6 +55,28 @@ fn told(found: u32, #[comptime] units: usize) -> u32 {
         told = shared[0];
     }
     told
+}
+
+/// Reads the row that begins at `from` a first time, for its norm or, where rows are not normalized, for nothing but to bring it to
+/// the cache: then `squares` gathers all rows, for the caller to write, or the reading would be optimised away.
+#[cube]
+fn read_first<F: Float, N: Size>(
+    embeddings: &[Vector<F, N>],
+    from: usize,
+    columns: usize,
+    squares: &mut Array<Vector<f32, N>>,
+    inverse: &mut [f32],
+    at: usize,
+    #[comptime] normalize: bool,
+) {
+    add_squares::<F, N>(squares, embeddings, from, columns);
+    if comptime!(normalize) {
+        inverse[at] = inverse_norm(norm_of::<N>(&*squares));
+        #[unroll]
+        for i in 0..SIDE_BY_SIDE {
+            squares[i] = Vector::<f32, N>::new(0.0);
+        }
+    }
 }
 
 /// The target of each row, and to `histogram` how many rows each class has; counts the bad labels, from 0 on if the state is fresh, and

@@ -10,10 +10,10 @@
 
 use cubecl::prelude::*;
 
-use super::{classify, told};
+use super::{classify, read_first, told};
 use crate::class_means::launch::AccumulateCall;
 use crate::loss::target::{LabelRule, is_class, label_rule};
-use crate::math::norm::{add_squares, inverse_norm, no_squares, norm_of};
+use crate::math::norm::{no_squares, norm_of};
 use crate::math::span::share;
 use crate::math::sum::KahanLanes;
 use crate::operand::{RowStrides, whole};
@@ -199,14 +199,18 @@ fn add_rows<F: Float, N: Size>(
     let mut squares = no_squares::<N>();
     for place in 0..order.len() {
         let from = source + order[place] as usize * stride;
-        add_squares::<F, N>(&mut squares, embeddings, from, columns);
-        if comptime!(normalize) {
-            inverse[norms + place] = inverse_norm(norm_of::<N>(&squares));
-            squares = no_squares::<N>();
-        }
+        let at = norms + place;
+        read_first::<F, N>(
+            embeddings,
+            from,
+            columns,
+            &mut squares,
+            inverse,
+            at,
+            normalize,
+        );
     }
     if comptime!(!normalize) {
-        // Nobody reads it, but it keeps the loop from being optimised away.
         inverse[norms] = norm_of::<N>(&squares);
     }
     let together = columns / WIDTH * WIDTH;

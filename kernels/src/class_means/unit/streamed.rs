@@ -12,11 +12,11 @@ use cubecl::prelude::*;
 use crate::class_means::launch::AccumulateCall;
 use crate::error::Error;
 use crate::loss::target::{LabelRule, is_class, label_rule};
-use crate::math::norm::{add_squares, inverse_norm, no_squares, norm_of};
+use crate::math::norm::{no_squares, norm_of};
 use crate::math::sum::KahanLanes;
 use crate::operand::{RowStrides, addressable, whole};
 
-use super::{classify, told};
+use super::{classify, read_first, told};
 
 /// Elements of a chunk's rows, which stay in the cache between their two readings; fewer where many units want some.
 const CHUNK: usize = 1 << 16;
@@ -129,19 +129,19 @@ fn accumulate<F: Float, I: Int, N: Size>(
                 let source = head * strides.head;
                 let mut squares = no_squares::<N>();
                 for row in first..end {
-                    add_squares::<F, N>(
-                        &mut squares,
+                    let from = source + row * strides.row;
+                    let at = lane * chunk + row - first;
+                    read_first::<F, N>(
                         embeddings,
-                        source + row * strides.row,
+                        from,
                         columns,
+                        &mut squares,
+                        inverse,
+                        at,
+                        normalize,
                     );
-                    if comptime!(normalize) {
-                        inverse[lane * chunk + row - first] = inverse_norm(norm_of::<N>(&squares));
-                        squares = no_squares::<N>();
-                    }
                 }
                 if comptime!(!normalize) {
-                    // Nobody reads it, but it keeps the loop from being optimised away.
                     inverse[lane * chunk] = norm_of::<N>(&squares);
                 }
                 for row in first..end {

@@ -50,6 +50,7 @@ mod tests {
         let near = |name: &str, ours: &[f32], limit: f32| {
             let theirs = golden(name);
             assert_eq!(ours.len(), theirs.len(), "{name}");
+            assert!(ours.iter().all(|v| v.is_finite()), "{name}");
             let worst = ours
                 .iter()
                 .zip(&theirs)

@@ -68,7 +68,7 @@ pub struct ClassSums {
     pub(super) options: Options,
     /// Rows that came so far, whether or not they had a class.
     pub(super) rows: usize,
-    /// Nothing was added yet: every buffer is unspecified, and stands for zeros.
+    /// Nothing was added yet: every buffer is unspecified, and stands for zeros. Later the sums of classes without rows still are.
     pub(crate) fresh: bool,
 }
 
@@ -110,14 +110,14 @@ impl ClassSums {
         })
     }
 
-    /// f32, `[lanes, heads, classes, dim]`, unspecified before the first batch. Where there are few classes there are several lanes,
-    /// so that the whole device has something to do; which of them sums a row depends only on the rows before it, not on how they
-    /// came in batches. The sum of a class is that of its lanes.
+    /// f32, `[lanes, heads, classes, dim]`, unspecified before the first batch, and of classes without rows. Where there are few classes
+    /// there are several lanes, so that the whole device has something to do; which of them sums a row depends only on the rows before
+    /// it, not on how they came in batches. The sum of a class is that of its lanes.
     pub fn sums(&self) -> &TensorHandle {
         &self.sums
     }
 
-    /// f32, of the shape of the sums: what rounding has taken from them so far, to be subtracted.
+    /// f32, of the shape of the sums, unspecified where they are: what rounding has taken from them so far, to be subtracted.
     pub fn carries(&self) -> &TensorHandle {
         &self.carries
     }
@@ -219,9 +219,10 @@ impl ClassSums {
         let elements = lanes * heads * classes * dim;
         let blueprint = blueprint.for_elements(elements);
         let (count, cube) = blueprint.elementwise(client, elements / vector);
+        let (per_class, _) = blueprint.elementwise(client, classes);
         // SAFETY: `new` allocated both states, and their shapes are equal.
         unsafe {
-            merge::launch_unchecked(
+            merge_sums::launch_unchecked(
                 client,
                 count,
                 cube,
@@ -229,9 +230,20 @@ impl ClassSums {
                 whole(&self.sums, vector),
                 whole(&self.carries, vector),
                 whole(&self.counts, 1),
-                whole(&self.status, 1),
                 whole(&other.sums, vector),
                 whole(&other.carries, vector),
+                whole(&other.counts, 1),
+                classes,
+                dim / vector,
+                self.fresh,
+            );
+            // Afterwards, since the sums are told by the counts.
+            merge_counts::launch_unchecked(
+                client,
+                per_class,
+                cube,
+                whole(&self.counts, 1),
+                whole(&self.status, 1),
                 whole(&other.counts, 1),
                 whole(&other.status, 1),
                 self.fresh,
@@ -333,34 +345,49 @@ pub(super) struct AccumulateCall<'a> {
 }
 
 #[cube(launch_unchecked)]
-fn merge<N: Size>(
+fn merge_sums<N: Size>(
     sums: &mut [Vector<f32, N>],
     carries: &mut [Vector<f32, N>],
-    counts: &mut [u32],
-    status: &mut [u32],
+    counts: &[u32],
     other_sums: &[Vector<f32, N>],
     other_carries: &[Vector<f32, N>],
+    other_counts: &[u32],
+    classes: usize,
+    columns: usize, // vectors of a row
+    #[comptime] fresh: bool,
+) {
+    let mut i = ABSOLUTE_POS;
+    while i < sums.len() {
+        let class = i / columns % classes;
+        let mut count = 0u32.runtime();
+        if comptime!(!fresh) {
+            count = counts[class];
+        }
+        if other_counts[class] > 0 {
+            let mut sum = KahanLanes::<N> {
+                sum: other_sums[i],
+                carry: other_carries[i],
+            };
+            if count > 0 {
+                sum.sum = sums[i];
+                sum.carry = carries[i];
+                sum.add(other_sums[i] - other_carries[i]);
+            }
+            sums[i] = sum.sum;
+            carries[i] = sum.carry;
+        }
+        i += CUBE_COUNT * CUBE_DIM as usize;
+    }
+}
+
+#[cube(launch_unchecked)]
+fn merge_counts(
+    counts: &mut [u32],
+    status: &mut [u32],
     other_counts: &[u32],
     other_status: &[u32],
     #[comptime] fresh: bool,
 ) {
-    let step = CUBE_COUNT * CUBE_DIM as usize;
-    let mut i = ABSOLUTE_POS;
-    while i < sums.len() {
-        if comptime!(fresh) {
-            sums[i] = other_sums[i];
-            carries[i] = other_carries[i];
-        } else {
-            let mut sum = KahanLanes::<N> {
-                sum: sums[i],
-                carry: carries[i],
-            };
-            sum.add(other_sums[i] - other_carries[i]);
-            sums[i] = sum.sum;
-            carries[i] = sum.carry;
-        }
-        i += step;
-    }
     let mut class = ABSOLUTE_POS;
     while class < counts.len() {
         let mut count = other_counts[class];
@@ -368,7 +395,7 @@ fn merge<N: Size>(
             count += counts[class];
         }
         counts[class] = count;
-        class += step;
+        class += CUBE_COUNT * CUBE_DIM as usize;
     }
     if comptime!(fresh) && ABSOLUTE_POS == 0 {
         status[0] = 0;

@@ -5,8 +5,9 @@
 //! how they came in batches.
 //!
 //! Bytes, for embeddings of `b` bytes an element: `H·N·D·b`, each read once, in loads of 16 bytes of which a unit has several on
-//! the way; `8·L·H·K·D` written for sums and carries (and read, but for the first batch), where `L·H·K·D` is at most 131,072
-//! if `L` is more than 1; and what the sort takes, which has no factor `D`. Normalized rows are read twice.
+//! the way; `8·L·H·K'·D` written for sums and carries of the `K'` classes that the batch has rows of (and read, if batches before had
+//! some), where `L·H·K·D` is at most 131,072 if `L` is more than 1; and what the sort takes, which has no factor `D`. Normalized
+//! rows are read twice.
 
 mod sort;
 
@@ -81,7 +82,6 @@ pub(super) fn launch(call: &AccumulateCall) {
             dim,
             classes,
             call.sums.options.normalize,
-            call.sums.fresh,
             call.embeddings.dtype(),
         );
     }
@@ -132,7 +132,6 @@ fn sum<F: Float, N: Size>(
     dim: usize,
     classes: usize,
     #[comptime] normalize: bool,
-    #[comptime] fresh: bool,
     #[define(F)] _dtype: ElemType,
 ) {
     let columns = dim / N::value();
@@ -146,17 +145,20 @@ fn sum<F: Float, N: Size>(
     let lane = at / columns / classes / heads;
     let start = starts[class] as usize;
     let end = starts[class + 1] as usize;
+    if start == end {
+        terminate!();
+    }
     let from = head * strides.head + column;
+    // Rows of the class before this batch: whether it has sums, and which of its rows are the lane's.
+    let before = counts[class] as usize - (end - start);
     let mut sum = KahanLanes::<N> {
         sum: Vector::<f32, N>::new(0.0),
         carry: Vector::<f32, N>::new(0.0),
     };
-    if comptime!(!fresh) {
+    if before > 0 {
         sum.sum = sums[at];
         sum.carry = carries[at];
     }
-    // Rows of the class before this batch decide which of its rows are the lane's.
-    let before = counts[class] as usize - (end - start);
     let mut place = start + (lane + lanes - before % lanes) % lanes;
     while place + (AHEAD - 1) * lanes < end {
         let mut values = Array::<Vector<f32, N>>::new(AHEAD);

@@ -5,8 +5,8 @@
 //! A few rows of a class at a time are read twice, first for their norms, which only load and multiply: that brings them to the cache
 //! as fast as memory can; so it is done even where nobody asks for norms.
 //!
-//! Bytes: `4·H·(N + 2K)·D` for f32 (embeddings, sums and carries; these are read besides, if there were batches before), and
-//! 4·(2N + K) for targets and order.
+//! Bytes: `4·H·(N + 2K')·D` for f32 (embeddings, and sums and carries of the `K'` classes that the batch has rows of; these are read
+//! besides, if batches before had some), and 4·(2N + K) for targets and order.
 
 use cubecl::prelude::*;
 
@@ -97,51 +97,53 @@ fn accumulate<F: Float, I: Int, N: Size>(
             labels, targets, order, ends, counts, status, rows, classes, &rule, fresh,
         );
     }
-    // The work of a class is its rows, and one more for its sums; each unit takes an equal share of it all.
-    let work = told(found, units) as usize + classes;
+    // The work of a class that has rows is these, and one more for its sums; each unit takes an equal share of it all.
+    let work = told(found, units) as usize;
     let mine = share(0, heads * work);
     for head in 0..heads {
-        let base = head * work;
-        if base < mine.end && base + work > mine.start {
+        let mut at = head * work;
+        if at < mine.end && at + work > mine.start {
             let mut begin = 0usize.runtime();
             for class in 0..classes {
                 let end = ends[class] as usize;
-                let at = base + begin + class;
-                if at >= mine.start && at < mine.end {
-                    let sum = (head * classes + class) * columns;
-                    if comptime!(fresh) {
-                        for d in sum..sum + columns {
-                            sums[d] = Vector::<f32, N>::new(0.0);
-                            carries[d] = Vector::<f32, N>::new(0.0);
+                if end > begin {
+                    if at >= mine.start && at < mine.end {
+                        let sum = (head * classes + class) * columns;
+                        if counts[class] as usize == end - begin {
+                            for d in sum..sum + columns {
+                                sums[d] = Vector::<f32, N>::new(0.0);
+                                carries[d] = Vector::<f32, N>::new(0.0);
+                            }
+                        }
+                        let mut place = begin;
+                        while place < end {
+                            let next = min(place + block, end);
+                            add_rows::<F, N>(
+                                embeddings,
+                                head * strides.head,
+                                strides.row,
+                                inverse,
+                                UNIT_POS as usize * block,
+                                &order[place..next],
+                                sums,
+                                carries,
+                                sum,
+                                columns,
+                                normalize,
+                            );
+                            place = next;
                         }
                     }
-                    let mut place = begin;
-                    while place < end {
-                        let next = min(place + block, end);
-                        add_rows::<F, N>(
-                            embeddings,
-                            head * strides.head,
-                            strides.row,
-                            inverse,
-                            UNIT_POS as usize * block,
-                            &order[place..next],
-                            sums,
-                            carries,
-                            sum,
-                            columns,
-                            normalize,
-                        );
-                        place = next;
-                    }
+                    at += end - begin + 1;
+                    begin = end;
                 }
-                begin = end;
             }
         }
     }
 }
 
-/// `order`: the rows that have a class, class by class; `ends`: where each class ends in it. Gives their number, adds to
-/// the counts, and counts the bad labels.
+/// `order`: the rows that have a class, class by class; `ends`: where each class ends in it. Gives their number and that of their
+/// classes, added; adds to the counts, and counts the bad labels.
 #[cube]
 fn sort<I: Int>(
     labels: &[I],
@@ -163,11 +165,13 @@ fn sort<I: Int>(
     }
     let _good = classify::<I>(labels, targets, ends, status, rows, rule, fresh);
     let mut place = 0u32.runtime();
+    let mut present = 0u32.runtime();
     for class in 0..classes {
         let here = ends[class];
         counts[class] += here;
         ends[class] = place;
         place += here;
+        present += select(here > 0, 1u32, 0u32);
     }
     // Each class's place moves on to its end.
     for row in 0..rows {
@@ -178,7 +182,7 @@ fn sort<I: Int>(
             ends[target as usize] = at + 1;
         }
     }
-    place
+    place + present
 }
 
 /// Adds rows to the sum that begins at `sum`.

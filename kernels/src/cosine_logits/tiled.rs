@@ -111,10 +111,10 @@ fn forward<E: Float, F: Float, N: Size>(
     );
     let at = place(tile);
     #[unroll]
-    for r in 0..comptime!(2 * tile.tall()) {
+    for r in 0..comptime!(tile.rows()) {
         let row = of.first_row + row_of(&at, r, tile);
         #[unroll]
-        for c in 0..comptime!(2 * tile.wide()) {
+        for c in 0..comptime!(tile.columns()) {
             let class = shape.first + of.in_chunk + column_of(&at, c, tile);
             if row < shape.rows && class < shape.active {
                 let from = comptime!(result_of(r, c, tile));

@@ -345,7 +345,7 @@ fn product<E: Float, N: Size>(
     );
     let at = place(tile);
     #[unroll]
-    for r in 0..comptime!(2 * tile.tall()) {
+    for r in 0..comptime!(tile.rows()) {
         let row = head_of_part * count + first + row_of(&at, r, tile);
         // All of a row's are read before any is written: one way to memory and back, not one each.
         let mut before = Array::<Vector<f32, Const<2>>>::new(comptime!(tile.wide()));

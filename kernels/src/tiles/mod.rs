@@ -25,7 +25,7 @@ mod store;
 pub(crate) use chunks::{Backward, Chunk, Chunks};
 pub(crate) use logits::{ChunkShape, LogitTile};
 pub(crate) use pack::pack_chunk;
-pub(crate) use product::{Lies, column_of, place, result_of, row_of};
+pub(crate) use product::{Lies, Place, column_of, place, result_of, row_of};
 pub(crate) use store::store_tile;
 
 use cubecl::client::Client;
@@ -177,16 +177,27 @@ impl Tile {
 
     /// Results that a unit owns: four of each fragment.
     pub(crate) fn results(&self) -> usize {
-        4 * self.tall() * self.wide()
+        self.rows() * self.columns()
+    }
+
+    /// Rows of which a unit holds results,
+    pub(crate) fn rows(&self) -> usize {
+        2 * self.tall()
+    }
+
+    /// and how many of each.
+    pub(crate) fn columns(&self) -> usize {
+        2 * self.wide()
+    }
+
+    /// Units that hold results of the same rows: four of each plane across.
+    pub(crate) fn sharing(&self) -> usize {
+        4 * self.across
     }
 
     /// Rows of a unit whose softmax lies in shared memory while the unit's registers hold results of a product: all or none.
     pub(crate) fn stowed(&self) -> usize {
-        if self.results() < 64 {
-            0
-        } else {
-            2 * self.tall()
-        }
+        if self.results() < 64 { 0 } else { self.rows() }
     }
 
     /// Elements from one row of a stage to the next.

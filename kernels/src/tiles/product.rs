@@ -430,8 +430,8 @@ fn multiply_fma<E: Float>(
     #[comptime] tile: Tile,
 ) {
     let at = place(tile);
-    let rows = comptime!(2 * tile.tall());
-    let columns = comptime!(2 * tile.wide());
+    let rows = comptime!(tile.rows());
+    let columns = comptime!(tile.columns());
     let pitch = comptime!(tile.pitch(Lies::Rows));
     #[unroll]
     for step in 0..comptime!(tile.depth) {

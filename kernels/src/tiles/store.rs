@@ -34,10 +34,10 @@ fn store_neighbours<E: Float, N: Size>(
     let at = place(tile);
     let vector = comptime!(tile.vector);
     #[unroll]
-    for r in 0..comptime!(2 * tile.tall()) {
+    for r in 0..comptime!(tile.rows()) {
         let row = first + row_of(&at, r, tile) * stride;
         #[unroll]
-        for v in 0..comptime!(2 * tile.wide() / tile.vector) {
+        for v in 0..comptime!(tile.columns() / tile.vector) {
             let mut neighbours = Vector::<f32, N>::empty();
             #[unroll]
             for e in 0..vector {

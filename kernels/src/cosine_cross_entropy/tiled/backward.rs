@@ -146,11 +146,11 @@ fn logit_gradients<E: Float, N: Size>(
         tile,
     );
     let at = place(tile);
-    let columns = comptime!(2 * tile.wide());
+    let columns = comptime!(tile.columns());
     let uniform = smoothing / f32::cast_from(shape.active as u32);
     let first_class = shape.first + of.in_chunk;
     #[unroll]
-    for r in 0..comptime!(2 * tile.tall()) {
+    for r in 0..comptime!(tile.rows()) {
         let row = of.first_row + row_of(&at, r, tile);
         let lse = state[of.head * 2 * shape.rows_padded + row];
         let arriving = state[(of.head * 2 + 1) * shape.rows_padded + row];
@@ -185,7 +185,7 @@ fn logit_gradients<E: Float, N: Size>(
             let class = first_class + column_of(&at, c, tile);
             if class >= shape.active {
                 #[unroll]
-                for r in 0..comptime!(2 * tile.tall()) {
+                for r in 0..comptime!(tile.rows()) {
                     results[comptime!(result_of(r, c, tile))] = 0.0;
                 }
             }

@@ -6,6 +6,7 @@
 use cubecl::prelude::*;
 
 use super::super::launch::{Call, RowResults};
+use super::softmaxes::{Parts, Softmaxes};
 use crate::blueprint::{PLANE_UNITS, cubes_for};
 use crate::loss::target::{IGNORED, LabelRule, is_class, label_rule, target_of};
 use crate::math::group::{Group, group_softmax, member};
@@ -158,40 +159,13 @@ fn forward<E: Float, I: Int, N: Size>(
     let first_row = CUBE_POS % row_tiles * side;
     let class_tiles = shape.classes / side;
     let at = place(tile);
-    let owned = comptime!(2 * tile.tall()); // rows of which this unit holds results
-    let columns = comptime!(2 * tile.wide()); // of each
     let stage = comptime!(2 * tile.stage(Lies::Rows));
     let mut left_stages = Shared::<[E]>::new_aligned_slice(stage, 16usize);
     let mut right_stages = Shared::<[E]>::new_aligned_slice(stage, 16usize);
     let mut results = Array::<f32>::new(comptime!(tile.results()));
-    let unit = UNIT_POS as usize;
     let mut targets = Shared::<[u32]>::new_slice(side);
-    let mut peaks = Array::<f32>::new(owned);
-    let mut sums = Array::<f32>::new(owned);
-    let mut bests = Array::<u32>::new(owned);
-    let mut totals = Array::<f32>::new(owned);
-    #[unroll]
-    for r in 0..owned {
-        peaks[r] = FLOOR;
-        sums[r] = 0.0;
-        bests[r] = 0u32.runtime();
-        totals[r] = 0.0;
-    }
-    let room = comptime!((tile.stowed() * tile.units()).max(1));
-    let mut stowed_peaks = Shared::<[f32]>::new_slice(room);
-    let mut stowed_sums = Shared::<[f32]>::new_slice(room);
-    let mut stowed_bests = Shared::<[u32]>::new_slice(room);
-    let mut stowed_totals = Shared::<[f32]>::new_slice(comptime!(if smooth { room } else { 1 }));
-    #[unroll]
-    for r in 0..comptime!(tile.stowed()) {
-        let slot = comptime!(r * tile.units()) + unit;
-        stowed_peaks[slot] = peaks[r];
-        stowed_sums[slot] = sums[r];
-        stowed_bests[slot] = bests[r];
-        if comptime!(smooth) {
-            stowed_totals[slot] = totals[r];
-        }
-    }
+    let mut softmaxes = Softmaxes::new(tile, smooth);
+    let unit = UNIT_POS as usize;
     if unit < side {
         targets[unit] = IGNORED.runtime();
         if first_row + unit < shape.rows {
@@ -214,142 +188,56 @@ fn forward<E: Float, I: Int, N: Size>(
             &mut right_stages,
             tile,
         );
-        let first_class = shape.first + of.in_chunk;
         if comptime!(smooth) {
-            // A class that is not there has a cosine of 0 still.
-            #[unroll]
-            for r in 0..owned {
-                let mut total = results[comptime!(result_of(r, 0, tile))];
-                #[unroll]
-                for c in 1..columns {
-                    total += results[comptime!(result_of(r, c, tile))];
-                }
-                if comptime!(tile.stowed() > 0) {
-                    stowed_totals[comptime!(r * tile.units()) + unit] += total;
-                } else {
-                    totals[r] += total;
-                }
-            }
+            softmaxes.add_totals(&results, tile);
         }
+        let first_class = shape.first + of.in_chunk;
         if first_class + side > shape.active {
             #[unroll]
-            for c in 0..columns {
+            for c in 0..comptime!(tile.columns()) {
                 if first_class + column_of(&at, c, tile) >= shape.active {
                     #[unroll]
-                    for r in 0..owned {
+                    for r in 0..comptime!(tile.rows()) {
                         results[comptime!(result_of(r, c, tile))] = FLOOR;
                     }
                 }
             }
         }
         #[unroll]
-        for r in 0..owned {
-            let slot = comptime!(r * tile.units()) + unit;
-            if comptime!(tile.stowed() > 0) {
-                peaks[r] = stowed_peaks[slot];
-                sums[r] = stowed_sums[slot];
-                bests[r] = stowed_bests[slot];
-            }
-            // Few tiles have a row's target, and few its best class so far: what is seldom is looked for apart.
+        for r in 0..comptime!(tile.rows()) {
+            // Few tiles have a row's target, so it is looked for apart.
             let row = row_of(&at, r, tile);
             let target = targets[row] - first_class as u32;
             if target < comptime!(tile.side as u32) {
                 #[unroll]
-                for c in 0..columns {
+                for c in 0..comptime!(tile.columns()) {
                     if column_of(&at, c, tile) as u32 == target {
                         of_target[head * shape.rows + first_row + row] =
                             results[comptime!(result_of(r, c, tile))] * scale;
                     }
                 }
             }
-            let mut top = results[comptime!(result_of(r, 0, tile))];
-            #[unroll]
-            for c in 1..columns {
-                top = max(top, results[comptime!(result_of(r, c, tile))]);
-            }
-            if top > peaks[r] {
-                sums[r] *= ((peaks[r] - top) * scale).exp();
-                peaks[r] = top;
-                let mut best_column = 0u32.runtime();
-                #[unroll]
-                for back in 1..=columns {
-                    // The first of equal classes is found last.
-                    let c = comptime!(columns - back);
-                    let is_top = results[comptime!(result_of(r, c, tile))] == top;
-                    best_column = select(is_top, column_of(&at, c, tile) as u32, best_column);
-                }
-                bests[r] = first_class as u32 + best_column;
-            }
-            let mut sum = sums[r];
-            #[unroll]
-            for c in 0..columns {
-                sum += ((results[comptime!(result_of(r, c, tile))] - peaks[r]) * scale).exp();
-            }
-            sums[r] = sum;
-            if comptime!(tile.stowed() > 0) {
-                stowed_peaks[slot] = peaks[r];
-                stowed_sums[slot] = sums[r];
-                stowed_bests[slot] = bests[r];
-            }
+            softmaxes.fold(r, &results, &at, first_class, scale, tile);
         }
     }
-    #[unroll]
-    for r in 0..comptime!(tile.stowed()) {
-        let slot = comptime!(r * tile.units()) + unit;
-        peaks[r] = stowed_peaks[slot];
-        sums[r] = stowed_sums[slot];
-        bests[r] = stowed_bests[slot];
-        if comptime!(smooth) {
-            totals[r] = stowed_totals[slot];
-        }
-    }
+    softmaxes.take_all(tile, smooth);
 
-    // The units of a row: four of each plane across.
-    let sharing = comptime!(4 * tile.across);
-    let mut shared_peaks = Shared::<[f32]>::new_slice(comptime!(tile.units()));
-    let mut shared_sums = Shared::<[f32]>::new_slice(comptime!(tile.units()));
-    let mut shared_bests = Shared::<[u32]>::new_slice(comptime!(tile.units()));
-    let mut shared_totals =
-        Shared::<[f32]>::new_slice(comptime!(if smooth { tile.units() } else { 1 }));
-    let first = at.group * sharing;
-    let slot = first + at.member;
+    let mut shared = Parts::new(tile, smooth);
     #[unroll]
-    for r in 0..owned {
-        shared_peaks[slot] = peaks[r];
-        shared_sums[slot] = sums[r];
-        shared_bests[slot] = bests[r];
-        if comptime!(smooth) {
-            shared_totals[slot] = totals[r];
-        }
+    for r in 0..comptime!(tile.rows()) {
+        shared.put(&softmaxes, r, &at, tile, smooth);
         sync_cube();
         let row = first_row + row_of(&at, r, tile);
         if at.member == 0 && row < shape.rows {
-            let mut peak = shared_peaks[first];
-            let mut best_class = shared_bests[first];
-            for other in first + 1..first + sharing {
-                let other_peak = shared_peaks[other];
-                let other_best = shared_bests[other];
-                if other_peak > peak || (other_peak == peak && other_best < best_class) {
-                    peak = other_peak;
-                    best_class = other_best;
-                }
-            }
-            let mut sum = 0.0f32.runtime();
-            let mut total = 0.0f32.runtime();
-            for other in first..first + sharing {
-                sum += shared_sums[other] * ((shared_peaks[other] - peak) * scale).exp();
-                if comptime!(smooth) {
-                    total += shared_totals[other];
-                }
-            }
+            let merged = shared.row(&at, scale, tile, smooth);
             let to = (head * shape.rows + row) * parts + first_part + split;
             let mut pair = Vector::<f32, Const<2>>::empty();
-            pair.insert(0usize, max(peak * scale, FLOOR));
-            pair.insert(1usize, sum);
+            pair.insert(0usize, max(merged.peak * scale, FLOOR));
+            pair.insert(1usize, merged.sum);
             softmax[to] = pair;
-            best[to] = best_class;
+            best[to] = merged.best;
             if comptime!(smooth) {
-                all_logits[to] = total * scale;
+                all_logits[to] = merged.total * scale;
             }
         }
         sync_cube();

@@ -12,6 +12,7 @@
 mod backward;
 mod forward;
 mod rows;
+mod softmaxes;
 
 pub(super) use backward::launch_backward;
 pub(super) use forward::launch_forward;

@@ -244,6 +244,7 @@ fn any_problem() -> impl proptest::strategy::Strategy<Value = Problem> {
 }
 
 /// The numbers of a problem, already rounded to its dtype.
+#[derive(Clone)]
 pub struct Data {
     /// `[H, N, D]`
     pub embeddings: Vec<f32>,

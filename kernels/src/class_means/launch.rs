@@ -358,23 +358,25 @@ fn merge_sums<N: Size>(
 ) {
     let mut i = ABSOLUTE_POS;
     while i < sums.len() {
-        let class = i / columns % classes;
-        let mut count = 0u32.runtime();
-        if comptime!(!fresh) {
-            count = counts[class];
-        }
-        if other_counts[class] > 0 {
-            let mut sum = KahanLanes::<N> {
-                sum: other_sums[i],
-                carry: other_carries[i],
-            };
-            if count > 0 {
-                sum.sum = sums[i];
-                sum.carry = carries[i];
-                sum.add(other_sums[i] - other_carries[i]);
+        if comptime!(fresh) {
+            // All of them: where rows are streamed, classes without rows have sums of zero.
+            sums[i] = other_sums[i];
+            carries[i] = other_carries[i];
+        } else {
+            let class = i / columns % classes;
+            if other_counts[class] > 0 {
+                let mut sum = KahanLanes::<N> {
+                    sum: other_sums[i],
+                    carry: other_carries[i],
+                };
+                if counts[class] > 0 {
+                    sum.sum = sums[i];
+                    sum.carry = carries[i];
+                    sum.add(other_sums[i] - other_carries[i]);
+                }
+                sums[i] = sum.sum;
+                carries[i] = sum.carry;
             }
-            sums[i] = sum.sum;
-            carries[i] = sum.carry;
         }
         i += CUBE_COUNT * CUBE_DIM as usize;
     }

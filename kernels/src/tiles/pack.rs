@@ -211,9 +211,10 @@ fn finish<F: Float, M: Size>(
     if at.is_there {
         let mut factor = 0.0f32.runtime();
         if at.real {
-            factor = factors[at.head] * inverse;
+            factor = factors[at.head];
         }
         let factor = Vector::<f32, M>::new(factor);
+        let inverse = Vector::<f32, M>::new(inverse);
         let projection = Vector::<f32, M>::new(-projection);
         let out = (at.head * stored + rows.first + at.row) * rows.columns;
         let mut d = at.lane;
@@ -221,7 +222,8 @@ fn finish<F: Float, M: Size>(
             let mut value = Vector::<f32, M>::new(0.0);
             if at.real {
                 let x = Vector::<f32, M>::cast_from(source[at.from + d]);
-                value = fma(projection, x, gradient[upstream + d]) * factor;
+                // One after the other: a large gradient at a short row is not infinite where it is zero.
+                value = fma(projection, x, gradient[upstream + d]) * inverse * factor;
             }
             grad[out + d] = Vector::<F, M>::cast_from(value);
             d += group.size;

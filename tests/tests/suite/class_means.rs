@@ -48,13 +48,24 @@ fn fresh(client: &Client, sizes: [usize; 3], options: &Options) -> Result<ClassS
     Ok(sums)
 }
 
-/// Accumulates the rows in two batches, split at `split`, either streamed or merged.
+/// How two batches become one state.
+#[derive(Clone, Copy, PartialEq)]
+enum Way {
+    /// One after the other.
+    Streamed,
+    /// Each has a state, and one is merged into the other.
+    Merged,
+    /// The state of the first is merged into a new one, which then gets the second.
+    Resumed,
+}
+
+/// Accumulates the rows in two batches, split at `split`.
 fn means(
     run: &Run,
     problem: &Problem,
     unit: bool,
     split: usize,
-    merged: bool,
+    way: Way,
 ) -> Result<(Vec<f64>, Vec<u32>), String> {
     let client = run.client;
     let data = problem.data();
@@ -79,7 +90,12 @@ fn means(
             .collect();
         let embeddings = problem.upload(client, &part, &[heads, last - first, dim]);
         let labels = problem.upload_labels(client, &data.labels[first..last]);
-        let into = if merged && first > 0 {
+        if way == Way::Resumed && first > 0 {
+            let mut resumed = fresh()?;
+            resumed.merge(client, &sums).map_err(said)?;
+            sums = resumed;
+        }
+        let into = if way == Way::Merged && first > 0 {
             &mut other
         } else {
             &mut sums
@@ -91,7 +107,7 @@ fn means(
             return Err("the operands were modified".into());
         }
     }
-    if merged {
+    if way == Way::Merged {
         sums.merge(client, &other).map_err(said)?;
     }
     let weights = problem.upload(client, &data.weights, &[heads, classes, dim]);
@@ -109,10 +125,11 @@ fn means(
 fn check(run: &Run, problem: &Problem, unit: bool, split: usize) -> Result<(), String> {
     let (truth, counts) = expected::<f64>(problem, unit);
     let (working, _) = expected::<f32>(problem, unit);
-    let whole = means(run, problem, unit, 0, false)?;
-    let streamed = means(run, problem, unit, split, false)?;
-    let merged = means(run, problem, unit, split, true)?;
-    if whole != streamed {
+    let whole = means(run, problem, unit, 0, Way::Streamed)?;
+    let streamed = means(run, problem, unit, split, Way::Streamed)?;
+    let resumed = means(run, problem, unit, split, Way::Resumed)?;
+    let merged = means(run, problem, unit, split, Way::Merged)?;
+    if whole != streamed || whole != resumed {
         return Err(format!("a batch split at {split} gives other bits"));
     }
     if run.strategy == Strategy::Forced(Variant::Unit) {
@@ -121,7 +138,7 @@ fn check(run: &Run, problem: &Problem, unit: bool, split: usize) -> Result<(), S
             strategy: Strategy::Inferred,
             ..*run
         };
-        if whole != means(&inferred, problem, unit, split, false)? {
+        if whole != means(&inferred, problem, unit, split, Way::Streamed)? {
             return Err("on fewer cores there are other bits".into());
         }
     }

@@ -8,6 +8,7 @@ use super::rows::Rows;
 use crate::Gradients;
 use crate::blueprint::{PLANE_UNITS, cubes_for};
 use crate::math::group::{Group, group_max};
+use crate::math::online_softmax::FLOOR;
 use crate::tiles::{
     Backward, Chunk, ChunkShape, Chunks, Lies, Tile, column_of, place, result_of, row_of,
     store_tile,
@@ -77,7 +78,7 @@ pub(in crate::cosine_cross_entropy) fn launch_backward(
 
 const F16: ElemType = ElemType::Float(cubecl::ir::FloatKind::F16);
 
-/// A cube divides a head's arriving gradients by the largest of them, and gives the factor that undoes it.
+/// A cube divides a head's arriving gradients by the largest finite one, and gives the factor that undoes it.
 #[cube(launch_unchecked)]
 fn relative(
     state: &mut [f32],   // [heads, 2, rows_padded]: lse, then the gradient that arrives
@@ -96,7 +97,11 @@ fn relative(
     let mut largest = 0.0f32.runtime();
     let mut row = UNIT_POS as usize;
     while row < rows_padded {
-        largest = max(largest, state[first + row].abs());
+        let size = state[first + row].abs();
+        // An infinite one is its own row's matter.
+        if size <= f32::MAX {
+            largest = max(largest, size);
+        }
         row += PLANE_UNITS;
     }
     let largest = group_max(largest, group);
@@ -164,7 +169,9 @@ fn logit_gradients<E: Float, N: Size>(
             #[unroll]
             for c in 0..columns {
                 let from = comptime!(result_of(r, c, tile));
-                let p = (results[from] * scale - lse).exp();
+                // Rounded as it was when lse was: `max` keeps a compiler from contracting.
+                let logit = max(results[from] * scale, FLOOR);
+                let p = (logit - lse).exp();
                 results[from] = arriving * (p - uniform);
             }
             let target = targets[row] - first_class as u32;

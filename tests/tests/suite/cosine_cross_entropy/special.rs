@@ -1,5 +1,7 @@
 //! Values and shapes that random problems miss.
 
+use cubecl::prelude::CubeElement;
+use cubecl::std::tensor::TensorHandle;
 use protohead::cosine_cross_entropy::{backward, forward, forward_backward};
 use protohead::{Reduction, Strategy, Upstream, Variant, Wanted};
 use protohead_tests::devices::{Run, all_runs, fused_runs};
@@ -31,6 +33,96 @@ fn gradients_of_zeros_would_be_noticed_in_every_dtype() {
                     assert!(error.starts_with(name), "{name} on {run}: {error}");
                 }
             }
+        }
+    }
+}
+
+/// Rows that are sure of a class have probabilities of 1 and 0, however large their logits are: one that is right has no gradient, and
+/// one that is wrong has that of its two classes.
+#[test]
+fn a_large_scale_leaves_sure_rows_exact() {
+    let (rows, dim) = (8, 16);
+    let problem = Problem {
+        scale: 1e9,
+        ..Problem::plain((1, rows, dim, rows, rows))
+    };
+    let mut data = problem.data();
+    for values in [&mut data.embeddings, &mut data.weights] {
+        values.fill(0.0);
+        (0..rows).for_each(|row| values[row * dim + row] = 2.0);
+    }
+    data.labels = (0..rows as i64).collect();
+    data.labels[0] = 1;
+    for run in fused_runs(problem.sizes) {
+        let (inputs, options) = arguments(&run, &problem, &data);
+        let upstream = Upstream::Total(rows as f32 / 1e9);
+        let output = forward(run.client, &inputs, &options).expect("valid");
+        let apart = backward(
+            run.client,
+            &inputs,
+            &options,
+            &output,
+            &upstream,
+            Wanted::BOTH,
+        );
+        let at_once = forward_backward(run.client, &inputs, &options, &upstream, Wanted::BOTH);
+        let mut of_row = vec![0.0; rows * dim];
+        of_row[1] = -0.5;
+        let mut of_classes = vec![0.0; rows * dim];
+        of_classes[dim] = -0.5;
+        for gradients in [apart.expect("valid"), at_once.expect("valid").1] {
+            let [dx, dw] = [gradients.embeddings, gradients.weights]
+                .map(|gradient| download(run.client, &gradient.expect("asked for")));
+            // The rounding of the upstream gradient, and of its product with the scale.
+            for (name, ours, exact) in [("dX", dx, &of_row), ("dW", dw, &of_classes)] {
+                assert!(
+                    ours.iter().zip(exact).all(|(a, b)| (a - b).abs() < 1e-6),
+                    "{name} on {run}: {ours:?}"
+                );
+            }
+        }
+    }
+}
+
+/// What is not finite stays in its row's gradient.
+#[test]
+fn an_infinite_gradient_of_one_row_leaves_the_others_alone() {
+    let (heads, rows, dim) = (2, 5, 7);
+    let problem = Problem {
+        reduction: Reduction::None,
+        ..Problem::plain((heads, rows, dim, 6, 6))
+    };
+    let data = problem.data();
+    let mut infinite = data.upstream.clone();
+    infinite[rows + 2] = f32::INFINITY;
+    for run in fused_runs(problem.sizes) {
+        let (inputs, options) = arguments(&run, &problem, &data);
+        let output = forward(run.client, &inputs, &options).expect("valid");
+        let [plain, spoilt] = [&data.upstream, &infinite].map(|upstream| {
+            let upstream = TensorHandle::new_contiguous(
+                [heads, rows],
+                run.client.create_from_slice(f32::as_bytes(upstream)),
+                Dtype::F32.elem(),
+            );
+            let gradients = backward(
+                run.client,
+                &inputs,
+                &options,
+                &output,
+                &Upstream::Loss(upstream),
+                Wanted::EMBEDDINGS,
+            );
+            let dx = gradients.expect("valid").embeddings.expect("asked for");
+            download(run.client, &dx)
+        });
+        for (row, (plain, spoilt)) in plain.chunks(dim).zip(spoilt.chunks(dim)).enumerate() {
+            let size = plain.iter().fold(0.0, |size: f64, v| size.max(v.abs()));
+            // Another gradient may be the largest, which others are rounded beside.
+            let close = |(a, b): (&f64, &f64)| (a - b).abs() <= 1e-5 * size;
+            assert!(
+                row == rows + 2 || plain.iter().zip(spoilt).all(close),
+                "row {row} on {run}: {plain:?}, beside an infinite one {spoilt:?}"
+            );
         }
     }
 }

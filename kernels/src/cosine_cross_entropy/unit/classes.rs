@@ -2,7 +2,8 @@
 
 use cubecl::prelude::*;
 
-use super::plan::{CACHED_PANELS, OWNED_CLASSES, OWNED_PANELS, Phases, Plan};
+use super::plan::{CACHED_PANELS, InGradient, OWNED_CLASSES, OWNED_PANELS, Phases, Plan};
+use super::rows::{ClassBlock, Item};
 use crate::math::norm::{inverse_norm, projection};
 use crate::math::span::{Span, share};
 use crate::math::tile::{Broadcast, Lanes, TILE_VECTORS, add_to};
@@ -21,7 +22,7 @@ pub(super) fn gradients<F: Float, N: Size, M: Size>(
     classes: &Span,
     smoothing: f32,
     #[comptime] phases: Phases,
-    #[comptime] carry_in_gradient: bool,
+    #[comptime] in_gradient: InGradient,
     #[comptime] tile_rows: usize,
 ) {
     let lanes = N::value();
@@ -58,7 +59,7 @@ pub(super) fn gradients<F: Float, N: Size, M: Size>(
                 owned.first,
                 count,
                 begins,
-                carry_in_gradient,
+                in_gradient,
             );
             let mut at = items.start;
             while at < items.end {
@@ -66,15 +67,17 @@ pub(super) fn gradients<F: Float, N: Size, M: Size>(
                     start: at,
                     end: min(at + OWNED_PANELS, items.end),
                 };
-                gather::<N>(
+                gather::<F, N, M>(
                     workspace,
                     targets,
+                    &*grad,
                     plan,
                     &some,
                     chunk.start,
                     &owned,
                     smoothing,
                     phases,
+                    in_gradient,
                     tile_rows,
                 );
                 add_rows::<N>(workspace, plan, &some, chunk.start, &owned, tile_rows);
@@ -103,7 +106,7 @@ pub(super) fn gradients<F: Float, N: Size, M: Size>(
                             out,
                             plan,
                             owned.first + r,
-                            carry_in_gradient,
+                            in_gradient,
                             width,
                         );
                     }
@@ -141,7 +144,7 @@ fn start<F: Float, N: Size, M: Size>(
     first: usize,
     count: usize,
     begins: bool,
-    #[comptime] carry_in_gradient: bool,
+    #[comptime] in_gradient: InGradient,
 ) {
     let lanes = N::value();
     let width = comptime!(lanes * TILE_VECTORS);
@@ -160,7 +163,7 @@ fn start<F: Float, N: Size, M: Size>(
             if first + r < plan.active {
                 let row = (owned + r * width) / piece;
                 for d in 0..plan.dim / piece {
-                    let value = match comptime!(carry_in_gradient) {
+                    let value = match comptime!(in_gradient == InGradient::Sums) {
                         true => {
                             let from = (head * plan.stored + first + r) * plan.dim / piece;
                             Vector::<f32, M>::cast_from(grad[from + d])
@@ -174,18 +177,43 @@ fn start<F: Float, N: Size, M: Size>(
     }
 }
 
+/// Keeps the exponentials `[count, width]` at `from` of an item with a block, in the gradients of its classes.
+#[cube]
+pub(super) fn keep<F: Float, N: Size, M: Size>(
+    workspace: &[f32],
+    grad: &mut [Vector<F, M>],
+    plan: &Plan,
+    item: &Item,
+    block: &ClassBlock,
+    from: usize,
+) {
+    let lanes = N::value();
+    let width = comptime!(lanes * TILE_VECTORS);
+    let vectors = workspace.as_vectorized().with_vector_size::<N>();
+    let kept = grad.with_vector_size_mut::<N>();
+    for c in 0..min(block.count, plan.active - block.first) {
+        let to = plan.in_gradient(item.item, block.first + c, width) / lanes;
+        #[unroll]
+        for v in 0..TILE_VECTORS {
+            kept[to + v] = Vector::<F, N>::cast_from(vectors[from / lanes + c * TILE_VECTORS + v]);
+        }
+    }
+}
+
 /// The logit gradients of some items with the owned classes, to rows of this unit's own: as they were kept, or from the kept
 /// exponentials, `arriving · (e^(z − base) e^(base − lse) − target)`.
 #[cube]
-fn gather<N: Size>(
+fn gather<F: Float, N: Size, M: Size>(
     workspace: &mut [f32],
     targets: &[Vector<u32, N>], // [rows, padded]
+    grad: &[Vector<F, M>],
     plan: &Plan,
     items: &Span,
     chunk: usize, // its first item
     owned: &Owned,
     smoothing: f32,
     #[comptime] phases: Phases,
+    #[comptime] in_gradient: InGradient,
     #[comptime] tile_rows: usize,
 ) {
     let lanes = N::value();
@@ -218,8 +246,16 @@ fn gather<N: Size>(
                     for r in 0..tile_rows {
                         let of = Vector::<u32, N>::new((class + r) as u32);
                         let target = uniform + select_many(of.equal(&target_class), peak, zero);
-                        vectors[to + r * stride + v] =
-                            vectors[from + r * TILE_VECTORS + v] * factor - arrived * target;
+                        let e = match comptime!(in_gradient == InGradient::Exponentials) {
+                            true => {
+                                // Of the classes that fill a tile any number will do.
+                                let real = min(class + r, plan.active - 1);
+                                let kept = plan.in_gradient(item, real, width) / lanes + v;
+                                Vector::<f32, N>::cast_from(grad.with_vector_size::<N>()[kept])
+                            }
+                            false => vectors[from + r * TILE_VECTORS + v],
+                        };
+                        vectors[to + r * stride + v] = e * factor - arrived * target;
                     }
                 } else {
                     #[unroll]
@@ -329,7 +365,7 @@ fn carry_row<F: Float, M: Size>(
     out: usize,
     plan: &Plan,
     class: usize,
-    #[comptime] carry_in_gradient: bool,
+    #[comptime] in_gradient: InGradient,
     #[comptime] width: usize,
 ) {
     let piece = M::value();
@@ -339,7 +375,7 @@ fn carry_row<F: Float, M: Size>(
     let row = row / piece;
     for d in 0..plan.dim / piece {
         let value = space[row + d / pieces * block + d % pieces];
-        if comptime!(carry_in_gradient) {
+        if comptime!(in_gradient == InGradient::Sums) {
             grad[out / piece + d] = Vector::<F, M>::cast_from(value);
         } else {
             space[(plan.carry + class * plan.dim_padded) / piece + d] = value;

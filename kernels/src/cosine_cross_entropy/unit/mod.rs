@@ -9,7 +9,7 @@
 //!
 //! With the exponentials kept, loss and gradients take `6·H·N·D·K` floating-point operations; a backward pass that only
 //! has lse multiplies the logits again. The workspace is bounded: what does not fit goes in chunks of rows (and of
-//! classes, where nothing is kept). Rows are in the lanes of a vector, so a softmax needs no horizontal step. What each
+//! classes, where nothing is kept), but for exponentials that fit in the gradient of the class weights. Rows are in the lanes of a vector, so a softmax needs no horizontal step. What each
 //! product reads over and over stays in the first-level cache. The number of cores changes who computes, never the
 //! order of a sum.
 
@@ -34,7 +34,7 @@ use crate::math::group::Group;
 use crate::math::span::{Span, share, wait};
 use crate::math::tile::TILE_VECTORS;
 use crate::operand::{F32, RowStrides, addressable, whole};
-use plan::{HostPlan, Phases, Plan, Problem};
+use plan::{HostPlan, InGradient, Phases, Plan, Problem};
 use rows::ClassBlock;
 
 /// What becomes of the rows' losses.
@@ -166,7 +166,7 @@ impl<'a> Step<'a> {
                 loss.label_smoothing,
                 self.phases,
                 blueprint.units,
-                self.host.carry_in_gradient,
+                self.host.in_gradient,
                 blueprint.tile_rows,
                 embeddings.dtype(),
                 call.labels.dtype(),
@@ -201,7 +201,7 @@ fn step<F: Float, I: Int, N: Size, M: Size>(
     smoothing: f32,
     #[comptime] phases: Phases,
     #[comptime] units: usize,
-    #[comptime] carry_in_gradient: bool,
+    #[comptime] in_gradient: InGradient,
     #[comptime] tile_rows: usize,
     #[define(F)] _dtype: ElemType,
     #[define(I)] _label: ElemType,
@@ -224,7 +224,7 @@ fn step<F: Float, I: Int, N: Size, M: Size>(
     let mut start = 0usize.runtime();
     while start < plan.items {
         let mut end = min(start + plan.chunk_items, plan.items);
-        if comptime!(phases.weights && !carry_in_gradient)
+        if comptime!(phases.weights && in_gradient == InGradient::Nothing)
             && end > (plan.head(start) + 1) * plan.panels
         {
             // What is carried has the place of one head: the chunk that takes it from there leaves none of the next there.
@@ -302,7 +302,8 @@ fn step<F: Float, I: Int, N: Size, M: Size>(
             };
             for item in mine.start..mine.end {
                 let item = plan.item(item, &chunk);
-                let at = match comptime!(phases.weights) {
+                let stay = comptime!(phases.weights && in_gradient != InGradient::Exponentials);
+                let at = match stay {
                     true => plan.logit(item.local, first - kept, width),
                     false => plan.own_logits(),
                 };
@@ -331,6 +332,9 @@ fn step<F: Float, I: Int, N: Size, M: Size>(
                 }
                 if comptime!(phases.embeddings) {
                     row_gradients::add_classes::<N>(workspace, &plan, &item, &block, at, tile_rows);
+                }
+                if comptime!(in_gradient == InGradient::Exponentials) {
+                    classes::keep::<F, N, M>(&*workspace, grad_weights, &plan, &item, &block, at);
                 }
                 if comptime!(phases.at_once() && phases.embeddings && phases.smooth) {
                     let head = plan.head(item.item);
@@ -373,7 +377,7 @@ fn step<F: Float, I: Int, N: Size, M: Size>(
                         &classes,
                         smoothing,
                         phases,
-                        carry_in_gradient,
+                        in_gradient,
                         tile_rows,
                     );
                     kept = classes.end;

@@ -88,7 +88,8 @@ pub(super) struct Plan {
     pub blocks: usize,
     /// `[chunk_items, dim_padded / width, width, width]`: gradients of the unit-norm embeddings.
     pub gradient: usize,
-    /// `[chunk_items, chunk_classes, width]`: exponentials or logit gradients, where class weights get gradients.
+    /// `[chunk_items, chunk_classes, width]`: exponentials or logit gradients, where class weights get gradients and do not hold them
+    /// themselves.
     pub logits: usize,
     /// `[chunk_items, ⌈classes / class_block⌉, width]`: the base of each block's exponentials.
     pub bases: usize,
@@ -106,8 +107,18 @@ pub(super) struct Plan {
 pub(super) struct HostPlan {
     pub plan: Plan,
     pub floats: usize,
-    /// Where the weight gradients of a head that spans several chunks wait: in the f32 gradient itself, or in `carry`.
-    pub carry_in_gradient: bool,
+    pub in_gradient: InGradient,
+}
+
+/// What waits in the gradient of the class weights until it is there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum InGradient {
+    /// Nothing, since it is not f32: sums of a head that spans several chunks wait in `carry`.
+    Nothing,
+    /// Sums of a head that spans several chunks.
+    Sums,
+    /// The exponentials of each class with all rows of its head, which fit in its gradient, and not in the workspace.
+    Exponentials,
 }
 
 /// The sizes a plan is made from.
@@ -161,8 +172,21 @@ impl HostPlan {
             .saturating_sub(packed + problem.heads * dim_padded + problem.units * own);
         let least = most.min(problem.units);
 
-        let (chunk_items, chunk_classes) = if phases.weights && phases.loss {
-            let fitting = (room / (of_item + (classes + blocks) * width)).min(most);
+        let fitting = |kept: usize| (room / (of_item + (kept + blocks) * width)).min(most);
+        // A head's rows stay together where their exponentials take the place of its gradient.
+        let in_gradient = fitting(0) / panels * panels;
+        let exponentials_in_gradient = phases.weights
+            && phases.loss
+            && problem.full
+            && problem.dim.is_multiple_of(problem.lanes)
+            && panels * width <= problem.dim
+            && fitting(classes) < items
+            && in_gradient >= least;
+
+        let (chunk_items, chunk_classes) = if exponentials_in_gradient {
+            (in_gradient, classes)
+        } else if phases.weights && phases.loss {
+            let fitting = fitting(classes);
             let fitting = match fitting {
                 _ if fitting == items => items,
                 // Gradients of less than f32 are not carried in themselves: a head's rows stay together.
@@ -184,7 +208,11 @@ impl HostPlan {
             ((room / of_item).max(least).min(most), 0)
         };
         let split = phases.weights && chunk_items < items && chunk_items % panels != 0;
-        let carry_in_gradient = problem.full;
+        let in_gradient = match problem.full {
+            true if exponentials_in_gradient => InGradient::Exponentials,
+            true => InGradient::Sums,
+            false => InGradient::Nothing,
+        };
 
         let mut floats = 0;
         let mut take = |wanted: bool, count: usize| {
@@ -216,17 +244,20 @@ impl HostPlan {
             columns: take(true, chunk_items * panel),
             blocks: take(phases.gradients(), chunk_items * panel),
             gradient: take(phases.embeddings, chunk_items * panel),
-            logits: take(phases.weights, chunk_items * chunk_classes * width),
+            logits: take(
+                phases.weights && !exponentials_in_gradient,
+                chunk_items * chunk_classes * width,
+            ),
             bases: take(phases.weights && phases.loss, chunk_items * blocks * width),
             state: take(true, chunk_items * STATES * width),
-            carry: take(split && !carry_in_gradient, problem.active * dim_padded),
+            carry: take(split && !problem.full, problem.active * dim_padded),
             units: take(true, problem.units * own),
             own,
         };
         Some(Self {
             plan,
             floats,
-            carry_in_gradient,
+            in_gradient,
         })
     }
 }
@@ -375,9 +406,14 @@ impl Plan {
         self.bases + (local * self.classes.div_ceil(self.class_block) + block) * width
     }
 
-    /// Where the kept logits of an item's rows with a class of the chunk are.
+    /// Where the kept logits of an item's rows with a class of the chunk are, in the workspace.
     pub(super) fn logit(&self, local: usize, class: usize, #[comptime] width: usize) -> usize {
         self.logits + (local * self.chunk_classes + class) * width
+    }
+
+    /// Where the exponentials of an item's rows with a class are, in the gradient of the class weights.
+    pub(super) fn in_gradient(&self, item: usize, class: usize, #[comptime] width: usize) -> usize {
+        (self.head(item) * self.stored + class) * self.dim + self.first_row(item, width)
     }
 }
 
@@ -446,5 +482,24 @@ mod tests {
     fn nothing_is_computed_at_once_that_does_not_fit() {
         assert!(plan([1, 2048, 512, 100_000], 2, true).is_some());
         assert!(plan([1, 2048, 512, 1_000_000], 2, true).is_none());
+    }
+
+    #[test]
+    fn exponentials_of_no_more_rows_than_columns_are_computed_at_once_for_any_number_of_classes() {
+        let of = |shape, full| plan(shape, 2, full).map(|host| (host.in_gradient, host.plan));
+        for classes in [100_000, 1_000_000] {
+            let (place, plan) = of([1, 512, 512, classes], true).expect("it fits");
+            assert_eq!(place, InGradient::Exponentials);
+            assert_eq!(plan.chunk_items, plan.items);
+        }
+        // More rows than columns; gradients of 16 bits; what fits in the workspace.
+        for (shape, full) in [
+            ([1, 544, 512, 100_000], true),
+            ([1, 512, 512, 100_000], false),
+            ([1, 512, 512, 10_000], true),
+        ] {
+            let (place, _) = of(shape, full).expect("it fits");
+            assert_ne!(place, InGradient::Exponentials, "{shape:?}");
+        }
     }
 }

@@ -9,6 +9,7 @@ use protohead_tests::fused::arguments;
 use protohead_tests::problem::{Dtype, LabelDtype, LabelKind, Problem, download};
 
 use super::{agrees_on, check, expected};
+use crate::support::bytes;
 
 /// The tolerances are not so wide that anything would do.
 #[test]
@@ -289,5 +290,60 @@ fn shapes_beyond_one_workspace_agree_with_the_reference() {
             .filter(on_cpu)
             .collect();
         agrees_on(&problem, runs).unwrap_or_else(|error| panic!("{problem:?}: {error}"));
+    }
+}
+
+/// Too many exponentials for the workspace: those of 35 rows take the place of the gradient of the class weights until that is there,
+/// while with 35 more rows, which are ignored, they do not fit there, and rows come in chunks.
+#[test]
+fn exponentials_kept_in_the_gradient_give_the_bits_of_rows_in_chunks() {
+    let (heads, rows, dim) = (2, 35, 64);
+    for gap in [0, 3] {
+        let more = Problem {
+            gap,
+            smoothing: 0.1,
+            weighted: true,
+            seed: 5,
+            ..Problem::plain((heads, 2 * rows, dim, 125_003, 125_001))
+        };
+        let mut data = more.data();
+        data.labels[rows..].fill(i64::from(more.ignore_index));
+        let mut fewer = more.clone();
+        fewer.sizes.1 = rows;
+        let mut some = data.clone();
+        some.labels.truncate(rows);
+        some.embeddings = (data.embeddings.chunks(2 * rows * dim))
+            .flat_map(|head| head[..rows * dim].to_vec())
+            .collect();
+        for run in fused_runs(more.sizes) {
+            if run.strategy != Strategy::Forced(Variant::Unit) {
+                continue;
+            }
+            let [of_more, of_fewer] = [(&more, &data), (&fewer, &some)].map(|(problem, data)| {
+                let (inputs, options) = arguments(&run, problem, data);
+                let one = Upstream::Total(1.0);
+                let (output, gradients) =
+                    forward_backward(run.client, &inputs, &options, &one, Wanted::BOTH)
+                        .expect("valid");
+                let (dx, dw) = (gradients.embeddings, gradients.weights);
+                let (dx, dw) = (dx.expect("asked for"), dw.expect("asked for"));
+                let [total, dx, dw] =
+                    <[_; 3]>::try_from(bytes(run.client, &[&output.total, &dx, &dw]))
+                        .expect("three");
+                // The rows that both have.
+                let head = problem.sizes.1 * dim * size_of::<f32>();
+                let dx: Vec<_> = (dx.chunks(head))
+                    .map(|head| head[..rows * dim * size_of::<f32>()].to_vec())
+                    .collect();
+                (total, dx, dw)
+            });
+            assert_eq!(of_more.0, of_fewer.0, "total on {run}");
+            assert!(of_more.1 == of_fewer.1, "dX on {run}");
+            assert!(of_more.2 == of_fewer.2, "dW on {run}");
+            assert!(
+                of_more.2.iter().any(|&byte| byte != 0),
+                "dW is zero on {run}"
+            );
+        }
     }
 }

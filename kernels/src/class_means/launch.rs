@@ -222,7 +222,7 @@ impl ClassSums {
         let (per_class, _) = blueprint.elementwise(client, classes);
         // SAFETY: `new` allocated both states, and their shapes are equal.
         unsafe {
-            merge_sums::launch_unchecked(
+            merge::launch_unchecked(
                 client,
                 count,
                 cube,
@@ -238,7 +238,7 @@ impl ClassSums {
                 self.fresh,
             );
             // Afterwards, since the sums are told by the counts.
-            merge_counts::launch_unchecked(
+            add_counts::launch_unchecked(
                 client,
                 per_class,
                 cube,
@@ -345,7 +345,7 @@ pub(super) struct AccumulateCall<'a> {
 }
 
 #[cube(launch_unchecked)]
-fn merge_sums<N: Size>(
+fn merge<N: Size>(
     sums: &mut [Vector<f32, N>],
     carries: &mut [Vector<f32, N>],
     counts: &[u32],
@@ -383,7 +383,7 @@ fn merge_sums<N: Size>(
 }
 
 #[cube(launch_unchecked)]
-fn merge_counts(
+fn add_counts(
     counts: &mut [u32],
     status: &mut [u32],
     other_counts: &[u32],

@@ -24,6 +24,10 @@ pub(crate) enum Error {
         epoch: usize,
         step: usize,
     },
+    #[error(
+        "the prototypes are not finite after the last step: try a lower --learning-rate, in another folder"
+    )]
+    DivergedLast,
     #[error("device {name}: {reason}")]
     Device { name: String, reason: String },
     #[error("{0}")]

@@ -8,6 +8,7 @@ mod output;
 mod tensors;
 mod training;
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::error::ErrorKind;
@@ -15,10 +16,17 @@ use clap::parser::ValueSource;
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::error::Error;
+use crate::output::{complain, lost, tell};
 
 /// Trains and evaluates three-head cosine classifiers, and applies the ops of protohead to files.
 #[derive(Parser)]
-#[command(version, about, max_term_width = 100)]
+#[command(
+    name = "protohead",
+    version,
+    about,
+    max_term_width = 100,
+    after_help = "A mistake ends with one line on standard error, exit code 2, and no output file."
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -28,7 +36,7 @@ struct Cli {
 enum Command {
     /// Trains the base session, replaces the prototypes, and evaluates every session.
     Train(commands::train::Train),
-    /// Evaluates every session of a finished run.
+    /// Evaluates every session of a finished run, and prints the table; writes nothing.
     Evaluate(commands::train::Evaluate),
     /// Cosine cross-entropy of the tensors in a file, with its gradients.
     Loss(commands::loss::Arguments),
@@ -67,7 +75,7 @@ fn main() -> ExitCode {
     let (cli, matches) = match parsed.and_then(|m| Ok((Cli::from_arg_matches(&m)?, m))) {
         Ok(parsed) => parsed,
         Err(error) if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
-            eprint!("{error}");
+            tell(error.to_string().trim_end());
             return ExitCode::from(MISTAKE);
         }
         Err(error) if error.use_stderr() => {
@@ -78,18 +86,19 @@ fn main() -> ExitCode {
                 .take_while(|line| !line.is_empty())
                 .map(str::trim)
                 .collect();
-            eprintln!(
-                "protohead: {}",
-                paragraph.join(" ").trim_start_matches("error: ")
-            );
+            complain(paragraph.join(" ").trim_start_matches("error: "));
             return ExitCode::from(MISTAKE);
         }
         Err(help) => help.exit(),
     };
-    match run(cli, &matches) {
+    let ended = run(cli, &matches).and_then(|()| match lost() {
+        Some(source) => Err(Error::io(Path::new("standard output"))(source)),
+        None => Ok(()),
+    });
+    match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("protohead: {}", error.to_string().replace('\n', " "));
+            complain(error);
             ExitCode::from(MISTAKE)
         }
     }

@@ -13,6 +13,7 @@ use half::{bf16, f16};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
 use crate::error::Error;
+use crate::output::complain;
 
 /// The tensors of a file.
 pub(crate) struct TensorFile {
@@ -61,27 +62,15 @@ impl TensorFile {
     pub(crate) fn floats(&self, client: &Client, name: &str) -> Result<TensorHandle, Error> {
         let view = self.view(name)?;
         let data = view.data();
-        let (kind, bad) = match view.dtype() {
-            Dtype::F32 => (
-                FloatKind::F32,
-                data.chunks_exact(4)
-                    .position(|b| !f32::from_le_bytes([b[0], b[1], b[2], b[3]]).is_finite()),
-            ),
-            Dtype::F16 => (
-                FloatKind::F16,
-                data.chunks_exact(2)
-                    .position(|b| !f16::from_le_bytes([b[0], b[1]]).is_finite()),
-            ),
-            Dtype::BF16 => (
-                FloatKind::BF16,
-                data.chunks_exact(2)
-                    .position(|b| !bf16::from_le_bytes([b[0], b[1]]).is_finite()),
-            ),
+        let kind = match view.dtype() {
+            Dtype::F32 => FloatKind::F32,
+            Dtype::F16 => FloatKind::F16,
+            Dtype::BF16 => FloatKind::BF16,
             other => {
                 return Err(self.wrong(format!("`{name}` is {other:?}, expected F32, F16 or BF16")));
             }
         };
-        if let Some(mut at) = bad {
+        if let Some(mut at) = not_finite(view.dtype(), data) {
             let mut index = vec![0; view.shape().len()];
             for (axis, &length) in view.shape().iter().enumerate().rev() {
                 index[axis] = at % length;
@@ -158,28 +147,48 @@ impl TensorFile {
         match usize::try_from(highest) {
             Ok(label) if label < most => Ok(label + 1),
             Ok(_) => Err(self.wrong(format!(
-                "label {highest} of row {row} is high for {} rows: --classes says that it is meant",
+                "label {highest} of row {row} is high for {} rows: if it is meant, say --classes",
                 labels.len()
             ))),
             Err(_) => Err(self.wrong(format!("the highest of `{name}` is {highest}: not a class"))),
         }
     }
 
-    /// An error that names a row whose label is wrong, with the label.
-    pub(crate) fn with_label(&self, name: &str, error: protohead::Error) -> Error {
-        match (error, self.integers(name)) {
-            (
-                protohead::Error::Label {
-                    row, active, rows, ..
-                },
-                Ok(labels),
-            ) => Error::Op(protohead::Error::Label {
-                row,
-                label: labels.get(row).copied(),
-                active,
-                rows,
-            }),
-            (error, _) => Error::Op(error),
+    /// What an op has against this file, in the words of the file, or against an option, in those of the command line.
+    pub(crate) fn refused(&self, error: protohead::Error) -> Error {
+        use protohead::Error as Op;
+        match error {
+            Op::Label {
+                row, active, rows, ..
+            } => {
+                let label = |labels: Vec<i64>| labels.get(row).copied();
+                let label = self.integers("labels").ok().and_then(label);
+                let error = Op::Label {
+                    row,
+                    label,
+                    active,
+                    rows,
+                };
+                self.wrong(error.to_string())
+            }
+            Op::Shape { .. }
+            | Op::Empty { .. }
+            | Op::Strides { .. }
+            | Op::Dtype { .. }
+            | Op::TooLarge { .. } => {
+                self.wrong(error.to_string().replace("class weights", "prototypes"))
+            }
+            Op::Option {
+                option,
+                got,
+                expected,
+            } => Error::Usage(format!(
+                "--{} is {got}, expected {expected}",
+                option.replace('_', "-")
+            )),
+            Op::HeadWeights { .. } => Error::Usage(format!("--head-weights: {error}")),
+            Op::ActiveClasses { .. } => Error::Usage(format!("--active: {error}")),
+            error => Error::Op(error),
         }
     }
 
@@ -212,10 +221,27 @@ impl TensorFile {
     }
 }
 
+/// The first number that is not finite.
+fn not_finite(dtype: Dtype, data: &[u8]) -> Option<usize> {
+    match dtype {
+        Dtype::F16 => data
+            .chunks_exact(2)
+            .position(|b| !f16::from_le_bytes([b[0], b[1]]).is_finite()),
+        Dtype::BF16 => data
+            .chunks_exact(2)
+            .position(|b| !bf16::from_le_bytes([b[0], b[1]]).is_finite()),
+        _ => data
+            .chunks_exact(4)
+            .position(|b| !f32::from_le_bytes([b[0], b[1], b[2], b[3]]).is_finite()),
+    }
+}
+
 /// Tensors to be written, by name.
 #[derive(Default)]
 pub(crate) struct Written {
     tensors: BTreeMap<&'static str, (Dtype, Vec<usize>, Vec<u8>)>,
+    /// Those that are not finite.
+    infinite: Vec<&'static str>,
 }
 
 impl Written {
@@ -235,6 +261,9 @@ impl Written {
         let bytes = client
             .read_one(tensor.handle.clone())
             .map_err(Error::of_device)?;
+        if not_finite(dtype, &bytes).is_some() {
+            self.infinite.push(name);
+        }
         self.tensors
             .insert(name, (dtype, shape.to_vec(), bytes.to_vec()));
         Ok(())
@@ -250,7 +279,8 @@ impl Written {
             .insert(name, (Dtype::I64, shape.to_vec(), bytes));
     }
 
-    /// Writes the file beside its place, then renames it: nothing half-written is ever there.
+    /// Writes the file beside its place, then renames it: nothing half-written is ever there. Tells of tensors that the numbers or the
+    /// options have made infinite.
     pub(crate) fn save(self, path: &Path) -> Result<(), Error> {
         let views: Result<Vec<_>, _> = self
             .tensors
@@ -265,7 +295,12 @@ impl Written {
                 path: path.into(),
                 reason: error.to_string(),
             })?;
-        write_atomically(path, &bytes)
+        write_atomically(path, &bytes)?;
+        if !self.infinite.is_empty() {
+            let names = self.infinite.join(", ");
+            complain(format_args!("{}: not finite: {names}", path.display()));
+        }
+        Ok(())
     }
 }
 
@@ -284,22 +319,64 @@ pub(crate) fn write_piecewise(
         path: path.into(),
         source,
     };
-    if path.exists() && !path.is_file() {
-        return Err(Error::unwritable(path)("it is there, and no file"));
-    }
-    let folder = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    let mut builder = tempfile::Builder::new();
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    let mut file = builder.tempfile_in(folder).map_err(failed)?;
+    let place = place(path)?;
+    let mut file = unfinished(path, &place)?;
     let mut buffered = BufWriter::new(&mut file);
     write(&mut buffered).map_err(failed)?;
     buffered.flush().map_err(failed)?;
     drop(buffered);
     file.as_file().sync_all().map_err(failed)?;
-    file.persist(path).map_err(|error| failed(error.error))?;
+    file.persist(&place).map_err(|error| failed(error.error))?;
     Ok(())
+}
+
+/// Says whether a file could be written to `path`, before anything is done for it.
+pub(crate) fn writable(path: &Path) -> Result<(), Error> {
+    unfinished(path, &place(path)?)?;
+    Ok(())
+}
+
+/// Where what is written to `path` goes: a link leads to its file.
+fn place(path: &Path) -> Result<PathBuf, Error> {
+    let unwritable = Error::unwritable(path);
+    let place = match path.is_symlink() {
+        true => match fs::canonicalize(path) {
+            Ok(place) => place,
+            Err(error) => return Err(unwritable(format!("a link to no file: {error}"))),
+        },
+        false => path.into(),
+    };
+    match place.exists() && !place.is_file() {
+        true => Err(unwritable("it is there, and no file".into())),
+        false => Ok(place),
+    }
+}
+
+/// What the names of files begin with that are being written.
+const UNFINISHED: &str = ".protohead-";
+
+/// Whether a file was being written.
+pub(crate) fn is_unfinished(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default();
+    name.to_string_lossy().starts_with(UNFINISHED)
+}
+
+/// A file in the folder of `place`, gone when it is dropped.
+fn unfinished(path: &Path, place: &Path) -> Result<tempfile::NamedTempFile, Error> {
+    let folder = match place.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    if !folder.is_dir() {
+        let reason = format!("{} is no folder", folder.display());
+        return Err(Error::unwritable(path)(reason));
+    }
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(UNFINISHED);
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    builder
+        .tempfile_in(folder)
+        // Its own text names a file that the user has never heard of.
+        .map_err(|error| Error::unwritable(path)(error.kind()))
 }

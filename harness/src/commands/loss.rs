@@ -13,7 +13,7 @@ use protohead::{LossOptions, Reduction, Upstream, Wanted};
 use crate::device::DeviceName;
 use crate::error::Error;
 use crate::output::say;
-use crate::tensors::{TensorFile, Written};
+use crate::tensors::{TensorFile, Written, writable};
 
 /// `--reduction`
 #[derive(Clone, Copy, ValueEnum)]
@@ -27,27 +27,29 @@ enum ReductionName {
 pub(crate) struct Arguments {
     /// A safetensors file with `embeddings [H,N,D]` and `prototypes [H,C,D]` (f32, f16 or bf16), and `labels [N]` (i64, i32 or u32).
     input: PathBuf,
-    /// Where to write `loss`, `total`, `lse`, `predictions`, `grad_embeddings`, `grad_prototypes`.
+    /// Where to write the results, a safetensors file: `loss [H]` (`[H,N]` without a reduction), `total []` (their sum, weighted by
+    /// `--head-weights`), `lse [H,N]` (ln Σ eᶻ of the logits), `predictions [H,N]`, and the gradients of `total`, `grad_embeddings [H,N,D]`
+    /// and `grad_prototypes [H,C,D]`, in the dtype of the input; all else is f32, predictions are i64.
     #[arg(long)]
     out: PathBuf,
     /// What cosines are multiplied with: the inverse temperature.
-    #[arg(long, default_value_t = 16.0, allow_negative_numbers = true)]
+    #[arg(long, default_value_t = 16.0, allow_hyphen_values = true)]
     scale: f32,
     /// Only the first K classes take part.
     #[arg(long, value_name = "K", allow_negative_numbers = true)]
     active: Option<usize>,
-    /// What becomes of the losses of a head's rows.
+    /// What becomes of the losses of a head's rows; the mean is over the rows that are not ignored, and 0 if all are.
     #[arg(long, value_enum, default_value_t = ReductionName::Mean)]
     reduction: ReductionName,
-    /// The share of the target that is spread over all classes.
+    /// The share of the target that is spread over the classes that take part, 0 to 1.
     #[arg(
         long,
         value_name = "E",
         default_value_t = 0.0,
-        allow_negative_numbers = true
+        allow_hyphen_values = true
     )]
     label_smoothing: f32,
-    /// The label of rows that are left out.
+    /// The label of rows that are left out (u32 labels cannot be the default).
     #[arg(long, value_name = "I", default_value_t = -100, allow_negative_numbers = true)]
     ignore_index: i32,
     /// A weight for each head, separated by commas, for `total` and the gradients.
@@ -72,6 +74,7 @@ pub(crate) struct Arguments {
 pub(crate) fn run(arguments: &Arguments) -> Result<(), Error> {
     let file = TensorFile::open(&arguments.input)?;
     file.is_not(&arguments.out)?;
+    writable(&arguments.out)?;
     let client = arguments.device.client()?;
     let inputs = Inputs {
         embeddings: file.floats(&client, "embeddings")?,
@@ -95,9 +98,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Error> {
         ..Options::default()
     };
     let upstream = Upstream::Total(1.0);
-    let (output, gradients) =
-        forward_backward(&client, &inputs, &options, &upstream, Wanted::BOTH)?;
-    let total = output.read_total(&client)?;
+    let (output, gradients) = forward_backward(&client, &inputs, &options, &upstream, Wanted::BOTH)
+        .map_err(|error| file.refused(error))?;
+    let total = output
+        .read_total(&client)
+        .map_err(|error| file.refused(error))?;
     let mut written = Written::default();
     written.floats(&client, "loss", &output.loss, output.loss.shape())?;
     written.floats(&client, "total", &output.total, &[])?;

@@ -10,19 +10,20 @@ use protohead::class_means::{ClassSums, Options};
 use crate::device::DeviceName;
 use crate::error::Error;
 use crate::output::say;
-use crate::tensors::{TensorFile, Written};
+use crate::tensors::{TensorFile, Written, writable};
 
 #[derive(Args)]
 pub(crate) struct Arguments {
     /// A safetensors file with `embeddings [H,N,D]` (f32, f16 or bf16) and `labels [N]` (i64, i32 or u32).
     input: PathBuf,
-    /// Where to write `prototypes [H,K,D]` and `counts [K]`.
+    /// Where to write `prototypes [H,K,D]`, in the dtype of the embeddings, and `counts [K]`, i64: a safetensors file. A class without rows
+    /// gets zeros.
     #[arg(long)]
     out: PathBuf,
     /// The number of classes K; if absent, one more than the highest label that is not ignored.
     #[arg(long, value_name = "K", allow_negative_numbers = true)]
     classes: Option<usize>,
-    /// Rows with this label are left out.
+    /// Rows with this label are left out (u32 labels cannot have the default).
     #[arg(long, default_value_t = -100, allow_negative_numbers = true)]
     ignore_index: i32,
     /// Normalize each embedding before averaging.
@@ -36,7 +37,9 @@ pub(crate) struct Arguments {
 pub(crate) fn run(arguments: &Arguments) -> Result<(), Error> {
     let file = TensorFile::open(&arguments.input)?;
     file.is_not(&arguments.out)?;
+    writable(&arguments.out)?;
     let classes = match arguments.classes {
+        Some(0) => return Err(Error::Usage("--classes is 0, expected at least 1".into())),
         Some(classes) => classes,
         None => file.classes("labels", arguments.ignore_index)?,
     };
@@ -57,11 +60,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Error> {
         ignore_index: arguments.ignore_index,
         ..Options::default()
     };
-    let mut sums = ClassSums::new(&client, heads, classes, dim, &options)?;
-    sums.accumulate(&client, &embeddings, &labels)?;
-    let counts = sums
-        .read_counts(&client)
-        .map_err(|error| file.with_label("labels", error))?;
+    let refused = |error| file.refused(error);
+    let mut sums = ClassSums::new(&client, heads, classes, dim, &options).map_err(refused)?;
+    sums.accumulate(&client, &embeddings, &labels)
+        .map_err(refused)?;
+    let counts = sums.read_counts(&client).map_err(refused)?;
     // A class nobody saw has no mean: its prototype is zero, and its count says so.
     let bytes = heads * classes * dim * embeddings.dtype.size();
     let zeros = TensorHandle::new_contiguous(

@@ -14,7 +14,21 @@ use crate::training::data::Dataset;
 use crate::training::run::Run;
 use crate::training::sessions;
 
+/// How a run goes, after the options.
+const PROTOCOL: &str = "\
+Of 35 keywords, in the order of their names, the first 20 are base classes, which are trained, and the others come in five sessions \
+of three, of which the speech head knows the means of up to 5 clips each; with fewer keywords there are fewer sessions, and with \
+fewer than 7 none. The table has a line a session: accuracy in percent on the test clips of all classes so far, of the base \
+classes (seen), of the others (unseen), and the harmonic mean of these two.";
+
+/// What a Speech-Commands folder is, after the options.
+const FOLDER: &str = "\
+A Speech-Commands folder has a folder of WAV files a keyword (PCM of 8 to 32 bits, float, A-law or mu-law, any rate and number of \
+channels; the first second counts). testing_list.txt names the test clips, as <keyword>/<file>, and must be there; the clips of \
+validation_list.txt are left out. Folders whose names begin with _ or a dot are no keywords.";
+
 #[derive(Args)]
+#[command(after_help = format!("{PROTOCOL}\n\n{FOLDER}"))]
 pub(crate) struct Train {
     /// A Speech-Commands folder: `DIR/<keyword>/*.wav` with `testing_list.txt`.
     #[arg(long, value_name = "DIR", conflicts_with_all = ["synthetic", "keywords", "voices"])]
@@ -22,7 +36,7 @@ pub(crate) struct Train {
     /// Train on synthesised keywords: needs no file.
     #[arg(long)]
     synthetic: bool,
-    /// The folder of the run.
+    /// The folder of the run: a new one, an empty one, or with --resume that of a run.
     #[arg(long, value_name = "RUN", default_value = "runs/latest")]
     out: PathBuf,
     /// Continue a run that was broken off, with the options that it began with.
@@ -34,28 +48,28 @@ pub(crate) struct Train {
     /// Clips per step.
     #[arg(long, default_value_t = 128, allow_negative_numbers = true)]
     batch: usize,
-    /// The encoder's width: 8 gives embeddings of 256.
+    /// The encoder's width, 1 to 64: 8 gives embeddings of 256.
     #[arg(long, default_value_t = 8, allow_negative_numbers = true)]
     tau: usize,
     /// What cosines are multiplied with: the inverse temperature.
-    #[arg(long, default_value_t = 16.0, allow_negative_numbers = true)]
+    #[arg(long, default_value_t = 16.0, allow_hyphen_values = true)]
     scale: f64,
     /// The highest learning rate, before cosine decay.
-    #[arg(long, default_value_t = 0.004, allow_negative_numbers = true)]
+    #[arg(long, default_value_t = 0.004, allow_hyphen_values = true)]
     learning_rate: f64,
     /// Weight of the reconstruction loss.
-    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
+    #[arg(long, default_value_t = 1.0, allow_hyphen_values = true)]
     lambda: f64,
     /// Weight of the reconstruction loss over class-wise shuffled parts.
-    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
+    #[arg(long, default_value_t = 1.0, allow_hyphen_values = true)]
     lambda_shuffled: f64,
     /// Seed of everything random.
     #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
     seed: u64,
-    /// Synthesised keywords.
+    /// Synthesised keywords, 2 to 200.
     #[arg(long, default_value_t = 35, allow_negative_numbers = true)]
     keywords: usize,
-    /// Synthesised voices to train on.
+    /// Synthesised voices to train on, 1 to 10000.
     #[arg(long, default_value_t = 40, allow_negative_numbers = true)]
     voices: usize,
     /// auto, cpu, cuda, cuda:N or wgpu; auto is the first that works of cuda, cpu, wgpu
@@ -64,6 +78,7 @@ pub(crate) struct Train {
 }
 
 #[derive(Args)]
+#[command(after_help = PROTOCOL)]
 pub(crate) struct Evaluate {
     /// The folder of a finished run.
     run: PathBuf,

@@ -11,7 +11,7 @@ use crate::audio::features::{Extractor, INPUT, INPUTS};
 use crate::audio::synthesis::{Speaker, speak, vocabulary};
 use crate::audio::wav::{read_clip, resample};
 use crate::error::Error;
-use crate::output::progress;
+use crate::output::{complain, progress};
 use crate::tensors::write_piecewise;
 
 /// Counts up when a clip is read otherwise than before.
@@ -20,13 +20,18 @@ const CLIP_FORMAT: &[u8] = b"clip 3";
 const WIDTH: usize = INPUTS * INPUT * size_of::<f32>();
 
 /// Features of files: from the cache, if neither the files nor what is made of them has changed. A cache is named by the
-/// content of the files and by the features of a clip that is always the same, and ends with the digest of what is in it.
-pub(super) fn cached(files: &[PathBuf], cache: &Path, keep: bool) -> Result<Vec<Vec<f32>>, Error> {
+/// content of the files, of which `digests` are, and by the features of a clip that is always the same, and ends with the digest of what is in it.
+pub(super) fn cached(
+    files: &[PathBuf],
+    digests: &[blake3::Hash],
+    cache: &Path,
+    keep: bool,
+) -> Result<Vec<Vec<f32>>, Error> {
     let extractor = Extractor::new();
     let mut hash = blake3::Hasher::new();
     hash.update(CLIP_FORMAT);
     hash.update(&to_bytes(&probe(&extractor)?));
-    for digest in digests(files)? {
+    for digest in digests {
         hash.update(digest.as_bytes());
     }
     let name = cache.join(format!("{}.features", hash.finalize().to_hex()));
@@ -52,13 +57,15 @@ pub(super) fn cached(files: &[PathBuf], cache: &Path, keep: bool) -> Result<Vec<
     bar.finish_and_clear();
     let features = features?;
     if keep && let Err(error) = write_cache(&name, cache, &features) {
-        eprintln!("protohead: {error}: the features will be computed again next time");
+        complain(format_args!(
+            "{error}: the features will be computed again next time"
+        ));
     }
     Ok(features)
 }
 
 /// Of the content of each file.
-fn digests(files: &[PathBuf]) -> Result<Vec<blake3::Hash>, Error> {
+pub(super) fn digests(files: &[PathBuf]) -> Result<Vec<blake3::Hash>, Error> {
     let digest = |path: &PathBuf| {
         let mut hash = blake3::Hasher::new();
         let file = File::open(path).map_err(Error::io(path))?;
@@ -154,7 +161,11 @@ mod tests {
     fn a_cache_is_used_while_it_holds_what_its_files_give() {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let (file, cache) = (folder.path().join("a.wav"), folder.path().join("cache"));
-        let features = || cached(std::slice::from_ref(&file), &cache, true).expect("a sound file");
+        let features = || {
+            let files = std::slice::from_ref(&file);
+            let digests = digests(files).expect("it is there");
+            cached(files, &digests, &cache, true).expect("a sound file")
+        };
         let caches = || entries(&cache).expect("the cache was made");
         write_wav(&file, 1000);
         let first = features();

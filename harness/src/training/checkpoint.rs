@@ -48,6 +48,13 @@ impl Digest {
     }
 }
 
+/// Removes the checkpoint before the last, which a run that was killed may have left.
+pub(super) fn clear_old(run: &Path) {
+    if run.join("checkpoint").exists() {
+        let _ = fs::remove_dir_all(run.join("checkpoint.old"));
+    }
+}
+
 fn files(folder: &Path) -> Result<[Vec<u8>; 3], Error> {
     let read = |name| {
         let path = folder.join(name);

@@ -4,11 +4,14 @@ use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 
 use super::cache::clear_cache;
+use super::checkpoint::clear_old;
 use super::config::RunConfig;
 use super::data::Dataset;
+use super::folder::entries;
 use super::json::{read_json, write_json};
 use super::run::{Data, Run};
 use crate::error::Error;
+use crate::tensors::{is_unfinished, writable};
 
 /// A run's folder that no other process trains in. What was made for it goes away again with the claim, if no run begins.
 pub(crate) struct Claim {
@@ -43,8 +46,24 @@ fn has_begun(folder: &Path) -> bool {
         "checkpoint.old",
         "metrics.jsonl",
         "model.bpk",
+        "model.json",
     ];
     left.iter().any(|name| folder.join(name).exists())
+}
+
+/// Whether there is nothing in a folder but what a run that never began may have left.
+fn is_free(folder: &Path) -> Result<bool, Error> {
+    let left = |path: &PathBuf| is_unfinished(path) || path.ends_with("cache");
+    Ok(entries(folder)?.iter().all(left))
+}
+
+/// Removes what a run that was killed has left half-written.
+fn clear_unfinished(folder: &Path) {
+    for path in entries(folder).unwrap_or_default() {
+        if is_unfinished(&path) {
+            let _ = fs::remove_file(path);
+        }
+    }
 }
 
 impl Claim {
@@ -61,6 +80,9 @@ impl Claim {
             .map(Path::to_path_buf)
             .collect();
         fs::create_dir_all(folder).map_err(Error::io(folder))?;
+        if !folder.join("config.json").exists() && !has_begun(folder) && !is_free(folder)? {
+            return Err(content("is not empty, and holds no run"));
+        }
         let lock = File::open(folder).map_err(Error::io(folder))?;
         if let Err(TryLockError::WouldBlock) = lock.try_lock() {
             return Err(content("another process trains in it"));
@@ -83,6 +105,7 @@ impl Claim {
         } else if begun {
             return Err(content("holds a run, but not its config.json"));
         }
+        writable(&folder.join("config.json"))?;
         Ok(claim)
     }
 
@@ -91,6 +114,7 @@ impl Claim {
         let data = Data {
             keywords: dataset.keywords.clone(),
             scaling: dataset.scaling,
+            clips: dataset.clips.clone(),
         };
         let folder = &self.folder;
         let (data_path, config_path) = (folder.join("data.json"), folder.join("config.json"));
@@ -98,13 +122,19 @@ impl Claim {
             if read_json::<Data>(&data_path)? != data {
                 return Err(Error::Content {
                     path: folder.clone(),
-                    reason: "the training clips are not those that the run began with".into(),
+                    reason: "the clips are not those that the run began with".into(),
                 });
             }
+            // They may have come to another place.
+            if read_json::<RunConfig>(&config_path)? != config {
+                write_json(&config_path, &config)?;
+            }
         } else {
-            write_json(&data_path, &data)?;
             write_json(&config_path, &config)?;
+            write_json(&data_path, &data)?;
         }
+        clear_unfinished(folder);
+        clear_old(folder);
         self.made.clear();
         let lock = self.lock.try_clone().map_err(Error::io(&self.folder))?;
         Ok(Run::locked(&self.folder, config, dataset, lock))

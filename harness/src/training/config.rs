@@ -69,12 +69,17 @@ impl RunConfig {
         Ok(())
     }
 
-    /// The first option in which the run that was begun differs, as the user is told.
+    /// The first option in which the run that was begun differs, as the user is told. Not where its files were: they tell themselves
+    /// whether they are the same.
     pub(crate) fn difference(&self, begun: &Self) -> Option<String> {
+        let moved = matches!(
+            (&self.source, &begun.source),
+            (Source::Folder(_), Source::Folder(_))
+        );
         let begun = begun.options();
         self.options().into_iter().find_map(|(option, asked)| {
             let (_, begun) = begun.iter().find(|(name, _)| *name == option)?;
-            let differ = *begun != asked;
+            let differ = *begun != asked && !(moved && option == "data");
             differ.then(|| format!("holds a run with --{option} {begun}, not {asked}"))
         })
     }
@@ -84,7 +89,7 @@ impl RunConfig {
         let mut options = match &self.source {
             Source::Folder(folder) => vec![("data", folder.display().to_string())],
             Source::Synthetic { keywords, voices } => vec![
-                ("data", "of synthesised keywords".into()),
+                ("data", "none but synthesised keywords".into()),
                 ("keywords", keywords.to_string()),
                 ("voices", voices.to_string()),
             ],

@@ -8,7 +8,7 @@ use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::cache::cached;
+use super::cache::{cached, digests};
 use super::folder::{keywords, list, wavs};
 use crate::audio::features::{Extractor, INPUT, INPUTS};
 use crate::audio::synthesis::{Speaker, speak, vocabulary};
@@ -68,10 +68,12 @@ pub(crate) struct Dataset {
     pub test: Examples,
     /// Mean and deviation of each input over the training clips.
     pub scaling: [(f32, f32); INPUTS],
+    /// The digest of the files, with what they are for; none of what is synthesised.
+    pub clips: Option<String>,
 }
 
 impl Dataset {
-    fn new(keywords: Vec<String>, train: Examples, test: Examples) -> Self {
+    fn new(keywords: Vec<String>, train: Examples, test: Examples, clips: Option<String>) -> Self {
         let scaling = std::array::from_fn(|input| {
             let values = || {
                 train.features.iter().flat_map(|f| {
@@ -90,6 +92,7 @@ impl Dataset {
             train,
             test,
             scaling,
+            clips,
         }
     }
 
@@ -114,7 +117,8 @@ impl Dataset {
             }
         };
         let names = (0..keywords).map(|word| format!("word{word:02}")).collect();
-        Self::new(names, make(0, voices), make(1_000_000, voices.div_ceil(4)))
+        let test = make(1_000_000, voices.div_ceil(4));
+        Self::new(names, make(0, voices), test, None)
     }
 
     /// A Speech-Commands folder: `DIR/<keyword>/*.wav`, with `testing_list.txt` and `validation_list.txt`.
@@ -136,32 +140,48 @@ impl Dataset {
         let (mut train, mut test) = (Vec::new(), Vec::new());
         for (label, keyword) in keywords.iter().enumerate() {
             let before = [train.len(), test.len()];
+            let mut validated = 0;
             for path in wavs(&root.join(keyword))? {
                 let name = path.file_name().unwrap_or_default().to_string_lossy();
                 let entry = format!("{keyword}/{name}");
                 if testing.contains(&entry) {
                     test.push((path, label));
-                } else if !validation.contains(&entry) {
+                } else if validation.contains(&entry) {
+                    validated += 1;
+                } else {
                     train.push((path, label));
                 }
             }
             let clips = [train.len() - before[0], test.len() - before[1]];
             if clips.contains(&0) {
                 return Err(wrong(format!(
-                    "keyword {keyword} has {} training and {} test clips: testing_list.txt must name some of them, and not all",
+                    "keyword {keyword} has {} clips to train on, {} in testing_list.txt and {validated} in validation_list.txt: \
+                     some must be for training, and some in testing_list.txt",
                     clips[0], clips[1]
                 )));
             }
         }
         let labels = |clips: &[(PathBuf, usize)]| clips.iter().map(|&(_, label)| label).collect();
-        let (train_labels, test_labels) = (labels(&train), labels(&test));
+        let (train_labels, test_labels): (Vec<usize>, Vec<usize>) = (labels(&train), labels(&test));
         let trained = train.len();
         let files: Vec<PathBuf> = train
             .into_iter()
             .chain(test)
             .map(|(path, _)| path)
             .collect();
-        let mut features = cached(&files, cache, keep)?;
+        let digests = digests(&files)?;
+        let mut all = blake3::Hasher::new();
+        for (i, (digest, label)) in digests
+            .iter()
+            .zip(train_labels.iter().chain(&test_labels))
+            .enumerate()
+        {
+            all.update(&[u8::from(i < trained)]);
+            all.update(&(*label as u64).to_le_bytes());
+            all.update(digest.as_bytes());
+        }
+        let clips = Some(all.finalize().to_hex().to_string());
+        let mut features = cached(&files, &digests, cache, keep)?;
         let test = Examples {
             features: features.split_off(trained),
             labels: test_labels,
@@ -170,7 +190,7 @@ impl Dataset {
             features,
             labels: train_labels,
         };
-        Ok(Self::new(keywords, train, test))
+        Ok(Self::new(keywords, train, test, clips))
     }
 
     /// The protocol, with as many shots as every keyword has clips for.

@@ -31,12 +31,14 @@ pub(super) fn wavs(folder: &Path) -> Result<Vec<PathBuf>, Error> {
     Ok(entries(folder)?.into_iter().filter(is_wav).collect())
 }
 
-/// The folders with WAV files; names with a leading underscore (background noise) are no keywords.
+/// The folders with WAV files; names with a leading underscore (background noise) are no keywords, nor is what a file system keeps
+/// for itself.
 pub(super) fn keywords(root: &Path) -> Result<Vec<String>, Error> {
     let mut found = Vec::new();
     for path in entries(root)? {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
-        if path.is_dir() && !name.starts_with(['_', '.']) && !wavs(&path)?.is_empty() {
+        let is_own = name.starts_with(['_', '.']) || name == "lost+found";
+        if path.is_dir() && !is_own && !wavs(&path)?.is_empty() {
             if path.file_name().and_then(|name| name.to_str()).is_none() {
                 return Err(Error::Content {
                     path: path.clone(),

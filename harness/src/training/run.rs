@@ -1,5 +1,5 @@
-//! A training run in a folder: `config.json`, `data.json`, `metrics.jsonl`, `curves.svg`, `checkpoint/`, `model.bpk`,
-//! `accuracy.json`, and for a run on files `cache/`. The same configuration on the same CPU gives the same bytes in each; on a GPU
+//! A training run in a folder: `config.json`, `data.json`, `metrics.jsonl`, `curves.svg`, `checkpoint/`, `model.bpk`
+//! with its digest `model.json`, `accuracy.json`, and for a run on files `cache/`. The same configuration on the same CPU gives the same bytes in each; on a GPU
 //! Burn's convolutions tune themselves, and another choice sums in another order.
 
 use std::fs::{self, File};
@@ -22,7 +22,7 @@ use super::network::{Devices, Lambdas, Network, batch};
 use super::{record, sessions};
 use crate::audio::features::INPUTS;
 use crate::error::Error;
-use crate::output::progress;
+use crate::output::{progress, tell};
 use crate::tensors::write_atomically;
 
 /// What a run knows of the clips it was trained on: an evaluation is of the same keywords, scaled alike.
@@ -31,6 +31,22 @@ pub(super) struct Data {
     pub keywords: Vec<String>,
     /// Mean and deviation of each input.
     pub scaling: [(f32, f32); INPUTS],
+    /// The digest of the files; none of what is synthesised.
+    pub clips: Option<String>,
+}
+
+/// What a finished run's model is, beside it.
+#[derive(PartialEq, Serialize, Deserialize)]
+struct Digest {
+    blake3: String,
+}
+
+impl Digest {
+    fn of(bytes: &[u8]) -> Self {
+        Self {
+            blake3: blake3::hash(bytes).to_hex().to_string(),
+        }
+    }
 }
 
 /// A run's folder.
@@ -199,18 +215,25 @@ impl Run {
             if bar.is_hidden()
                 && let Some(last) = metrics.last()
             {
-                eprintln!(
+                tell(format_args!(
                     "epoch {} of {}: loss {:.3}, accuracy {:.1} %",
                     last.epoch, config.epochs, last.loss, last.accuracy
-                );
+                ));
             }
         }
         bar.finish_and_clear();
         let network = sessions::replace_prototypes(network, dataset, self.protocol, devices)?;
-        let path = self.folder.join("model.bpk");
+        // What the last step did, no loss has shown.
+        let weights = network.heads.weight.val().try_into_vec_as::<f32>();
+        let weights = weights.map_err(Error::of_device)?;
+        if !weights.iter().all(|weight| weight.is_finite()) {
+            return Err(Error::DivergedLast);
+        }
+        let [path, digest] = self.model();
         let (bytes, _) =
             record::model(network.clone().into_record()).map_err(Error::unwritable(&path))?;
         write_atomically(&path, &bytes)?;
+        write_json(&digest, &Digest::of(&bytes))?;
         let table = sessions::evaluate(&network, dataset, self.protocol, config.seed, devices)?;
         write_json(&self.folder.join("accuracy.json"), &table)?;
         Ok(table)
@@ -222,14 +245,17 @@ impl Run {
         dataset: &Dataset,
         devices: &Devices,
     ) -> Result<Vec<sessions::Accuracy>, Error> {
-        let path = self.folder.join("model.bpk");
-        if !path.exists() {
+        let [path, digest] = self.model();
+        if !path.exists() || !digest.exists() {
             return Err(Error::Content {
                 path: self.folder.clone(),
-                reason: "the run is not finished: train --resume --out with it goes on".into(),
+                reason: "the run is not finished: if it trains no more, train --resume --out with it goes on".into(),
             });
         }
         let bytes = fs::read(&path).map_err(Error::io(&path))?;
+        if Digest::of(&bytes) != read_json(&digest)? {
+            return Err(Error::damaged(&path)("it is not the file that was written"));
+        }
         let record = ModuleRecord::from_bytes(Bytes::from_bytes_vec(bytes))
             .map_err(Error::damaged(&path))?;
         let network = self
@@ -243,6 +269,11 @@ impl Run {
             self.config.seed,
             devices,
         )
+    }
+
+    /// The trained network, and its digest, which is written last.
+    fn model(&self) -> [PathBuf; 2] {
+        ["model.bpk", "model.json"].map(|name| self.folder.join(name))
     }
 
     /// Writes metrics and curves for those who follow the run.

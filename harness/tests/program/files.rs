@@ -220,7 +220,7 @@ fn damaged_input_of_loss_gets_one_line_and_leaves_nothing() {
         (
             with("prototypes", floats("prototypes", &[2, 3, 4])),
             vec![],
-            "shape [2, 3, 4]",
+            "in: prototypes has shape [2, 3, 4]",
         ),
         (
             with("labels", labels(&[0, 1])),
@@ -237,19 +237,20 @@ fn damaged_input_of_loss_gets_one_line_and_leaves_nothing() {
             vec![],
             "label 1099511627776 of row 2",
         ),
-        (good(), vec!["--active", "9"], "9 active classes"),
-        (good(), vec!["--scale", "NaN"], "scale is NaN"),
+        (good(), vec!["--active", "9"], "--active: 9 active classes"),
+        (good(), vec!["--scale", "NaN"], "--scale is NaN"),
+        (good(), vec!["--scale", "-inf"], "--scale is -inf"),
         (good(), vec!["--label-smoothing", "-0.1"], "between 0 and 1"),
         (good(), vec!["--active", "-1"], "'-1' for '--active"),
         (
             good(),
             vec!["--label-smoothing", "2"],
-            "label_smoothing is 2",
+            "--label-smoothing is 2",
         ),
         (
             good(),
             vec!["--head-weights", "1"],
-            "1 head weights for 2 heads",
+            "--head-weights: 1 head weights for 2 heads",
         ),
         (good(), vec!["--device", "abacus"], "abacus"),
         (good(), vec!["--reduction", "median"], "median"),
@@ -308,7 +309,9 @@ fn damaged_files_get_one_line_and_leave_nothing() {
             "--device",
             "cpu",
         ]);
-        assert_eq!(output.status.code(), Some(2));
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{stderr}");
+        assert!(stderr.contains("nowhere is no folder"), "{stderr}");
         refused(&[command, &name], &out, "--out");
         refused(&[command, "--out", &out_name], &out, "INPUT");
     }
@@ -356,7 +359,7 @@ fn damaged_input_of_prototypes_gets_one_line_and_leaves_nothing() {
         (
             vec![floats("embeddings", &[1, 2, 2]), labels(&[0, 1])],
             vec!["--classes", "0"],
-            "at least one element",
+            "--classes is 0",
         ),
     ];
     for (tensors, options, says) in cases {
@@ -368,4 +371,95 @@ fn damaged_input_of_prototypes_gets_one_line_and_leaves_nothing() {
         arguments.extend(options);
         refused(&arguments, &out, says);
     }
+}
+
+#[test]
+fn what_is_not_finite_is_written_and_told() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let [input, out] = ["in", "out"].map(|name| folder.path().join(name));
+    write(&input, &good());
+    let [input, name] = [&input, &out].map(|p| p.to_string_lossy().into_owned());
+    for (weight, says) in [
+        ("1e-3", ""),
+        ("-.5", ""),
+        (
+            "3e38",
+            "out: not finite: total, grad_embeddings, grad_prototypes\n",
+        ),
+    ] {
+        let weights = format!("{weight},{weight}");
+        let arguments = ["loss", &input, "--out", &name, "--head-weights", &weights];
+        let output = protohead(&[&arguments[..], &["--device", "cpu"]].concat());
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && out.exists(), "{stderr}");
+        assert_eq!(stderr.is_empty(), says.is_empty(), "{stderr}");
+        assert!(stderr.ends_with(says), "{stderr}");
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn a_link_leads_to_its_file() {
+    use std::os::unix::fs::symlink;
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let [input, plain, target, link] =
+        ["in", "plain", "target", "link"].map(|name| folder.path().join(name));
+    write(&input, &good());
+    let run = |out: &Path| {
+        let [input, out] = [&input, out].map(|p| p.to_string_lossy().into_owned());
+        protohead(&["loss", &input, "--out", &out, "--device", "cpu"])
+    };
+    assert!(run(&plain).status.success());
+    symlink("target", &link).expect("the folder is writable");
+    let nowhere = run(&link);
+    let stderr = String::from_utf8_lossy(&nowhere.stderr);
+    assert_eq!(nowhere.status.code(), Some(2), "{stderr}");
+    assert!(stderr.contains("a link to no file"), "{stderr}");
+    assert!(link.is_symlink() && !target.exists());
+    fs::write(&target, "old").expect("the folder is writable");
+    assert!(run(&link).status.success());
+    assert!(link.is_symlink(), "the link is gone");
+    let [plain, target] = [plain, target].map(|path| fs::read(path).expect("it is there"));
+    assert_eq!(plain, target);
+}
+
+/// A full device takes nothing: a result that is lost is no success, and a lost message no panic.
+#[cfg(target_os = "linux")]
+#[test]
+fn lost_lines_are_no_success_and_no_panic() {
+    use std::fs::OpenOptions;
+    use std::process::Command;
+    let full = || {
+        let full = OpenOptions::new().write(true).open("/dev/full");
+        full.expect("Linux has it")
+    };
+    let program = || Command::new(env!("CARGO_BIN_EXE_protohead"));
+    let lost = program().arg("devices").stdout(full()).output();
+    let lost = lost.expect("starts");
+    let stderr = String::from_utf8_lossy(&lost.stderr);
+    assert_eq!(lost.status.code(), Some(2), "{stderr}");
+    assert_eq!(stderr.trim_end().lines().count(), 1, "{stderr}");
+    assert!(stderr.contains("standard output"), "{stderr}");
+    for arguments in [&["loss", "nothing", "--out", "x"][..], &["--nothing"]] {
+        let silent = program().args(arguments).stderr(full()).output();
+        assert_eq!(silent.expect("starts").status.code(), Some(2));
+    }
+}
+
+#[test]
+fn a_long_mistake_is_told_in_one_line_that_ends() {
+    let name = "long\u{1b}[2J\n".repeat(1000);
+    let output = protohead(&["loss", &name, "--out", "x"]);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{stderr}");
+    assert_eq!(stderr.lines().count(), 1, "{stderr}");
+    assert!(stderr.chars().count() < 1100, "{stderr}");
+    assert!(!stderr.contains('\u{1b}'), "{stderr:?}");
+}
+
+#[test]
+fn the_version_is_that_of_the_program() {
+    let output = protohead(&["--version"]);
+    let stdout = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(stdout, format!("protohead {}\n", env!("CARGO_PKG_VERSION")));
 }

@@ -31,7 +31,7 @@ fn damaged_input_of_train_gets_one_line_and_leaves_nothing() {
                 .expect("the folder is writable");
         }
     }
-    train("keyword no has 2 training and 0 test clips");
+    train("keyword no has 2 clips to train on, 0 in testing_list.txt");
     let list = |text: &str| {
         fs::write(data.join("testing_list.txt"), text).expect("the folder is writable");
     };
@@ -160,6 +160,7 @@ fn same_bytes(one: &Path, other: &Path) {
         "data.json",
         "metrics.jsonl",
         "model.bpk",
+        "model.json",
     ] {
         let [a, b] = [one, other].map(|run| fs::read(run.join(name)).expect("written"));
         assert!(a == b, "{name} differs");
@@ -298,6 +299,95 @@ fn a_folder_of_something_else_is_refused_and_stays_as_it_is() {
     let output = train(&config, "1", &[]).output().expect("starts");
     assert_eq!(output.status.code(), Some(2), "a file is no folder");
     assert!(config.is_file());
+    fs::remove_file(&config).expect("the folder is writable");
+    let mine = folder.path().join("data.json");
+    fs::write(&mine, "mine").expect("the folder is writable");
+    for more in [&[][..], &["--resume"]] {
+        let output = train(folder.path(), "1", more).output().expect("starts");
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{stderr}");
+        assert!(
+            stderr.contains("is not empty, and holds no run"),
+            "{stderr}"
+        );
+        let files = fs::read_dir(folder.path()).expect("the folder is readable");
+        assert_eq!(files.count(), 1);
+        assert_eq!(fs::read_to_string(&mine).expect("still there"), "mine");
+    }
+}
+
+/// Two keywords of three clips of noise.
+fn noise(data: &Path) {
+    let spec = hound::WavSpec {
+        channels: 1,
+        sample_rate: 16_000,
+        bits_per_sample: 16,
+        sample_format: hound::SampleFormat::Int,
+    };
+    let mut state = 1u32;
+    for keyword in ["no", "yes"] {
+        fs::create_dir_all(data.join(keyword)).expect("the folder is writable");
+        for clip in ["a.wav", "b.wav", "c.wav"] {
+            let path = data.join(keyword).join(clip);
+            let mut writer = hound::WavWriter::create(path, spec).expect("the folder is writable");
+            for _ in 0..16_000 {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                let sample = (state >> 16) as i16 / 4;
+                writer.write_sample(sample).expect("the folder is writable");
+            }
+            writer.finalize().expect("the folder is writable");
+        }
+    }
+    let list = data.join("testing_list.txt");
+    fs::write(list, "no/c.wav\nyes/c.wav\n").expect("the folder is writable");
+    // What a file system keeps for itself is no keyword.
+    fs::create_dir(data.join("lost+found")).expect("the folder is writable");
+}
+
+#[test]
+fn a_run_goes_on_with_its_own_clips_only_wherever_they_are() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let [data, moved, run] = ["data", "moved", "run"].map(|name| folder.path().join(name));
+    let run_name = run.to_string_lossy().into_owned();
+    let train = |data: &Path, more: &[&str]| {
+        let data = data.to_string_lossy().into_owned();
+        let arguments = ["train", "--data", &data, "--out", &run_name];
+        protohead(&[&arguments, more].concat())
+    };
+    noise(&data);
+    let begun = train(&data, &["--tau", "1", "--epochs", "1", "--device", "cpu"]);
+    assert!(begun.status.success(), "{begun:?}");
+    fs::rename(&data, &moved).expect("the folder is writable");
+    // What a killed process had begun to write goes.
+    let [unfinished, old] = [".protohead-x", "checkpoint.old"].map(|name| run.join(name));
+    fs::write(&unfinished, "half").expect("the folder is writable");
+    fs::create_dir(&old).expect("the folder is writable");
+    let resumed = train(&moved, &["--resume"]);
+    assert!(resumed.status.success(), "{resumed:?}");
+    assert!(!unfinished.exists() && !old.exists());
+    let evaluated = protohead(&["evaluate", &run_name, "--device", "cpu"]);
+    assert!(evaluated.status.success(), "it knows where they are now");
+    for [one, other] in [
+        ["no/a.wav", "yes/a.wav"],
+        ["no/c.wav", "yes/c.wav"],
+        ["no/a.wav", "no/c.wav"],
+    ] {
+        let swap = || {
+            let [one, other, aside] = [one, other, "aside"].map(|name| moved.join(name));
+            fs::rename(&one, &aside).expect("the folder is writable");
+            fs::rename(&other, &one).expect("the folder is writable");
+            fs::rename(&aside, &other).expect("the folder is writable");
+        };
+        swap();
+        let refused = train(&moved, &["--resume"]);
+        swap();
+        let stderr = String::from_utf8_lossy(&refused.stderr);
+        assert_eq!(refused.status.code(), Some(2), "{stderr}");
+        assert!(
+            stderr.contains("are not those that the run began with"),
+            "{stderr}"
+        );
+    }
 }
 
 #[test]
@@ -315,6 +405,34 @@ fn a_run_that_diverges_says_so_and_when() {
         "{stderr}"
     );
     assert!(!run.join("model.bpk").exists());
+    // The last step has no loss after it.
+    let last = folder.path().join("last");
+    let name = last.to_string_lossy();
+    let output = protohead(&[
+        "train",
+        "--synthetic",
+        "--keywords",
+        "2",
+        "--voices",
+        "1",
+        "--tau",
+        "1",
+        "--epochs",
+        "1",
+        "--learning-rate",
+        "1e6",
+        "--device",
+        "cpu",
+        "--out",
+        &name,
+    ]);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{stderr}");
+    assert!(
+        stderr.contains("not finite after the last step"),
+        "{stderr}"
+    );
+    assert!(!last.join("model.bpk").exists());
 }
 
 /// Evaluating a run that `damage` was done to: exit code 2, one line that contains `says`, and the folder is left as it was.
@@ -383,7 +501,10 @@ fn damaged_runs_get_one_line_from_evaluate_and_stay_as_they_are() {
 
     let model = run.join("model.bpk");
     let bytes = fs::read(&model).expect("written by train");
+    let mut flipped = bytes.clone();
+    flipped[bytes.len() - 9] ^= 1;
     for damaged in [
+        &flipped[..],
         &bytes[..0],
         &bytes[..100],
         &bytes[..bytes.len() - 7],

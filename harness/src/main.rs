@@ -4,6 +4,7 @@ mod audio;
 mod commands;
 mod device;
 mod error;
+mod files;
 mod output;
 mod tensors;
 mod training;
@@ -25,7 +26,7 @@ use crate::output::{complain, lost, tell};
     version,
     about,
     max_term_width = 100,
-    after_help = "A mistake ends with one line on standard error, exit code 2, and no output file."
+    after_help = "A mistake ends with one line on standard error, exit code 2, and no output file. Exit code 2 also tells of results that standard output has lost."
 )]
 struct Cli {
     #[command(subcommand)]

@@ -1,8 +1,7 @@
-//! Tensors in safetensors files: read whole and checked, written beside and renamed.
+//! Tensors in safetensors files: read whole and checked.
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use cubecl::client::Client;
@@ -13,6 +12,7 @@ use half::{bf16, f16};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
 use crate::error::Error;
+use crate::files::write_atomically;
 use crate::output::complain;
 
 /// The tensors of a file.
@@ -171,6 +171,10 @@ impl TensorFile {
                 };
                 self.wrong(error.to_string())
             }
+            Op::TooLarge {
+                operand: "class sums",
+                ..
+            } => Error::Usage(format!("--classes: {error}")),
             Op::Shape { .. }
             | Op::Empty { .. }
             | Op::Strides { .. }
@@ -302,81 +306,4 @@ impl Written {
         }
         Ok(())
     }
-}
-
-/// Writes `bytes` to a temporary file in the same folder, then renames it to `path`, which is a new file or takes the place of
-/// one: never of a device or a pipe. Its permissions are those of any new file.
-pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), Error> {
-    write_piecewise(path, |file| file.write_all(bytes))
-}
-
-/// [`write_atomically`] of what `write` writes.
-pub(crate) fn write_piecewise(
-    path: &Path,
-    write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
-) -> Result<(), Error> {
-    let failed = |source| Error::Io {
-        path: path.into(),
-        source,
-    };
-    let place = place(path)?;
-    let mut file = unfinished(path, &place)?;
-    let mut buffered = BufWriter::new(&mut file);
-    write(&mut buffered).map_err(failed)?;
-    buffered.flush().map_err(failed)?;
-    drop(buffered);
-    file.as_file().sync_all().map_err(failed)?;
-    file.persist(&place).map_err(|error| failed(error.error))?;
-    Ok(())
-}
-
-/// Says whether a file could be written to `path`, before anything is done for it.
-pub(crate) fn writable(path: &Path) -> Result<(), Error> {
-    unfinished(path, &place(path)?)?;
-    Ok(())
-}
-
-/// Where what is written to `path` goes: a link leads to its file.
-fn place(path: &Path) -> Result<PathBuf, Error> {
-    let unwritable = Error::unwritable(path);
-    let place = match path.is_symlink() {
-        true => match fs::canonicalize(path) {
-            Ok(place) => place,
-            Err(error) => return Err(unwritable(format!("a link to no file: {error}"))),
-        },
-        false => path.into(),
-    };
-    match place.exists() && !place.is_file() {
-        true => Err(unwritable("it is there, and no file".into())),
-        false => Ok(place),
-    }
-}
-
-/// What the names of files begin with that are being written.
-const UNFINISHED: &str = ".protohead-";
-
-/// Whether a file was being written.
-pub(crate) fn is_unfinished(path: &Path) -> bool {
-    let name = path.file_name().unwrap_or_default();
-    name.to_string_lossy().starts_with(UNFINISHED)
-}
-
-/// A file in the folder of `place`, gone when it is dropped.
-fn unfinished(path: &Path, place: &Path) -> Result<tempfile::NamedTempFile, Error> {
-    let folder = match place.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    if !folder.is_dir() {
-        let reason = format!("{} is no folder", folder.display());
-        return Err(Error::unwritable(path)(reason));
-    }
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(UNFINISHED);
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    builder
-        .tempfile_in(folder)
-        // Its own text names a file that the user has never heard of.
-        .map_err(|error| Error::unwritable(path)(error.kind()))
 }

@@ -12,8 +12,9 @@ use protohead::{LossOptions, Reduction, Upstream, Wanted};
 
 use crate::device::DeviceName;
 use crate::error::Error;
+use crate::files::writable;
 use crate::output::say;
-use crate::tensors::{TensorFile, Written, writable};
+use crate::tensors::{TensorFile, Written};
 
 /// `--reduction`
 #[derive(Clone, Copy, ValueEnum)]

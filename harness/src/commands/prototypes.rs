@@ -9,8 +9,9 @@ use protohead::class_means::{ClassSums, Options};
 
 use crate::device::DeviceName;
 use crate::error::Error;
+use crate::files::writable;
 use crate::output::say;
-use crate::tensors::{TensorFile, Written, writable};
+use crate::tensors::{TensorFile, Written};
 
 #[derive(Args)]
 pub(crate) struct Arguments {

@@ -36,7 +36,7 @@ pub(crate) struct Train {
     /// Train on synthesised keywords: needs no file.
     #[arg(long)]
     synthetic: bool,
-    /// The folder of the run: a new one, an empty one, or with --resume that of a run.
+    /// The folder of the run.
     #[arg(long, value_name = "RUN", default_value = "runs/latest")]
     out: PathBuf,
     /// Continue a run that was broken off, with the options that it began with.
@@ -184,9 +184,9 @@ pub(crate) fn train(arguments: &Train, given: &dyn Fn(&str) -> bool) -> Result<(
         "seed {}, {}: preparing the clips",
         config.seed, config.device
     ));
-    let data = dataset(&config.source, config.seed, &arguments.out, true)?;
+    let mut data = dataset(&config.source, config.seed, &arguments.out, true)?;
     let device = config.device;
-    let run = claim.begin(config, &data)?;
+    let run = claim.begin(config, &mut data)?;
     let protocol = run.protocol();
     say(format_args!(
         "{} keywords: {} base classes, {} sessions of {} with {} shots; {} training and {} test clips",

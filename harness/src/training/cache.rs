@@ -11,8 +11,8 @@ use crate::audio::features::{Extractor, INPUT, INPUTS};
 use crate::audio::synthesis::{Speaker, speak, vocabulary};
 use crate::audio::wav::{read_clip, resample};
 use crate::error::Error;
+use crate::files::write_piecewise;
 use crate::output::{complain, progress};
-use crate::tensors::write_piecewise;
 
 /// Counts up when a clip is read otherwise than before.
 const CLIP_FORMAT: &[u8] = b"clip 3";

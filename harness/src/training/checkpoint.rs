@@ -8,14 +8,13 @@ use burn::module::Module;
 use burn::optim::ModuleOptimizer;
 use burn::store::ModuleRecord;
 use burn::tensor::Bytes;
-use serde::{Deserialize, Serialize};
 
 use super::json::{read_json, write_json};
 use super::metrics::{EpochMetrics, write_lines};
 use super::network::Network;
 use super::record;
 use crate::error::Error;
-use crate::tensors::write_atomically;
+use crate::files::{Digest, write_atomically};
 
 const MODEL: &str = "model.bpk";
 const OPTIMIZER: &str = "optimizer.bpk";
@@ -30,22 +29,8 @@ pub(super) struct Checkpoint {
 }
 
 /// What the files of a checkpoint are together.
-#[derive(PartialEq, Serialize, Deserialize)]
-struct Digest {
-    blake3: String,
-}
-
-impl Digest {
-    fn of(files: &[Vec<u8>; 3]) -> Self {
-        let mut hash = blake3::Hasher::new();
-        for file in files {
-            hash.update(&(file.len() as u64).to_le_bytes());
-            hash.update(file);
-        }
-        Self {
-            blake3: hash.finalize().to_hex().to_string(),
-        }
-    }
+fn digest(files: &[Vec<u8>; 3]) -> Digest {
+    Digest::of(&files.each_ref().map(Vec::as_slice))
 }
 
 /// Removes the checkpoint before the last, which a run that was killed may have left.
@@ -82,7 +67,7 @@ impl Checkpoint {
         write_atomically(&beside.join(MODEL), &model)?;
         write_atomically(&beside.join(OPTIMIZER), &state)?;
         write_lines(&beside.join(METRICS), metrics)?;
-        write_json(&beside.join(DIGEST), &Digest::of(&files(&beside)?))?;
+        write_json(&beside.join(DIGEST), &digest(&files(&beside)?))?;
         if place.exists() {
             let _ = fs::remove_dir_all(&old);
             fs::rename(&place, &old).map_err(Error::io(&place))?;
@@ -100,7 +85,7 @@ impl Checkpoint {
             .find(|path| path.exists());
         let Some(place) = place else { return Ok(None) };
         let read = files(&place)?;
-        if Digest::of(&read) != read_json(&place.join(DIGEST))? {
+        if digest(&read) != read_json(&place.join(DIGEST))? {
             let reason = "its files do not belong together";
             return Err(Error::damaged(&place)(reason));
         }

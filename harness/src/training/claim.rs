@@ -11,7 +11,7 @@ use super::folder::entries;
 use super::json::{read_json, write_json};
 use super::run::{Data, Run};
 use crate::error::Error;
-use crate::tensors::{is_unfinished, writable};
+use crate::files::{is_unfinished, writable};
 
 /// A run's folder that no other process trains in. What was made for it goes away again with the claim, if no run begins.
 pub(crate) struct Claim {
@@ -38,30 +38,29 @@ impl Drop for Claim {
     }
 }
 
-/// Whether a run has come as far as to leave something.
-fn has_begun(folder: &Path) -> bool {
-    let left = [
-        "accuracy.json",
-        "checkpoint",
-        "checkpoint.old",
-        "metrics.jsonl",
-        "model.bpk",
-        "model.json",
-    ];
-    left.iter().any(|name| folder.join(name).exists())
-}
+/// What a run leaves once it has come so far that it goes on.
+const BEGUN: [&str; 6] = [
+    "accuracy.json",
+    "checkpoint",
+    "checkpoint.old",
+    "metrics.jsonl",
+    "model.bpk",
+    "model.json",
+];
+/// What else it writes, after its configuration.
+const WRITTEN: [&str; 3] = ["checkpoint.new", "curves.svg", "data.json"];
 
-/// Whether there is nothing in a folder but what a run that never began may have left.
-fn is_free(folder: &Path) -> Result<bool, Error> {
-    let left = |path: &PathBuf| is_unfinished(path) || path.ends_with("cache");
-    Ok(entries(folder)?.iter().all(left))
+fn has_begun(folder: &Path) -> bool {
+    BEGUN.iter().any(|name| folder.join(name).exists())
 }
 
 /// Removes what a run that was killed has left half-written.
-fn clear_unfinished(folder: &Path) {
-    for path in entries(folder).unwrap_or_default() {
-        if is_unfinished(&path) {
-            let _ = fs::remove_file(path);
+fn clear_unfinished(run: &Path) {
+    for folder in [run, &run.join("cache")] {
+        for path in entries(folder).unwrap_or_default() {
+            if is_unfinished(&path) {
+                let _ = fs::remove_file(path);
+            }
         }
     }
 }
@@ -80,9 +79,6 @@ impl Claim {
             .map(Path::to_path_buf)
             .collect();
         fs::create_dir_all(folder).map_err(Error::io(folder))?;
-        if !folder.join("config.json").exists() && !has_begun(folder) && !is_free(folder)? {
-            return Err(content("is not empty, and holds no run"));
-        }
         let lock = File::open(folder).map_err(Error::io(folder))?;
         if let Err(TryLockError::WouldBlock) = lock.try_lock() {
             return Err(content("another process trains in it"));
@@ -102,16 +98,21 @@ impl Claim {
             if resume && let Some(difference) = config.difference(&found) {
                 return Err(content(&difference));
             }
-        } else if begun {
-            return Err(content("holds a run, but not its config.json"));
+        } else if let Some(name) =
+            (BEGUN.iter().chain(&WRITTEN)).find(|name| folder.join(name).exists())
+        {
+            // Somebody else's, perhaps.
+            return Err(content(&format!(
+                "holds {name}, but no config.json of a run"
+            )));
         }
         writable(&folder.join("config.json"))?;
         Ok(claim)
     }
 
     /// Begins a run on these clips, or goes on with it.
-    pub(crate) fn begin(mut self, config: RunConfig, dataset: &Dataset) -> Result<Run, Error> {
-        let data = Data {
+    pub(crate) fn begin(mut self, config: RunConfig, dataset: &mut Dataset) -> Result<Run, Error> {
+        let mut data = Data {
             keywords: dataset.keywords.clone(),
             scaling: dataset.scaling,
             clips: dataset.clips.clone(),
@@ -119,13 +120,21 @@ impl Claim {
         let folder = &self.folder;
         let (data_path, config_path) = (folder.join("data.json"), folder.join("config.json"));
         if has_begun(folder) {
-            if read_json::<Data>(&data_path)? != data {
+            let begun: Data = read_json(&data_path)?;
+            let others = begun.clips.is_some() && begun.clips != data.clips;
+            if others || begun.keywords != data.keywords {
                 return Err(Error::Content {
                     path: folder.clone(),
                     reason: "the clips are not those that the run began with".into(),
                 });
             }
-            // They may have come to another place.
+            // Another machine may round otherwise.
+            data.scaling = begun.scaling;
+            dataset.scaling = begun.scaling;
+            if begun != data {
+                write_json(&data_path, &data)?;
+            }
+            // The clips may have come to another place.
             if read_json::<RunConfig>(&config_path)? != config {
                 write_json(&config_path, &config)?;
             }

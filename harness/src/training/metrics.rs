@@ -6,7 +6,7 @@ use plotters::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
-use crate::tensors::write_atomically;
+use crate::files::write_atomically;
 
 /// One line of the metrics.
 #[derive(Clone, Debug, Serialize, Deserialize)]

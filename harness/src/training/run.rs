@@ -22,8 +22,8 @@ use super::network::{Devices, Lambdas, Network, batch};
 use super::{record, sessions};
 use crate::audio::features::INPUTS;
 use crate::error::Error;
+use crate::files::{Digest, write_atomically};
 use crate::output::{progress, tell};
-use crate::tensors::write_atomically;
 
 /// What a run knows of the clips it was trained on: an evaluation is of the same keywords, scaled alike.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -33,20 +33,6 @@ pub(super) struct Data {
     pub scaling: [(f32, f32); INPUTS],
     /// The digest of the files; none of what is synthesised.
     pub clips: Option<String>,
-}
-
-/// What a finished run's model is, beside it.
-#[derive(PartialEq, Serialize, Deserialize)]
-struct Digest {
-    blake3: String,
-}
-
-impl Digest {
-    fn of(bytes: &[u8]) -> Self {
-        Self {
-            blake3: blake3::hash(bytes).to_hex().to_string(),
-        }
-    }
 }
 
 /// A run's folder.
@@ -232,8 +218,10 @@ impl Run {
         let [path, digest] = self.model();
         let (bytes, _) =
             record::model(network.clone().into_record()).map_err(Error::unwritable(&path))?;
+        // Until the new digest is there, none is: the run is not finished.
+        let _ = fs::remove_file(&digest);
         write_atomically(&path, &bytes)?;
-        write_json(&digest, &Digest::of(&bytes))?;
+        write_json(&digest, &Digest::of(&[&bytes]))?;
         let table = sessions::evaluate(&network, dataset, self.protocol, config.seed, devices)?;
         write_json(&self.folder.join("accuracy.json"), &table)?;
         Ok(table)
@@ -253,7 +241,7 @@ impl Run {
             });
         }
         let bytes = fs::read(&path).map_err(Error::io(&path))?;
-        if Digest::of(&bytes) != read_json(&digest)? {
+        if Digest::of(&[&bytes]) != read_json(&digest)? {
             return Err(Error::damaged(&path)("it is not the file that was written"));
         }
         let record = ModuleRecord::from_bytes(Bytes::from_bytes_vec(bytes))

@@ -311,7 +311,12 @@ fn damaged_files_get_one_line_and_leave_nothing() {
         ]);
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(2), "{stderr}");
-        assert!(stderr.contains("nowhere is no folder"), "{stderr}");
+        assert!(stderr.contains("there is no folder"), "{stderr}");
+        let slash = format!("{}/", folder.path().join("results").display());
+        let output = protohead(&[command, &name, "--out", &slash]);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{stderr}");
+        assert!(stderr.contains("it names a folder"), "{stderr}");
         refused(&[command, &name], &out, "--out");
         refused(&[command, "--out", &out_name], &out, "INPUT");
     }

@@ -307,7 +307,7 @@ fn a_folder_of_something_else_is_refused_and_stays_as_it_is() {
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(2), "{stderr}");
         assert!(
-            stderr.contains("is not empty, and holds no run"),
+            stderr.contains("holds data.json, but no config.json of a run"),
             "{stderr}"
         );
         let files = fs::read_dir(folder.path()).expect("the folder is readable");
@@ -341,7 +341,9 @@ fn noise(data: &Path) {
     let list = data.join("testing_list.txt");
     fs::write(list, "no/c.wav\nyes/c.wav\n").expect("the folder is writable");
     // What a file system keeps for itself is no keyword.
-    fs::create_dir(data.join("lost+found")).expect("the folder is writable");
+    let found = data.join("lost+found");
+    fs::create_dir(&found).expect("the folder is writable");
+    fs::copy(data.join("no/a.wav"), found.join("a.wav")).expect("the folder is writable");
 }
 
 #[test]
@@ -359,12 +361,15 @@ fn a_run_goes_on_with_its_own_clips_only_wherever_they_are() {
     assert!(begun.status.success(), "{begun:?}");
     fs::rename(&data, &moved).expect("the folder is writable");
     // What a killed process had begun to write goes.
-    let [unfinished, old] = [".protohead-x", "checkpoint.old"].map(|name| run.join(name));
-    fs::write(&unfinished, "half").expect("the folder is writable");
+    let unfinished = [".protohead-x", "cache/.protohead-y"].map(|name| run.join(name));
+    let old = run.join("checkpoint.old");
+    for path in &unfinished {
+        fs::write(path, "half").expect("the folder is writable");
+    }
     fs::create_dir(&old).expect("the folder is writable");
     let resumed = train(&moved, &["--resume"]);
     assert!(resumed.status.success(), "{resumed:?}");
-    assert!(!unfinished.exists() && !old.exists());
+    assert!(!unfinished.iter().any(|path| path.exists()) && !old.exists());
     let evaluated = protohead(&["evaluate", &run_name, "--device", "cpu"]);
     assert!(evaluated.status.success(), "it knows where they are now");
     for [one, other] in [

@@ -7,7 +7,7 @@
 //!
 //! Backward, a chunk of classes at a time: logits again, turned into logit gradients of the packed operands' dtype in a
 //! bounded workspace, which two products take to the operands: `8·H·N·D·K` operations with the forward pass. A row's
-//! upstream gradient is divided by its head's largest before it is rounded, and multiplied back in f32.
+//! upstream gradient is divided by its head's largest finite one before it is rounded, and multiplied back in f32.
 
 mod backward;
 mod forward;

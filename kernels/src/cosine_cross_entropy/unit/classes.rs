@@ -192,7 +192,7 @@ pub(super) fn keep<F: Float, N: Size, M: Size>(
     let vectors = workspace.as_vectorized().with_vector_size::<N>();
     let kept = grad.with_vector_size_mut::<N>();
     for c in 0..min(block.count, plan.active - block.first) {
-        let to = plan.in_gradient(item.item, block.first + c, width) / lanes;
+        let to = plan.kept_in_gradient(item.item, block.first + c, width) / lanes;
         #[unroll]
         for v in 0..TILE_VECTORS {
             kept[to + v] = Vector::<F, N>::cast_from(vectors[from / lanes + c * TILE_VECTORS + v]);
@@ -250,7 +250,7 @@ fn gather<F: Float, N: Size, M: Size>(
                             true => {
                                 // Of the classes that fill a tile any number will do.
                                 let real = min(class + r, plan.active - 1);
-                                let kept = plan.in_gradient(item, real, width) / lanes + v;
+                                let kept = plan.kept_in_gradient(item, real, width) / lanes + v;
                                 Vector::<f32, N>::cast_from(grad.with_vector_size::<N>()[kept])
                             }
                             false => vectors[from + r * TILE_VECTORS + v],

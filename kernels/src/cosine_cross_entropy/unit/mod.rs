@@ -9,9 +9,9 @@
 //!
 //! With the exponentials kept, loss and gradients take `6·H·N·D·K` floating-point operations; a backward pass that only
 //! has lse multiplies the logits again. The workspace is bounded: what does not fit goes in chunks of rows (and of
-//! classes, where nothing is kept), but for exponentials that fit in the gradient of the class weights. Rows are in the lanes of a vector, so a softmax needs no horizontal step. What each
-//! product reads over and over stays in the first-level cache. The number of cores changes who computes, never the
-//! order of a sum.
+//! classes, where nothing is kept), but for exponentials that fit in the gradient of the class weights. Rows are in the
+//! lanes of a vector, so a softmax needs no horizontal step. What each product reads over and over stays in the
+//! first-level cache. The number of cores changes who computes; the order of a sum only where it decides what fits.
 
 mod classes;
 mod pack;

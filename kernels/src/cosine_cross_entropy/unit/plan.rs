@@ -56,6 +56,8 @@ const PACKED_FLOATS: usize = 2 << 20;
 /// owned classes of each unit are there even where they take more.
 const WORKSPACE_FLOATS: usize = 15 << 20;
 const UNIT_FLOATS: usize = 2 << 20;
+/// Exponentials of a head that are kept in the workspace, though they would fit in the gradient: 1 MiB.
+const CACHED_EXPONENTIALS: usize = 1 << 18;
 
 /// The pieces, and where they are in the workspace (in f32 elements). An *item* is a panel of `width` rows of one head;
 /// a *chunk* is the items, or the classes, that are in the workspace at once.
@@ -117,7 +119,7 @@ pub(super) enum InGradient {
     Nothing,
     /// Sums of a head that spans several chunks.
     Sums,
-    /// The exponentials of each class with all rows of its head, which fit in its gradient, and not in the workspace.
+    /// The exponentials of each class with all rows of its head, if they fit there and are more than a cache holds.
     Exponentials,
 }
 
@@ -172,21 +174,21 @@ impl HostPlan {
             .saturating_sub(packed + problem.heads * dim_padded + problem.units * own);
         let least = most.min(problem.units);
 
-        let fitting = |kept: usize| (room / (of_item + (kept + blocks) * width)).min(most);
+        let fit = |kept: usize| (room / (of_item + (kept + blocks) * width)).min(most);
         // A head's rows stay together where their exponentials take the place of its gradient.
-        let in_gradient = fitting(0) / panels * panels;
-        let exponentials_in_gradient = phases.weights
+        let of_whole_heads = fit(0) / panels * panels;
+        let beside_rows = phases.weights
             && phases.loss
             && problem.full
             && problem.dim.is_multiple_of(problem.lanes)
             && panels * width <= problem.dim
-            && fitting(classes) < items
-            && in_gradient >= least;
+            && panels * width * classes > CACHED_EXPONENTIALS
+            && of_whole_heads >= least;
 
-        let (chunk_items, chunk_classes) = if exponentials_in_gradient {
-            (in_gradient, classes)
+        let (chunk_items, chunk_classes) = if beside_rows {
+            (of_whole_heads, classes)
         } else if phases.weights && phases.loss {
-            let fitting = fitting(classes);
+            let fitting = fit(classes);
             let fitting = match fitting {
                 _ if fitting == items => items,
                 // Gradients of less than f32 are not carried in themselves: a head's rows stay together.
@@ -209,7 +211,7 @@ impl HostPlan {
         };
         let split = phases.weights && chunk_items < items && chunk_items % panels != 0;
         let in_gradient = match problem.full {
-            true if exponentials_in_gradient => InGradient::Exponentials,
+            true if beside_rows => InGradient::Exponentials,
             true => InGradient::Sums,
             false => InGradient::Nothing,
         };
@@ -245,7 +247,7 @@ impl HostPlan {
             blocks: take(phases.gradients(), chunk_items * panel),
             gradient: take(phases.embeddings, chunk_items * panel),
             logits: take(
-                phases.weights && !exponentials_in_gradient,
+                phases.weights && in_gradient != InGradient::Exponentials,
                 chunk_items * chunk_classes * width,
             ),
             bases: take(phases.weights && phases.loss, chunk_items * blocks * width),
@@ -412,7 +414,12 @@ impl Plan {
     }
 
     /// Where the exponentials of an item's rows with a class are, in the gradient of the class weights.
-    pub(super) fn in_gradient(&self, item: usize, class: usize, #[comptime] width: usize) -> usize {
+    pub(super) fn kept_in_gradient(
+        &self,
+        item: usize,
+        class: usize,
+        #[comptime] width: usize,
+    ) -> usize {
         (self.head(item) * self.stored + class) * self.dim + self.first_row(item, width)
     }
 }
@@ -486,20 +493,28 @@ mod tests {
 
     #[test]
     fn exponentials_of_no_more_rows_than_columns_are_computed_at_once_for_any_number_of_classes() {
-        let of = |shape, full| plan(shape, 2, full).map(|host| (host.in_gradient, host.plan));
-        for classes in [100_000, 1_000_000] {
-            let (place, plan) = of([1, 512, 512, classes], true).expect("it fits");
-            assert_eq!(place, InGradient::Exponentials);
-            assert_eq!(plan.chunk_items, plan.items);
-        }
-        // More rows than columns; gradients of 16 bits; what fits in the workspace.
-        for (shape, full) in [
-            ([1, 544, 512, 100_000], true),
-            ([1, 512, 512, 100_000], false),
-            ([1, 512, 512, 10_000], true),
-        ] {
-            let (place, _) = of(shape, full).expect("it fits");
-            assert_ne!(place, InGradient::Exponentials, "{shape:?}");
+        for units in [1, 2, 4, 16, 64] {
+            for shape in [
+                [1, 512, 512, 1000],
+                [1, 512, 512, 100_000],
+                [1, 512, 512, 1_000_000],
+                // Those that the suite compares with rows that do not fit.
+                [2, 35, 64, 7_001],
+            ] {
+                let host = plan(shape, units, true).expect("it fits");
+                assert_eq!(host.in_gradient, InGradient::Exponentials, "{shape:?}");
+                assert_eq!(host.plan.chunk_items, host.plan.items, "{shape:?}");
+            }
+            // More rows than columns; gradients of 16 bits; what a cache holds; columns that fill no vector.
+            for (shape, full) in [
+                ([1, 544, 512, 10_000], true),
+                ([1, 512, 512, 10_000], false),
+                ([3, 128, 256, 20], true),
+                ([1, 500, 520, 1000], true),
+            ] {
+                let host = plan(shape, units, full).expect("it fits");
+                assert_ne!(host.in_gradient, InGradient::Exponentials, "{shape:?}");
+            }
         }
     }
 }

@@ -120,9 +120,13 @@ fn an_infinite_gradient_of_one_row_leaves_the_others_alone() {
             let size = plain.iter().fold(0.0, |size: f64, v| size.max(v.abs()));
             // Another gradient may be the largest, which others are rounded beside.
             let close = |(a, b): (&f64, &f64)| (a - b).abs() <= 1e-5 * size;
+            let right = match row == rows + 2 {
+                true => !spoilt.iter().all(|v| v.is_finite()),
+                false => plain.iter().zip(spoilt).all(close),
+            };
             assert!(
-                row == rows + 2 || plain.iter().zip(spoilt).all(close),
-                "row {row} on {run}: {plain:?}, beside an infinite one {spoilt:?}"
+                right,
+                "row {row} on {run}: {plain:?}, with an infinite one {spoilt:?}"
             );
         }
     }
@@ -293,10 +297,10 @@ fn shapes_beyond_one_workspace_agree_with_the_reference() {
     }
 }
 
-/// Too many exponentials for the workspace: those of 35 rows take the place of the gradient of the class weights until that is there,
-/// while with 35 more rows, which are ignored, they do not fit there, and rows come in chunks.
+/// On a CPU the exponentials of 35 rows take the place of the gradient of the class weights until that is there; with 35 more rows,
+/// which are ignored, they do not fit there.
 #[test]
-fn exponentials_kept_in_the_gradient_give_the_bits_of_rows_in_chunks() {
+fn exponentials_kept_in_the_gradient_give_the_bits_of_those_kept_elsewhere() {
     let (heads, rows, dim) = (2, 35, 64);
     for gap in [0, 3] {
         let more = Problem {
@@ -304,7 +308,7 @@ fn exponentials_kept_in_the_gradient_give_the_bits_of_rows_in_chunks() {
             smoothing: 0.1,
             weighted: true,
             seed: 5,
-            ..Problem::plain((heads, 2 * rows, dim, 125_003, 125_001))
+            ..Problem::plain((heads, 2 * rows, dim, 7_003, 7_001))
         };
         let mut data = more.data();
         data.labels[rows..].fill(i64::from(more.ignore_index));

@@ -1,0 +1,117 @@
+//! Files that are written whole or not at all: beside their place, then renamed; and their digests.
+
+use std::fs;
+use std::io::{BufWriter, ErrorKind, Write};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::Error;
+
+/// Writes `bytes` to a temporary file in the same folder, then renames it to `path`, which is a new file or takes the place of
+/// one: never of a device or a pipe. Its permissions are those of any new file.
+pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), Error> {
+    write_piecewise(path, |file| file.write_all(bytes))
+}
+
+/// [`write_atomically`] of what `write` writes.
+pub(crate) fn write_piecewise(
+    path: &Path,
+    write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
+) -> Result<(), Error> {
+    let failed = |source| Error::Io {
+        path: path.into(),
+        source,
+    };
+    let place = place(path)?;
+    let mut file = unfinished(path, &place)?;
+    let mut buffered = BufWriter::new(&mut file);
+    write(&mut buffered).map_err(failed)?;
+    buffered.flush().map_err(failed)?;
+    drop(buffered);
+    file.as_file().sync_all().map_err(failed)?;
+    file.persist(&place).map_err(|error| failed(error.error))?;
+    Ok(())
+}
+
+/// Says whether a file could be written to `path`, before anything is done for it.
+pub(crate) fn writable(path: &Path) -> Result<(), Error> {
+    unfinished(path, &place(path)?)?;
+    Ok(())
+}
+
+/// Where what is written to `path` goes: a link leads to its file.
+fn place(path: &Path) -> Result<PathBuf, Error> {
+    let unwritable = Error::unwritable(path);
+    if path.as_os_str().as_encoded_bytes().ends_with(b"/") || path.file_name().is_none() {
+        return Err(unwritable("it names a folder".into()));
+    }
+    let place = match path.is_symlink() {
+        true => match fs::canonicalize(path) {
+            Ok(place) => place,
+            Err(error) => return Err(unwritable(format!("a link to no file: {error}"))),
+        },
+        false => path.into(),
+    };
+    match place.exists() && !place.is_file() {
+        true => Err(unwritable("it is there, and no file".into())),
+        false => Ok(place),
+    }
+}
+
+/// What the names of files begin with that are being written.
+const UNFINISHED: &str = ".protohead-";
+
+/// Whether a file was being written.
+pub(crate) fn is_unfinished(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default();
+    name.to_string_lossy().starts_with(UNFINISHED)
+}
+
+/// A file in the folder of `place`, gone when it is dropped.
+fn unfinished(path: &Path, place: &Path) -> Result<tempfile::NamedTempFile, Error> {
+    let folder = match place.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let is_folder = fs::metadata(folder).map(|folder| folder.is_dir());
+    if !is_folder.map_err(|error| Error::unwritable(path)(of_folder(folder, &error)))? {
+        let reason = format!("{} is no folder", folder.display());
+        return Err(Error::unwritable(path)(reason));
+    }
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(UNFINISHED);
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    builder.tempfile_in(folder).map_err(|error| {
+        // Its own text names a file that the user has never heard of.
+        let cause = error.get_ref().and_then(|error| error.source());
+        Error::unwritable(path)(cause.map_or(error.to_string(), ToString::to_string))
+    })
+}
+
+fn of_folder(folder: &Path, error: &std::io::Error) -> String {
+    match error.kind() {
+        ErrorKind::NotFound => format!("there is no folder {}", folder.display()),
+        _ => error.to_string(),
+    }
+}
+
+/// The digest of some files, in a file of its own beside them.
+#[derive(PartialEq, Serialize, Deserialize)]
+pub(crate) struct Digest {
+    blake3: String,
+}
+
+impl Digest {
+    pub(crate) fn of(files: &[&[u8]]) -> Self {
+        let mut hash = blake3::Hasher::new();
+        for file in files {
+            hash.update(&(file.len() as u64).to_le_bytes());
+            hash.update(file);
+        }
+        Self {
+            blake3: hash.finalize().to_hex().to_string(),
+        }
+    }
+}

@@ -2,14 +2,28 @@
 
 use cubecl::prelude::CubeElement;
 use cubecl::std::tensor::TensorHandle;
-use protohead::cosine_cross_entropy::{backward, forward, forward_backward};
-use protohead::{Reduction, Strategy, Upstream, Variant, Wanted};
+use protohead::cosine_cross_entropy::{Inputs, Options, backward, forward, forward_backward};
+use protohead::{Gradients, Reduction, Strategy, Upstream, Variant, Wanted};
 use protohead_tests::devices::{Run, all_runs, fused_runs};
 use protohead_tests::fused::arguments;
 use protohead_tests::problem::{Dtype, LabelDtype, LabelKind, Problem, download};
 
 use super::{agrees_on, check, expected};
 use crate::support::bytes;
+
+/// Both gradients from a backward pass, and from one call with the loss.
+fn apart_and_at_once(
+    run: &Run,
+    inputs: &Inputs,
+    options: &Options,
+    upstream: &Upstream,
+) -> [Gradients; 2] {
+    let client = run.client;
+    let output = forward(client, inputs, options).expect("valid");
+    let apart = backward(client, inputs, options, &output, upstream, Wanted::BOTH);
+    let at_once = forward_backward(client, inputs, options, upstream, Wanted::BOTH);
+    [apart.expect("valid"), at_once.expect("valid").1]
+}
 
 /// The tolerances are not so wide that anything would do.
 #[test]
@@ -57,21 +71,11 @@ fn a_large_scale_leaves_sure_rows_exact() {
     for run in fused_runs(problem.sizes) {
         let (inputs, options) = arguments(&run, &problem, &data);
         let upstream = Upstream::Total(rows as f32 / 1e9);
-        let output = forward(run.client, &inputs, &options).expect("valid");
-        let apart = backward(
-            run.client,
-            &inputs,
-            &options,
-            &output,
-            &upstream,
-            Wanted::BOTH,
-        );
-        let at_once = forward_backward(run.client, &inputs, &options, &upstream, Wanted::BOTH);
         let mut of_row = vec![0.0; rows * dim];
         of_row[1] = -0.5;
         let mut of_classes = vec![0.0; rows * dim];
         of_classes[dim] = -0.5;
-        for gradients in [apart.expect("valid"), at_once.expect("valid").1] {
+        for gradients in apart_and_at_once(&run, &inputs, &options, &upstream) {
             let [dx, dw] = [gradients.embeddings, gradients.weights]
                 .map(|gradient| download(run.client, &gradient.expect("asked for")));
             // The rounding of the upstream gradient, and of its product with the scale.
@@ -215,18 +219,7 @@ fn one_class_has_no_loss_and_no_gradient() {
         let output = forward(run.client, &inputs, &options).expect("the operands are valid");
         let loss = output.read_loss(run.client).expect("the labels are valid");
         assert_eq!(loss, vec![0.0; 38], "on {run}");
-        let upstream = Upstream::Total(2.0);
-        let apart = backward(
-            run.client,
-            &inputs,
-            &options,
-            &output,
-            &upstream,
-            Wanted::BOTH,
-        );
-        let together = forward_backward(run.client, &inputs, &options, &upstream, Wanted::BOTH);
-        let (_, together) = together.expect("the operands are valid");
-        for gradients in [apart.expect("the operands are valid"), together] {
+        for gradients in apart_and_at_once(&run, &inputs, &options, &Upstream::Total(2.0)) {
             for gradient in [gradients.embeddings, gradients.weights] {
                 let gradient = download(run.client, &gradient.expect("asked for"));
                 assert!(gradient.iter().all(|&g| g == 0.0), "on {run}: {gradient:?}");

@@ -131,8 +131,8 @@ pub(crate) fn backward_from(
 /// [`forward`] and [`backward`] in one, for when the upstream gradient is known beforehand, as it is where the loss itself
 /// is minimized.
 ///
-/// On a CPU it saves the second computation of the logits: exponentials wait in the workspace, a chunk of rows at a time. The
-/// gradients agree with those of the two calls to f32's rounding, not to the bit. `examples/step.rs` is a whole program around it.
+/// On a CPU it saves the second computation of the logits, as long as their exponentials find a place to wait in: a bounded workspace,
+/// a chunk of rows at a time, or the memory of `dW`. The gradients agree with those of the two calls to f32's rounding, not to the bit. `examples/step.rs` is a whole program around it.
 ///
 /// # Errors
 /// As [`forward`] and [`backward`].

@@ -2,8 +2,9 @@
 
 use cubecl::prelude::*;
 
+use super::pack::pack_class;
 use super::plan::{CACHED_PANELS, InGradient, OWNED_CLASSES, OWNED_PANELS, Phases, Plan};
-use super::rows::{ClassBlock, Item};
+use super::rows::{self, ClassBlock, Item};
 use crate::math::norm::{inverse_norm, projection};
 use crate::math::span::{Span, share};
 use crate::math::tile::{Broadcast, Lanes, TILE_VECTORS, add_to};
@@ -11,7 +12,7 @@ use crate::operand::RowStrides;
 
 /// Adds the rows of the items `chunk` to the gradients of the classes `classes`, in every head that the chunk touches.
 #[cube]
-pub(super) fn gradients<F: Float, N: Size, M: Size>(
+pub(super) fn gradients<F: Float, N: Size, M: Size, P: Size>(
     weights: &[Vector<F, M>],
     strides: &RowStrides,
     targets: &[Vector<u32, N>], // [rows, padded]
@@ -20,6 +21,7 @@ pub(super) fn gradients<F: Float, N: Size, M: Size>(
     plan: &Plan,
     chunk: &Span,
     classes: &Span,
+    scale: f32,
     smoothing: f32,
     #[comptime] phases: Phases,
     #[comptime] in_gradient: InGradient,
@@ -61,13 +63,27 @@ pub(super) fn gradients<F: Float, N: Size, M: Size>(
                 begins,
                 in_gradient,
             );
+            if comptime!(in_gradient.some_exponentials()) {
+                for r in 0..count {
+                    pack_class::<F, M>(
+                        weights,
+                        strides,
+                        workspace,
+                        head,
+                        owned.first + r,
+                        plan.own_weights(width) + r * plan.weight_stride(),
+                        plan,
+                        width,
+                    );
+                }
+            }
             let mut at = items.start;
             while at < items.end {
                 let some = Span {
                     start: at,
                     end: min(at + OWNED_PANELS, items.end),
                 };
-                gather::<F, N, M>(
+                gather::<F, N, M, P>(
                     workspace,
                     targets,
                     &*grad,
@@ -75,6 +91,7 @@ pub(super) fn gradients<F: Float, N: Size, M: Size>(
                     &some,
                     chunk.start,
                     &owned,
+                    scale,
                     smoothing,
                     phases,
                     in_gradient,
@@ -179,7 +196,7 @@ fn start<F: Float, N: Size, M: Size>(
 
 /// Keeps the exponentials `[count, width]` at `from` of an item with a block, in the gradients of its classes.
 #[cube]
-pub(super) fn keep<F: Float, N: Size, M: Size>(
+pub(super) fn keep<F: Float, N: Size, M: Size, P: Size>(
     workspace: &[f32],
     grad: &mut [Vector<F, M>],
     plan: &Plan,
@@ -189,21 +206,80 @@ pub(super) fn keep<F: Float, N: Size, M: Size>(
 ) {
     let lanes = N::value();
     let width = comptime!(lanes * TILE_VECTORS);
+    let elements = P::value();
+    let per_float = comptime!(elements / lanes);
     let vectors = workspace.as_vectorized().with_vector_size::<N>();
-    let kept = grad.with_vector_size_mut::<N>();
+    let kept = grad.with_vector_size_mut::<P>();
     for c in 0..min(block.count, plan.active - block.first) {
-        let to = plan.kept_in_gradient(item.item, block.first + c, width) / lanes;
+        let to = plan.kept_in_gradient(item.item, block.first + c, width, per_float) / lanes;
         #[unroll]
         for v in 0..TILE_VECTORS {
-            kept[to + v] = Vector::<F, N>::cast_from(vectors[from / lanes + c * TILE_VECTORS + v]);
+            kept[to + v] =
+                Vector::<F, P>::reinterpret(vectors[from / lanes + c * TILE_VECTORS + v]);
         }
     }
 }
 
-/// The logit gradients of some items with the owned classes, to rows of this unit's own: as they were kept, or from the kept
+/// The exponentials of an item with the owned classes, from the gradients of these to `[classes, width]` in this unit's own space.
+#[cube]
+fn recall<F: Float, N: Size, M: Size, P: Size>(
+    workspace: &mut [f32],
+    grad: &[Vector<F, M>],
+    plan: &Plan,
+    item: usize,
+    owned: &Owned,
+    #[comptime] tile_rows: usize,
+) {
+    let lanes = N::value();
+    let width = comptime!(lanes * TILE_VECTORS);
+    let elements = P::value();
+    let per_float = comptime!(elements / lanes);
+    let to = plan.own_logits() / lanes;
+    let vectors = workspace.as_vectorized_mut().with_vector_size_mut::<N>();
+    let kept = grad.with_vector_size::<P>();
+    for c in 0..owned.groups * tile_rows {
+        // Of the classes that fill a tile any number will do.
+        let class = min(owned.first + c, plan.active - 1);
+        let from = plan.kept_in_gradient(item, class, width, per_float) / lanes;
+        #[unroll]
+        for v in 0..TILE_VECTORS {
+            vectors[to + c * TILE_VECTORS + v] = Vector::<f32, N>::reinterpret(kept[from + v]);
+        }
+    }
+}
+
+/// The same for an item whose exponentials found no place there: from its rows and the class weights once more.
+#[cube]
+fn multiply_again<N: Size>(
+    workspace: &mut [f32],
+    plan: &Plan,
+    local: usize,
+    owned: &Owned,
+    scale: f32,
+    #[comptime] tile_rows: usize,
+) {
+    let lanes = N::value();
+    let width = comptime!(lanes * TILE_VECTORS);
+    let at = plan.own_logits();
+    let count = owned.groups * tile_rows;
+    let weights = plan.own_weights(width);
+    rows::logits::<N>(workspace, plan, local, weights, count, at, scale, tile_rows);
+    let vectors = workspace.as_vectorized_mut().with_vector_size_mut::<N>();
+    for c in 0..count {
+        let block = (owned.first + c) / plan.class_block;
+        #[unroll]
+        for v in 0..TILE_VECTORS {
+            let base = vectors[plan.base(local, block, width) / lanes + v];
+            let logit = vectors[at / lanes + c * TILE_VECTORS + v];
+            vectors[at / lanes + c * TILE_VECTORS + v] = (logit - base).exp();
+        }
+    }
+}
+
+/// The logit gradients of some items with the owned classes, to rows of this unit's own: as they were kept, or from their
 /// exponentials, `arriving · (e^(z − base) e^(base − lse) − target)`.
 #[cube]
-fn gather<F: Float, N: Size, M: Size>(
+fn gather<F: Float, N: Size, M: Size, P: Size>(
     workspace: &mut [f32],
     targets: &[Vector<u32, N>], // [rows, padded]
     grad: &[Vector<F, M>],
@@ -211,6 +287,7 @@ fn gather<F: Float, N: Size, M: Size>(
     items: &Span,
     chunk: usize, // its first item
     owned: &Owned,
+    scale: f32,
     smoothing: f32,
     #[comptime] phases: Phases,
     #[comptime] in_gradient: InGradient,
@@ -222,14 +299,25 @@ fn gather<F: Float, N: Size, M: Size>(
     let peak = Vector::<f32, N>::new(1.0 - smoothing);
     let zero = Vector::<f32, N>::new(0.0);
     let stride = plan.own_stride(width) / lanes;
-    let vectors = workspace.as_vectorized_mut().with_vector_size_mut::<N>();
     for item in items.start..items.end {
         let local = item - chunk;
+        if comptime!(in_gradient.exponentials()) {
+            if comptime!(in_gradient.some_exponentials()) && !plan.is_kept(item) {
+                multiply_again::<N>(workspace, plan, local, owned, scale, tile_rows);
+            } else {
+                recall::<F, N, M, P>(workspace, grad, plan, item, owned, tile_rows);
+            }
+        }
+        let at = match comptime!(in_gradient.exponentials()) {
+            true => plan.own_logits() / lanes,
+            false => plan.logit(local, owned.in_chunk, width) / lanes,
+        };
+        let vectors = workspace.as_vectorized_mut().with_vector_size_mut::<N>();
         let state = plan.state(local, width);
         let row = plan.first_row(item, width) / lanes;
         for group in 0..owned.groups {
             let class = owned.first + group * tile_rows;
-            let from = plan.logit(local, owned.in_chunk + group * tile_rows, width) / lanes;
+            let from = at + group * tile_rows * TILE_VECTORS;
             let to = plan.own_rows(width) / lanes
                 + group * tile_rows * stride
                 + (item - items.start) * TILE_VECTORS;
@@ -246,15 +334,7 @@ fn gather<F: Float, N: Size, M: Size>(
                     for r in 0..tile_rows {
                         let of = Vector::<u32, N>::new((class + r) as u32);
                         let target = uniform + select_many(of.equal(&target_class), peak, zero);
-                        let e = match comptime!(in_gradient == InGradient::Exponentials) {
-                            true => {
-                                // Of the classes that fill a tile any number will do.
-                                let real = min(class + r, plan.active - 1);
-                                let kept = plan.kept_in_gradient(item, real, width) / lanes + v;
-                                Vector::<f32, N>::cast_from(grad.with_vector_size::<N>()[kept])
-                            }
-                            false => vectors[from + r * TILE_VECTORS + v],
-                        };
+                        let e = vectors[from + r * TILE_VECTORS + v];
                         vectors[to + r * stride + v] = e * factor - arrived * target;
                     }
                 } else {

@@ -7,11 +7,12 @@
 //! - With the loss known, sums become gradients of the rows.
 //! - After a barrier each unit owns classes, and adds all rows to the gradients of their weights.
 //!
-//! With the exponentials kept, loss and gradients take `6·H·N·D·K` floating-point operations; a backward pass that only
-//! has lse multiplies the logits again. The workspace is bounded: what does not fit goes in chunks of rows (and of
-//! classes, where nothing is kept), but for exponentials that fit in the gradient of the class weights. Rows are in the
-//! lanes of a vector, so a softmax needs no horizontal step. What each product reads over and over stays in the
-//! first-level cache. The number of cores changes who computes; the order of a sum only where it decides what fits.
+//! With the exponentials kept, loss and gradients take `6·H·N·D·K` floating-point operations; a backward pass that only has lse
+//! multiplies the logits again. The workspace is bounded: what does not fit goes in chunks of rows (and of classes, where nothing is
+//! kept). Exponentials that would be too many for it wait in the gradient of the class weights, if that has a place for a quarter of
+//! them at least; the logits of the others are computed again. Rows are in the lanes of a vector, so a softmax needs no horizontal
+//! step. What each product reads over and over stays in the first-level cache. The number of cores changes who computes; the order
+//! of a sum only where it decides what fits.
 
 mod classes;
 mod pack;
@@ -33,7 +34,7 @@ use crate::loss::target::{LabelRule, label_rule};
 use crate::math::group::Group;
 use crate::math::span::{Span, share, wait};
 use crate::math::tile::TILE_VECTORS;
-use crate::operand::{F32, RowStrides, addressable, whole};
+use crate::operand::{RowStrides, addressable, whole};
 use plan::{HostPlan, InGradient, Phases, Plan, Problem};
 use rows::ClassBlock;
 
@@ -84,7 +85,7 @@ impl<'a> Step<'a> {
             units: call.blueprint.units,
             lanes: call.blueprint.lanes,
             tile_rows: call.blueprint.tile_rows,
-            full: call.problem.embeddings.dtype() == F32,
+            bytes: call.problem.embeddings.dtype().size(),
         };
         let Some(host) = HostPlan::new(&problem, phases) else {
             return Ok(None);
@@ -136,6 +137,7 @@ impl<'a> Step<'a> {
                 dim,
                 blueprint.lanes,
                 vector,
+                blueprint.lanes * size_of::<f32>() / embeddings.dtype().size(),
                 embeddings.buffer_arg(vector),
                 embeddings.strides_arg(vector),
                 weights.buffer_arg(vector),
@@ -176,7 +178,13 @@ impl<'a> Step<'a> {
 }
 
 #[cube(launch_unchecked)]
-fn step<F: Float, I: Int, N: Size, M: Size>(
+fn step<
+    F: Float,
+    I: Int,
+    N: Size, // lanes
+    M: Size, // elements of an operand that are read together
+    P: Size, // elements of a gradient that take the place of N f32 elements
+>(
     embeddings: &[Vector<F, M>],
     embedding_strides: RowStrides,
     weights: &[Vector<F, M>],
@@ -302,12 +310,21 @@ fn step<F: Float, I: Int, N: Size, M: Size>(
             };
             for item in mine.start..mine.end {
                 let item = plan.item(item, &chunk);
-                let stay = comptime!(phases.weights && in_gradient != InGradient::Exponentials);
+                let stay = comptime!(phases.weights && !in_gradient.exponentials());
                 let at = match stay {
                     true => plan.logit(item.local, first - kept, width),
                     false => plan.own_logits(),
                 };
-                rows::logits::<N>(workspace, &plan, &item, &block, at, scale, tile_rows);
+                rows::logits::<N>(
+                    workspace,
+                    &plan,
+                    item.local,
+                    plan.packed_weights(number, item.slot),
+                    block.count,
+                    at,
+                    scale,
+                    tile_rows,
+                );
                 if comptime!(phases.loss) {
                     rows::fold::<N>(
                         workspace,
@@ -333,8 +350,15 @@ fn step<F: Float, I: Int, N: Size, M: Size>(
                 if comptime!(phases.embeddings) {
                     row_gradients::add_classes::<N>(workspace, &plan, &item, &block, at, tile_rows);
                 }
-                if comptime!(in_gradient == InGradient::Exponentials) {
-                    classes::keep::<F, N, M>(&*workspace, grad_weights, &plan, &item, &block, at);
+                if comptime!(in_gradient.exponentials()) && plan.is_kept(item.item) {
+                    classes::keep::<F, N, M, P>(
+                        &*workspace,
+                        grad_weights,
+                        &plan,
+                        &item,
+                        &block,
+                        at,
+                    );
                 }
                 if comptime!(phases.at_once() && phases.embeddings && phases.smooth) {
                     let head = plan.head(item.item);
@@ -366,7 +390,7 @@ fn step<F: Float, I: Int, N: Size, M: Size>(
                     end: first + block.count,
                 };
                 if classes.end - kept == plan.chunk_classes || classes.end == plan.classes {
-                    classes::gradients::<F, N, M>(
+                    classes::gradients::<F, N, M, P>(
                         weights,
                         &weight_strides,
                         targets.as_vectorized().with_vector_size::<N>(),
@@ -375,6 +399,7 @@ fn step<F: Float, I: Int, N: Size, M: Size>(
                         &plan,
                         &chunk,
                         &classes,
+                        scale,
                         smoothing,
                         phases,
                         in_gradient,

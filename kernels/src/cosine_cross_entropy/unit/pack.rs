@@ -122,15 +122,39 @@ pub(super) fn pack_classes<F: Float, M: Size>(
     for i in mine.start..mine.end {
         let head = first_head + i / count;
         let r = i % count;
-        let _norm = pack_row::<F, M>(
+        pack_class::<F, M>(
             weights,
-            head * strides.head + (first + r) * strides.row,
-            first + r < plan.active,
+            strides,
             workspace,
+            head,
+            first + r,
             plan.packed_weights(block, head - first_head) + r * plan.weight_stride(),
-            width,
             plan,
             width,
         );
     }
+}
+
+/// Packs the weights of a class to `at`, or zeros from `active` on.
+#[cube]
+pub(super) fn pack_class<F: Float, M: Size>(
+    weights: &[Vector<F, M>],
+    strides: &RowStrides,
+    workspace: &mut [f32],
+    head: usize,
+    class: usize,
+    at: usize,
+    plan: &Plan,
+    #[comptime] width: usize,
+) {
+    let _norm = pack_row::<F, M>(
+        weights,
+        head * strides.head + class * strides.row,
+        class < plan.active,
+        workspace,
+        at,
+        width,
+        plan,
+        width,
+    );
 }

@@ -90,6 +90,8 @@ pub(super) struct Plan {
     pub blocks: usize,
     /// `[chunk_items, dim_padded / width, width, width]`: gradients of the unit-norm embeddings.
     pub gradient: usize,
+    /// Of one head: those whose exponentials wait in the gradient of the class weights, if any do.
+    pub kept_panels: usize,
     /// `[chunk_items, chunk_classes, width]`: exponentials or logit gradients, where class weights get gradients and do not hold them
     /// themselves.
     pub logits: usize,
@@ -119,8 +121,19 @@ pub(super) enum InGradient {
     Nothing,
     /// Sums of a head that spans several chunks.
     Sums,
-    /// The exponentials of each class with all rows of its head, if they fit there and are more than a cache holds.
-    Exponentials,
+    /// The exponentials of each class with the rows of its head, all of them or as many as find a place there: the logits of the
+    /// others are computed again.
+    Exponentials { all: bool },
+}
+
+impl InGradient {
+    pub(super) fn exponentials(self) -> bool {
+        matches!(self, Self::Exponentials { .. })
+    }
+
+    pub(super) fn some_exponentials(self) -> bool {
+        self == Self::Exponentials { all: false }
+    }
 }
 
 /// The sizes a plan is made from.
@@ -134,13 +147,14 @@ pub(super) struct Problem {
     pub units: usize,
     pub lanes: usize,
     pub tile_rows: usize,
-    /// Whether the gradients are f32.
-    pub full: bool,
+    /// Bytes of an element of the gradients.
+    pub bytes: usize,
 }
 
 impl HostPlan {
     /// The plan of a launch, or none if keeping the exponentials would not fit or not pay.
     pub(super) fn new(problem: &Problem, phases: Phases) -> Option<Self> {
+        let full = problem.bytes == size_of::<f32>();
         let width = problem.lanes * TILE_VECTORS;
         let dim_padded = problem.dim.next_multiple_of(width);
         let classes = problem.active.next_multiple_of(problem.tile_rows);
@@ -167,40 +181,57 @@ impl HostPlan {
         let of_item = panels_each * panel + STATES * width;
         let blocks = classes.div_ceil(class_block);
         let packed = block_floats(slots, class_block);
-        let own = class_block * width
+        let own = class_block.max(OWNED_CLASSES) * width
             + OWNED_CLASSES * (dim_padded + OWNED_PANELS * width + SKEW).next_multiple_of(width);
         let room = WORKSPACE_FLOATS
             .max(problem.units.saturating_mul(UNIT_FLOATS))
             .saturating_sub(packed + problem.heads * dim_padded + problem.units * own);
         let least = most.min(problem.units);
+        let fit = |room: usize, kept: usize| (room / (of_item + (kept + blocks) * width)).min(most);
 
-        let fit = |kept: usize| (room / (of_item + (kept + blocks) * width)).min(most);
+        // A class's gradient, if it is whole vectors of f32, has a place for so many panels.
+        let place = problem.dim * problem.bytes;
+        let kept_panels = match place.is_multiple_of(problem.lanes * size_of::<f32>()) {
+            true => (place / (width * size_of::<f32>())).min(panels),
+            false => 0,
+        };
+        let all = kept_panels == panels;
+        // To multiply a unit's own classes again they are packed again.
+        let own_weights = match all {
+            true => 0,
+            false => OWNED_CLASSES * (dim_padded + SKEW),
+        };
         // A head's rows stay together where their exponentials take the place of its gradient.
-        let of_whole_heads = fit(0) / panels * panels;
-        let beside_rows = phases.weights
-            && phases.loss
-            && problem.full
-            && problem.dim.is_multiple_of(problem.lanes)
-            && panels * width <= problem.dim
-            && panels * width * classes > CACHED_EXPONENTIALS
-            && of_whole_heads >= least;
+        let room_beside = room.saturating_sub(problem.units * own_weights);
+        let of_whole_heads = fit(room_beside, 0) / panels * panels;
+        let mut in_gradient = match full {
+            true => InGradient::Sums,
+            false => InGradient::Nothing,
+        };
 
-        let (chunk_items, chunk_classes) = if beside_rows {
-            (of_whole_heads, classes)
-        } else if phases.weights && phases.loss {
-            let fitting = fit(classes);
+        let (chunk_items, chunk_classes) = if phases.weights && phases.loss {
+            let fitting = fit(room, classes);
             let fitting = match fitting {
                 _ if fitting == items => items,
                 // Gradients of less than f32 are not carried in themselves: a head's rows stay together.
-                _ if !problem.full => fitting / panels * panels,
+                _ if !full => fitting / panels * panels,
                 // Few items: one for each unit that has any.
                 _ if fitting < problem.units => fitting,
                 _ => fitting / problem.units * problem.units,
             };
-            if fitting < least {
+            let better = match all {
+                true => panels * width * classes > CACHED_EXPONENTIALS,
+                // Fewer than a quarter do not pay for packing the class weights again.
+                false => kept_panels * 4 >= panels && fitting < least,
+            };
+            if better && of_whole_heads >= least {
+                in_gradient = InGradient::Exponentials { all };
+                (of_whole_heads, classes)
+            } else if fitting >= least {
+                (fitting, classes)
+            } else {
                 return None;
             }
-            (fitting, classes)
         } else if phases.weights {
             let fitting = (room / 2 / of_item).max(least).min(most);
             let block = class_block * width * fitting;
@@ -210,10 +241,9 @@ impl HostPlan {
             ((room / of_item).max(least).min(most), 0)
         };
         let split = phases.weights && chunk_items < items && chunk_items % panels != 0;
-        let in_gradient = match problem.full {
-            true if beside_rows => InGradient::Exponentials,
-            true => InGradient::Sums,
-            false => InGradient::Nothing,
+        let own = match in_gradient.some_exponentials() {
+            true => own + own_weights,
+            false => own,
         };
 
         let mut floats = 0;
@@ -246,13 +276,14 @@ impl HostPlan {
             columns: take(true, chunk_items * panel),
             blocks: take(phases.gradients(), chunk_items * panel),
             gradient: take(phases.embeddings, chunk_items * panel),
+            kept_panels,
             logits: take(
-                phases.weights && in_gradient != InGradient::Exponentials,
+                phases.weights && !in_gradient.exponentials(),
                 chunk_items * chunk_classes * width,
             ),
             bases: take(phases.weights && phases.loss, chunk_items * blocks * width),
             state: take(true, chunk_items * STATES * width),
-            carry: take(split && !problem.full, problem.active * dim_padded),
+            carry: take(split && !full, problem.active * dim_padded),
             units: take(true, problem.units * own),
             own,
         };
@@ -286,6 +317,7 @@ impl Plan {
             self.columns,
             self.blocks,
             self.gradient,
+            self.kept_panels,
             self.logits,
             self.bases,
             self.state,
@@ -357,14 +389,14 @@ impl Plan {
         self.packed + (block % 2 * self.slots + slot) * self.class_block * self.weight_stride()
     }
 
-    /// Where this unit has the logits of an item with a block of classes, if they are not kept.
+    /// Where this unit has the logits of an item with a block of classes, if they are not kept, or with its own classes.
     pub(super) fn own_logits(&self) -> usize {
         self.units + UNIT_POS as usize * self.own
     }
 
     /// Where this unit accumulates gradients of class weights: `[dim_padded / width, OWNED_CLASSES, width]`.
     pub(super) fn own_gradient(&self, #[comptime] width: usize) -> usize {
-        self.own_logits() + self.class_block * width
+        self.own_logits() + max(self.class_block, OWNED_CLASSES) * width
     }
 
     /// Where this unit has the logit gradients of its classes: `[OWNED_CLASSES]` rows, [`own_stride`](Self::own_stride) apart.
@@ -375,6 +407,11 @@ impl Plan {
     /// Floats from one class to the next there.
     pub(super) fn own_stride(&self, #[comptime] width: usize) -> usize {
         comptime!(OWNED_PANELS * width + SKEW)
+    }
+
+    /// Where this unit packs the weights of its classes, if it multiplies some rows with them again.
+    pub(super) fn own_weights(&self, #[comptime] width: usize) -> usize {
+        self.own_rows(width) + OWNED_CLASSES * self.own_stride(width)
     }
 
     /// Where an item's first row is in the first block of columns.
@@ -413,14 +450,22 @@ impl Plan {
         self.logits + (local * self.chunk_classes + class) * width
     }
 
-    /// Where the exponentials of an item's rows with a class are, in the gradient of the class weights.
+    /// Whether the exponentials of an item are in the gradient of the class weights, if any are.
+    pub(super) fn is_kept(&self, item: usize) -> bool {
+        item % self.panels < self.kept_panels
+    }
+
+    /// Where the exponentials of an item's rows with a class are there, in f32 elements. `per_float` elements of the gradient take the
+    /// place of one.
     pub(super) fn kept_in_gradient(
         &self,
         item: usize,
         class: usize,
         #[comptime] width: usize,
+        #[comptime] per_float: usize,
     ) -> usize {
-        (self.head(item) * self.stored + class) * self.dim + self.first_row(item, width)
+        let row = self.head(item) * self.stored + class;
+        row * (self.dim / per_float) + self.first_row(item, width)
     }
 }
 
@@ -428,7 +473,7 @@ impl Plan {
 mod tests {
     use super::*;
 
-    fn plan(shape: [usize; 4], units: usize, full: bool) -> Option<HostPlan> {
+    fn plan(shape: [usize; 4], units: usize, bytes: usize) -> Option<HostPlan> {
         let [heads, rows, dim, active] = shape;
         let problem = Problem {
             heads,
@@ -439,7 +484,7 @@ mod tests {
             units,
             lanes: 16,
             tile_rows: 8,
-            full,
+            bytes,
         };
         let both = Phases {
             loss: true,
@@ -459,7 +504,7 @@ mod tests {
             for dim in [512, 1024, 2048, 2720, 4096] {
                 for units in [1, 2, 16, 64] {
                     let shape = [heads, 128, dim, 100];
-                    let HostPlan { plan, .. } = plan(shape, units, true).expect("it fits");
+                    let HostPlan { plan, .. } = plan(shape, units, 4).expect("it fits");
                     assert_eq!(plan.slots, heads, "{shape:?} on {units}");
                     assert!(
                         plan.chunk_items >= plan.items.min(units),
@@ -473,11 +518,11 @@ mod tests {
 
     #[test]
     fn fewer_items_than_cores_are_computed_at_once_all_the_same() {
-        for full in [true, false] {
+        for bytes in [4, 2] {
             for units in 1..=64 {
                 for heads in [1, 2, 3, 9, 40] {
                     assert!(
-                        plan([heads, 3, 4096, 128], units, full).is_some(),
+                        plan([heads, 3, 4096, 128], units, bytes).is_some(),
                         "{heads} heads on {units}"
                     );
                 }
@@ -487,33 +532,39 @@ mod tests {
 
     #[test]
     fn nothing_is_computed_at_once_that_does_not_fit() {
-        assert!(plan([1, 2048, 512, 100_000], 2, true).is_some());
-        assert!(plan([1, 2048, 512, 1_000_000], 2, true).is_none());
+        // Columns that fill no vector: nothing finds a place in the gradient.
+        assert!(plan([1, 2048, 24, 100_000], 2, 4).is_some());
+        assert!(plan([1, 2048, 24, 1_000_000], 2, 4).is_none());
     }
 
     #[test]
-    fn exponentials_of_no_more_rows_than_columns_are_computed_at_once_for_any_number_of_classes() {
+    fn exponentials_take_the_place_of_the_gradient_where_all_of_them_fit_or_would_not_elsewhere() {
         for units in [1, 2, 4, 16, 64] {
-            for shape in [
-                [1, 512, 512, 1000],
-                [1, 512, 512, 100_000],
-                [1, 512, 512, 1_000_000],
+            for (shape, bytes, kept_panels) in [
+                ([1, 512, 512, 1000], 4, 16),
+                ([1, 512, 512, 100_000], 4, 16),
+                ([1, 512, 512, 1_000_000], 4, 16),
+                ([1, 250, 512, 10_000], 2, 8),
+                ([1, 512, 512, 1_000_000], 2, 8),
+                ([1, 2048, 512, 500_000], 4, 16),
                 // Those that the suite compares with rows that do not fit.
-                [2, 35, 64, 7_001],
+                ([2, 35, 64, 7_001], 4, 2),
             ] {
-                let host = plan(shape, units, true).expect("it fits");
-                assert_eq!(host.in_gradient, InGradient::Exponentials, "{shape:?}");
+                let host = plan(shape, units, bytes).expect("it fits");
+                assert!(host.in_gradient.exponentials(), "{shape:?}");
                 assert_eq!(host.plan.chunk_items, host.plan.items, "{shape:?}");
+                assert_eq!(host.plan.kept_panels, kept_panels, "{shape:?}");
             }
-            // More rows than columns; gradients of 16 bits; what a cache holds; columns that fill no vector.
-            for (shape, full) in [
-                ([1, 544, 512, 10_000], true),
-                ([1, 512, 512, 10_000], false),
-                ([3, 128, 256, 20], true),
-                ([1, 500, 520, 1000], true),
+            // More rows than find a place, where the workspace has one; what a cache holds; columns that fill no vector.
+            for (shape, bytes) in [
+                ([1, 544, 512, 10_000], 4),
+                ([1, 512, 512, 10_000], 2),
+                ([3, 128, 256, 20], 4),
+                ([1, 500, 520, 1000], 4),
+                ([1, 250, 528, 1000], 2),
             ] {
-                let host = plan(shape, units, full).expect("it fits");
-                assert_ne!(host.in_gradient, InGradient::Exponentials, "{shape:?}");
+                let host = plan(shape, units, bytes).expect("it fits");
+                assert!(!host.in_gradient.exponentials(), "{shape:?}");
             }
         }
     }

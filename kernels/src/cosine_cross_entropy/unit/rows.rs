@@ -33,21 +33,21 @@ pub(super) struct Item {
     pub slot: usize,
 }
 
-/// Logits of the item's rows with the block, times `scale`, to `out [count, width]`.
+/// Logits of an item's rows with `count` packed class weights from `weights` on, times `scale`, to `out [count, width]`.
 #[cube]
 pub(super) fn logits<N: Size>(
     workspace: &mut [f32],
     plan: &Plan,
-    item: &Item,
-    block: &ClassBlock,
+    local: usize,
+    weights: usize,
+    count: usize,
     out: usize,
     scale: f32,
     #[comptime] tile_rows: usize,
 ) {
     let lanes = N::value();
     let width = comptime!(lanes * TILE_VECTORS);
-    let columns = (plan.columns + item.local * plan.panel(width)) / lanes;
-    let weights = plan.packed_weights(block.number, item.slot);
+    let columns = (plan.columns + local * plan.panel(width)) / lanes;
     let mut start = 0usize.runtime();
     while start < plan.dim_padded {
         let steps = min(plan.depth, plan.dim_padded - start);
@@ -56,7 +56,7 @@ pub(super) fn logits<N: Size>(
             factor = scale;
         }
         let factor = Vector::<f32, N>::new(factor);
-        for group in 0..block.count / tile_rows {
+        for group in 0..count / tile_rows {
             let at = out / lanes + group * comptime!(tile_rows * TILE_VECTORS);
             let mut tile = Array::<Vector<f32, N>>::new(comptime!(tile_rows * TILE_VECTORS));
             let vectors = workspace.as_vectorized().with_vector_size::<N>();

@@ -273,7 +273,7 @@ fn shapes_beyond_one_workspace_agree_with_the_reference() {
         // More heads than have their class weights packed together; both ways to carry gradients.
         ((3000, 33, 3, 9, 8), Dtype::F32),
         ((3000, 33, 3, 9, 8), Dtype::Bf16),
-        // Too many classes to keep a panel's exponentials: two launches, classes in chunks.
+        // Exponentials of a single panel that take most of a workspace.
         ((1, 3, 2, 220_000, 220_000), Dtype::F32),
     ] {
         let problem = Problem {
@@ -290,27 +290,55 @@ fn shapes_beyond_one_workspace_agree_with_the_reference() {
     }
 }
 
-/// On a CPU the exponentials of 35 rows take the place of the gradient of the class weights until that is there; with 35 more rows,
-/// which are ignored, they do not fit there.
+/// On a CPU of no more than 64 cores these classes have exponentials that fit nowhere, and nothing is gained by one launch.
 #[test]
-fn exponentials_kept_in_the_gradient_give_the_bits_of_those_kept_elsewhere() {
-    let (heads, rows, dim) = (2, 35, 64);
-    for gap in [0, 3] {
+fn a_step_whose_exponentials_fit_nowhere_is_a_forward_and_a_backward_pass() {
+    let problem = Problem::plain((1, 3, 1, 9_000_000, 9_000_000));
+    let data = problem.data();
+    for run in fused_runs(problem.sizes) {
+        if run.strategy != Strategy::Forced(Variant::Unit) {
+            continue;
+        }
+        let (inputs, options) = arguments(&run, &problem, &data);
+        let [apart, at_once] = apart_and_at_once(&run, &inputs, &options, &Upstream::Total(1.0))
+            .map(|gradients| {
+                let (dx, dw) = (gradients.embeddings, gradients.weights);
+                let (dx, dw) = (dx.expect("asked for"), dw.expect("asked for"));
+                bytes(run.client, &[&dx, &dw])
+            });
+        assert!(apart == at_once, "on {run}");
+    }
+}
+
+/// On a CPU exponentials take the place of the gradient of the class weights until that is there. Rows that are ignored, before
+/// those that count, take it from them: then all wait in the workspace, or, where classes are too many for that, the logits of the
+/// rows that find no place are computed again.
+#[test]
+fn exponentials_kept_in_the_gradient_give_the_bits_of_those_kept_elsewhere_or_computed_again() {
+    for (dtype, gap, heads, rows, ignored, dim, active) in [
+        (Dtype::F32, 0, 2, 35, 35, 64, 7_001),
+        (Dtype::F32, 3, 2, 35, 35, 64, 7_001),
+        (Dtype::F16, 0, 2, 35, 35, 128, 7_001),
+        (Dtype::F16, 3, 2, 35, 35, 128, 7_001),
+        (Dtype::F32, 0, 1, 50, 40, 64, 500_003),
+        (Dtype::Bf16, 0, 2, 25, 20, 64, 500_003),
+    ] {
         let more = Problem {
+            dtype,
             gap,
             smoothing: 0.1,
             weighted: true,
             seed: 5,
-            ..Problem::plain((heads, 2 * rows, dim, 7_003, 7_001))
+            ..Problem::plain((heads, ignored + rows, dim, active + 2, active))
         };
         let mut data = more.data();
-        data.labels[rows..].fill(i64::from(more.ignore_index));
+        data.labels[..ignored].fill(i64::from(more.ignore_index));
         let mut fewer = more.clone();
         fewer.sizes.1 = rows;
         let mut some = data.clone();
-        some.labels.truncate(rows);
-        some.embeddings = (data.embeddings.chunks(2 * rows * dim))
-            .flat_map(|head| head[..rows * dim].to_vec())
+        some.labels.drain(..ignored);
+        some.embeddings = (data.embeddings.chunks((ignored + rows) * dim))
+            .flat_map(|head| head[ignored * dim..].to_vec())
             .collect();
         for run in fused_runs(more.sizes) {
             if run.strategy != Strategy::Forced(Variant::Unit) {
@@ -328,19 +356,17 @@ fn exponentials_kept_in_the_gradient_give_the_bits_of_those_kept_elsewhere() {
                     <[_; 3]>::try_from(bytes(run.client, &[&output.total, &dx, &dw]))
                         .expect("three");
                 // The rows that both have.
-                let head = problem.sizes.1 * dim * size_of::<f32>();
-                let dx: Vec<_> = (dx.chunks(head))
-                    .map(|head| head[..rows * dim * size_of::<f32>()].to_vec())
+                let both = rows * dx.len() / (heads * problem.sizes.1);
+                let dx: Vec<_> = (dx.chunks(dx.len() / heads))
+                    .map(|head| head[head.len() - both..].to_vec())
                     .collect();
                 (total, dx, dw)
             });
-            assert_eq!(of_more.0, of_fewer.0, "total on {run}");
-            assert!(of_more.1 == of_fewer.1, "dX on {run}");
-            assert!(of_more.2 == of_fewer.2, "dW on {run}");
-            assert!(
-                of_more.2.iter().any(|&byte| byte != 0),
-                "dW is zero on {run}"
-            );
+            let what = format!("of {dtype:?}, {active} classes, gap {gap}, on {run}");
+            assert_eq!(of_more.0, of_fewer.0, "total {what}");
+            assert!(of_more.1 == of_fewer.1, "dX {what}");
+            assert!(of_more.2 == of_fewer.2, "dW {what}");
+            assert!(of_more.2.iter().any(|&byte| byte != 0), "dW is zero {what}");
         }
     }
 }

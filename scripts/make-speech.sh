@@ -21,6 +21,14 @@ train=(en-us+m1 en-us+m2 en-us+m3 en-us+m4 en-us+m5 en-us+f1 en-us+f2 en-us+f3 e
   en-us+robert en-gb+shelby en-us+steph en-gb+travis en-us+victor en-gb+zac en-us+Alicia)
 test=(en-us+m7 en-us+f4 en-gb+m6 en-gb+f5 en-gb-scotland+m8 en-us+klatt2)
 
+# The list of another folder's test clips is not for us to replace: they would be trained on.
+if [ -e "$out/testing_list.txt" ]; then
+  ours=$(printf '%s\n' "${test[@]//+/_}" | paste -sd '|')
+  if other=$(grep -vE -m 1 "^[a-z]+/($ours)_[0-9]+\.wav$" "$out/testing_list.txt"); then
+    echo "make-speech: $out/testing_list.txt names $other, which is not from here: choose another folder" >&2
+    exit 2
+  fi
+fi
 mkdir -p "$out"
 : >"$out/testing_list.txt"
 

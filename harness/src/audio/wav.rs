@@ -294,4 +294,26 @@ mod tests {
             }
         }
     }
+
+    /// Frequencies above half the new rate would come back as others.
+    #[test]
+    fn what_16_khz_cannot_hold_is_taken_out_and_what_it_can_is_kept() {
+        for rate in [22_050, 44_100, 48_000] {
+            for (hz, expected) in [(7_000.0, 0.5f64.sqrt()), (9_000.0, 0.0), (10_500.0, 0.0)] {
+                let tone = (0..rate)
+                    .map(|i| {
+                        (2.0 * std::f64::consts::PI * hz * i as f64 / rate as f64).sin() as f32
+                    })
+                    .collect();
+                let there = resample(tone, rate).expect("resamples");
+                let middle = &there[2000..14_000];
+                let power: f64 = middle.iter().map(|&v| f64::from(v).powi(2)).sum();
+                let level = (power / middle.len() as f64).sqrt();
+                assert!(
+                    (level - expected).abs() < 0.01,
+                    "{hz} Hz at {rate} has a level of {level}"
+                );
+            }
+        }
+    }
 }

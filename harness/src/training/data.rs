@@ -13,6 +13,7 @@ use super::folder::{keywords, list, wavs};
 use crate::audio::features::{Extractor, INPUT, INPUTS};
 use crate::audio::synthesis::{Speaker, speak, vocabulary};
 use crate::error::Error;
+use crate::output::progress;
 
 /// How keywords become sessions: base classes first, then ways of shots.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -104,13 +105,17 @@ impl Dataset {
             let tasks: Vec<(usize, u64)> = (0..words.len())
                 .flat_map(|word| (0..count as u64).map(move |voice| (word, first + voice)))
                 .collect();
+            let bar = progress(tasks.len() as u64);
+            bar.set_message("clips");
             let features = tasks
                 .par_iter()
                 .map(|&(word, voice)| {
+                    bar.inc(1);
                     let take = (word as u64) << 32 | voice;
                     extractor.extract(&speak(seed, &words[word], &Speaker::new(seed, voice), take))
                 })
                 .collect();
+            bar.finish_and_clear();
             Examples {
                 features,
                 labels: tasks.iter().map(|&(word, _)| word).collect(),

@@ -2,6 +2,7 @@
 //! speech head's rows of its new classes to the means of their shots, and accuracy is taken on all classes so far.
 
 use burn::tensor::{Device, Tensor};
+use indicatif::ProgressBar;
 use protohead::burn::{ClassSums, class_means, cosine_cross_entropy};
 use protohead::cosine_cross_entropy::Options;
 use rand::SeedableRng;
@@ -12,7 +13,7 @@ use serde::Serialize;
 use super::data::{Dataset, Examples, Protocol};
 use super::network::{Devices, Network, batch};
 use crate::error::Error;
-use crate::output::say;
+use crate::output::{progress, say};
 
 /// Clips that go through the encoder at once.
 const CHUNK: usize = 64;
@@ -35,11 +36,13 @@ fn embeddings(
     examples: &Examples,
     rows: &[usize],
     devices: &Devices,
+    bar: &ProgressBar,
 ) -> Tensor<3> {
     let plain = devices.heads.clone().without_autodiff();
     let chunks: Vec<Tensor<3>> = rows
         .chunks(CHUNK)
         .map(|rows| {
+            bar.inc(rows.len() as u64);
             let inputs = batch(
                 dataset,
                 examples,
@@ -72,10 +75,13 @@ pub(crate) fn replace_prototypes(
     let device = devices.heads.clone().without_autodiff();
     let [heads, _, dim] = evaluated.heads.weight.dims();
     let mut sums = ClassSums::new(heads, protocol.base, dim, &Default::default(), &device)?;
+    let bar = progress(rows.len() as u64);
+    bar.set_message("prototypes");
     for rows in rows.chunks(CHUNK) {
-        let embedded = embeddings(&evaluated, dataset, &dataset.train, rows, devices);
+        let embedded = embeddings(&evaluated, dataset, &dataset.train, rows, devices, &bar);
         sums.accumulate(embedded, labels(&dataset.train, rows, &device))?;
     }
+    bar.finish_and_clear();
     let (heads, means) = evaluated.heads.replace_prototypes_by(&mut sums)?;
     means.check()?;
     Ok(Network {
@@ -98,12 +104,15 @@ pub(crate) fn evaluate(
         let [_, rows, dim] = embedded.dims();
         embedded.slice([0..1, 0..rows, 0..dim])
     };
+    let bar = progress((tested.len() + protocol.sessions * protocol.ways * protocol.shots) as u64);
+    bar.set_message("test clips");
     let queries = speech(embeddings(
         network,
         dataset,
         &dataset.test,
         &tested,
         devices,
+        &bar,
     ));
     let mut weights = network.heads.weight.val().without_autodiff();
     let [_, classes, dim] = weights.dims();
@@ -119,6 +128,7 @@ pub(crate) fn evaluate(
                 &dataset.train,
                 &shots,
                 devices,
+                &bar,
             ));
             let targets = labels(&dataset.train, &shots, &device);
             // Only the new classes have shots, so only their rows change.
@@ -149,6 +159,7 @@ pub(crate) fn evaluate(
             .collect();
         table.push(Accuracy::new(session, protocol, &answers));
     }
+    bar.finish_and_clear();
     Ok(table)
 }
 

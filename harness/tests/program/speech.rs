@@ -1,37 +1,44 @@
 //! Training on speech that espeak-ng makes: real files, in voices of which some are only heard in the test.
 
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Output};
 
 use serde_json::Value;
 
-use crate::protohead;
+use crate::training::{Trained, same_bytes};
+
+fn succeeds(mut command: Command) -> Output {
+    let output = command.output().expect("it starts");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command:?}: {stderr}");
+    output
+}
+
+/// A Speech-Commands folder with all keywords and voices, and one clip of each.
+fn speech(data: &Path) -> Command {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/make-speech.sh");
+    let mut command = Command::new(script);
+    command.arg(data).arg("1");
+    command
+}
+
+fn train(data: &Path, out: &Path, epochs: &str) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_protohead"));
+    command
+        .args(["train", "--device", "cpu", "--tau", "1", "--batch", "12"])
+        .args(["--epochs", epochs, "--data"])
+        .arg(data)
+        .arg("--out")
+        .arg(out);
+    command
+}
 
 #[test]
 fn keywords_of_voices_not_heard_in_training_are_recognised() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let [data, run] = ["speech", "run"].map(|name| folder.path().join(name));
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/make-speech.sh");
-    let made = Command::new(&script)
-        .arg(&data)
-        .arg("1")
-        .output()
-        .expect("the script starts");
-    assert!(
-        made.status.success(),
-        "{}",
-        String::from_utf8_lossy(&made.stderr)
-    );
-    let [data, run_name] = [&data, &run].map(|path| path.to_string_lossy().into_owned());
-    let trained = protohead(&[
-        "train", "--data", &data, "--out", &run_name, "--tau", "1", "--batch", "12", "--epochs",
-        "18", "--device", "cpu",
-    ]);
-    assert!(
-        trained.status.success(),
-        "{}",
-        String::from_utf8_lossy(&trained.stderr)
-    );
+    succeeds(speech(&data));
+    succeeds(train(&data, &run, "18"));
     let table = std::fs::read(run.join("accuracy.json")).expect("written by train");
     let table: Value = serde_json::from_slice(&table).expect("written as JSON");
     let accuracy = |session: usize, of: &str| table[session][of].as_f64().unwrap_or(0.0);
@@ -44,4 +51,39 @@ fn keywords_of_voices_not_heard_in_training_are_recognised() {
         let [seen, unseen] = ["seen", "unseen"].map(|of| accuracy(session, of));
         assert!(seen >= 75.0 && unseen >= 60.0, "session {session}: {table}");
     }
+}
+
+#[test]
+fn training_on_files_that_was_killed_resumes_to_the_same_weights_to_the_bit() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let [data, straight, broken] =
+        ["speech", "straight", "broken"].map(|name| folder.path().join(name));
+    succeeds(speech(&data));
+    succeeds(train(&data, &straight, "3"));
+    let begun = train(&data, &broken, "3");
+    drop(Trained::until(begun, &broken.join("metrics.jsonl")));
+    assert!(
+        !broken.join("accuracy.json").exists(),
+        "it was killed too late"
+    );
+    let mut resume = Command::new(env!("CARGO_BIN_EXE_protohead"));
+    resume.args(["train", "--resume", "--out"]).arg(&broken);
+    succeeds(resume);
+    same_bytes(&straight, &broken);
+}
+
+#[test]
+fn a_list_of_other_clips_is_not_overwritten() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let list = folder.path().join("testing_list.txt");
+    let official = "right/bb05582b_nohash_3.wav\n";
+    std::fs::write(&list, official).expect("the folder is writable");
+    let output = speech(folder.path()).output().expect("it starts");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{stderr}");
+    assert!(stderr.contains("bb05582b_nohash_3.wav"), "{stderr}");
+    let left = std::fs::read_to_string(&list).expect("it is still there");
+    assert_eq!(left, official);
+    let files = std::fs::read_dir(folder.path()).expect("a folder").count();
+    assert_eq!(files, 1, "something was made beside the list");
 }

@@ -116,23 +116,23 @@ fn a_folder_whose_name_is_no_utf_8_is_refused() {
     assert!(!out.exists());
 }
 
-/// Trains a tiny network on synthesised keywords.
 /// Training in a process of its own, which is killed with this value.
-struct Trained(std::process::Child);
+pub(crate) struct Trained(std::process::Child);
 
 impl Trained {
     /// Begun, and come as far as to have left a file.
-    fn until(out: &Path, epochs: &str, file: &str) -> Self {
-        let started = train(out, epochs, &[])
+    pub(crate) fn until(mut train: Command, file: &Path) -> Self {
+        let started = train
             .stdout(std::process::Stdio::null())
             .stderr(std::process::Stdio::null())
             .spawn();
         let mut trained = Self(started.expect("starts"));
         let begun = std::time::Instant::now();
-        while !out.join(file).exists() {
+        let name = file.display();
+        while !file.exists() {
             let ended = trained.0.try_wait().expect("can be asked");
-            assert_eq!(ended, None, "it ended without {file}");
-            assert!(begun.elapsed().as_secs() < 300, "it never left {file}");
+            assert_eq!(ended, None, "it ended without {name}");
+            assert!(begun.elapsed().as_secs() < 300, "it never left {name}");
             std::thread::sleep(std::time::Duration::from_millis(2));
         }
         trained
@@ -148,7 +148,7 @@ impl Drop for Trained {
 }
 
 /// Asserts that two finished runs have left the same.
-fn same_bytes(one: &Path, other: &Path) {
+pub(crate) fn same_bytes(one: &Path, other: &Path) {
     for name in [
         "accuracy.json",
         "checkpoint/digest.json",
@@ -173,7 +173,8 @@ fn a_run_that_was_killed_before_its_first_checkpoint_begins_again() {
     let [straight, broken] = ["straight", "broken"].map(|name| folder.path().join(name));
     let whole = train(&straight, "2", &[]).output().expect("starts");
     assert!(whole.status.success(), "{whole:?}");
-    drop(Trained::until(&broken, "2", "config.json"));
+    let begun = train(&broken, "2", &[]);
+    drop(Trained::until(begun, &broken.join("config.json")));
     assert!(
         !broken.join("checkpoint").exists(),
         "it was killed too late"
@@ -183,6 +184,7 @@ fn a_run_that_was_killed_before_its_first_checkpoint_begins_again() {
     same_bytes(&straight, &broken);
 }
 
+/// To train a tiny network on synthesised keywords.
 fn train(out: &Path, epochs: &str, more: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_protohead"));
     command
@@ -216,7 +218,8 @@ fn a_run_that_was_killed_resumes_to_the_same_weights_to_the_bit() {
             .success()
     );
     // Killed as soon as the first epoch is on disk.
-    let child = Trained::until(&broken, "12", "metrics.jsonl");
+    let begun = train(&broken, "12", &[]);
+    let child = Trained::until(begun, &broken.join("metrics.jsonl"));
     let beside = train(&broken, "12", &["--resume"])
         .output()
         .expect("starts");

@@ -1,14 +1,15 @@
 //! Logits and their gradients against the reference.
 
 use proptest::prelude::*;
+use proptest::test_runner::TestCaseError;
 use protohead::Wanted;
 use protohead::cosine_logits::{Inputs, Options, backward, forward};
 use protohead_reference as reference;
 use protohead_tests::close::{Comparison, lengths};
 use protohead_tests::devices::{Run, product_runs};
-use protohead_tests::problem::{Problem, download, problem};
+use protohead_tests::problem::{Dtype, Problem, download, problem};
 
-use crate::support::{bytes, config, fails};
+use crate::support::{bytes, config, failed_once, fails};
 
 struct Expected<T> {
     logits: Vec<T>,
@@ -124,22 +125,52 @@ fn check(
     Ok(())
 }
 
+fn agrees(problem: &Problem) -> Result<(), TestCaseError> {
+    let (heads, rows, _, _, active) = problem.sizes;
+    let upstream = problem.uniform(9, heads * rows * active);
+    let truth = expected::<f64>(problem, &upstream);
+    let working = expected::<f32>(problem, &upstream);
+    // A logit or gradient beyond f16's largest finite value is not a question of precision.
+    let gradients = truth.gradients.0.iter().chain(&truth.gradients.1);
+    let largest = gradients.fold(0.0, |m: f64, v| m.max(v.abs()));
+    prop_assume!(problem.dtype != Dtype::F16 || largest < 6e4);
+    for run in product_runs() {
+        if problem.supported(run.client) {
+            check(&run, problem, &truth, &working, &upstream).map_err(fails(&run))?;
+        }
+    }
+    Ok(())
+}
+
 proptest! {
     #![proptest_config(config(16))]
 
     #[test]
     fn logits_and_their_gradients_agree_with_the_reference(problem in problem()) {
-        let (heads, rows, _, _, active) = problem.sizes;
-        let upstream = problem.uniform(9, heads * rows * active);
-        let truth = expected::<f64>(&problem, &upstream);
-        let working = expected::<f32>(&problem, &upstream);
-        // A logit or gradient beyond f16's largest finite value is not a question of precision.
-        let largest = truth.gradients.0.iter().chain(&truth.gradients.1).fold(0.0, |m: f64, v| m.max(v.abs()));
-        prop_assume!(problem.dtype != protohead_tests::problem::Dtype::F16 || largest < 6e4);
-        for run in product_runs() {
-            if problem.supported(run.client) {
-                check(&run, &problem, &truth, &working, &upstream).map_err(fails(&run))?;
-            }
-        }
+        agrees(&problem)?;
+    }
+}
+
+#[test]
+fn problems_that_failed_once_agree_with_the_reference() {
+    for problem in failed_once() {
+        agrees(&problem).unwrap_or_else(|error| panic!("{problem:?}: {error}"));
+    }
+}
+
+/// Rows as long as real ones: longer than what stays in a CPU's first-level cache, which random problems never reach.
+#[test]
+fn long_rows_agree_with_the_reference() {
+    for (sizes, dtype) in [
+        ((2, 40, 257, 140, 135), Dtype::F32),
+        ((1, 35, 520, 150, 150), Dtype::F32),
+        ((1, 70, 400, 131, 131), Dtype::Bf16),
+    ] {
+        let problem = Problem {
+            dtype,
+            seed: 11,
+            ..Problem::plain(sizes)
+        };
+        agrees(&problem).unwrap_or_else(|error| panic!("{problem:?}: {error}"));
     }
 }

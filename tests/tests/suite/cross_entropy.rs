@@ -4,14 +4,15 @@ use cubecl::ir::{ElemType, IntKind};
 use cubecl::prelude::CubeElement;
 use cubecl::std::tensor::TensorHandle;
 use proptest::prelude::*;
+use proptest::test_runner::TestCaseError;
 use protohead::cross_entropy::{Inputs, Options, backward, forward};
 use protohead::{LossOptions, Reduction, Upstream};
 use protohead_reference as reference;
 use protohead_tests::close::{Comparison, Share};
 use protohead_tests::devices::{Run, runs};
-use protohead_tests::problem::{Data, Dtype, Problem, download, problem};
+use protohead_tests::problem::{Data, Dtype, LabelKind, Problem, download, problem};
 
-use crate::support::{bytes, config, fails};
+use crate::support::{bytes, config, failed_once, fails};
 
 struct Expected<T> {
     forward: reference::CrossEntropy<T>,
@@ -131,25 +132,52 @@ fn check(
     Ok(())
 }
 
+fn agrees(problem: &Problem) -> Result<(), TestCaseError> {
+    let (heads, rows, _, _, active) = problem.sizes;
+    let data = problem.data();
+    let logits: Vec<f32> = problem
+        .uniform(7, heads * rows * active)
+        .iter()
+        .map(|z| problem.dtype.round(z * problem.scale))
+        .collect();
+    let truth = expected::<f64>(problem, &data, &logits);
+    let working = expected::<f32>(problem, &data, &logits);
+    for run in runs() {
+        if problem.supported(run.client) {
+            check(&run, problem, &data, &logits, &truth, &working).map_err(fails(&run))?;
+        }
+    }
+    Ok(())
+}
+
 proptest! {
     #![proptest_config(config(24))]
 
     #[test]
     fn cross_entropy_agrees_with_the_reference(problem in problem()) {
-        let (heads, rows, _, _, active) = problem.sizes;
-        let data = problem.data();
-        let logits: Vec<f32> = problem
-            .uniform(7, heads * rows * active)
-            .iter()
-            .map(|z| problem.dtype.round(z * problem.scale))
-            .collect();
-        let truth = expected::<f64>(&problem, &data, &logits);
-        let working = expected::<f32>(&problem, &data, &logits);
-        for run in runs() {
-            if problem.supported(run.client) {
-                check(&run, &problem, &data, &logits, &truth, &working).map_err(fails(&run))?;
-            }
-        }
+        agrees(&problem)?;
+    }
+}
+
+#[test]
+fn problems_that_failed_once_agree_with_the_reference() {
+    for problem in failed_once() {
+        agrees(&problem).unwrap_or_else(|error| panic!("{problem:?}: {error}"));
+    }
+}
+
+/// So many that whole cubes share a row, and each of their units has several.
+#[test]
+fn rows_of_many_classes_agree_with_the_reference() {
+    for (active, dtype) in [(700, Dtype::F16), (2_500, Dtype::F32), (5_003, Dtype::F32)] {
+        let problem = Problem {
+            dtype,
+            labels: LabelKind::SomeIgnored,
+            smoothing: 0.1,
+            seed: 12,
+            ..Problem::plain((2, 9, 1, active, active))
+        };
+        agrees(&problem).unwrap_or_else(|error| panic!("{problem:?}: {error}"));
     }
 }
 

@@ -9,7 +9,7 @@ use protohead_tests::fused::arguments;
 use protohead_tests::problem::{Dtype, LabelDtype, LabelKind, Problem, download};
 
 use super::{agrees_on, check, expected};
-use crate::support::bytes;
+use crate::support::{bytes, failed_once};
 
 /// Both gradients from a backward pass, and from one call with the loss.
 fn apart_and_at_once(
@@ -251,6 +251,34 @@ fn shapes_that_random_problems_miss_agree_on_gpus() {
     }
 }
 
+/// Rows as long as real ones: longer than what stays in a CPU's first-level cache, which random problems never reach.
+#[test]
+fn long_rows_agree_with_the_reference() {
+    for (sizes, dtype) in [
+        ((2, 40, 257, 140, 135), Dtype::F32),
+        ((1, 35, 520, 150, 150), Dtype::F32),
+        ((1, 70, 400, 131, 131), Dtype::Bf16),
+    ] {
+        let problem = Problem {
+            dtype,
+            labels: LabelKind::SomeIgnored,
+            smoothing: 0.1,
+            seed: 11,
+            ..Problem::plain(sizes)
+        };
+        agrees_on(&problem, fused_runs(problem.sizes))
+            .unwrap_or_else(|error| panic!("{problem:?}: {error}"));
+    }
+}
+
+#[test]
+fn problems_that_failed_once_agree_with_the_reference() {
+    for problem in failed_once() {
+        agrees_on(&problem, fused_runs(problem.sizes))
+            .unwrap_or_else(|error| panic!("{problem:?}: {error}"));
+    }
+}
+
 #[test]
 fn shapes_beyond_one_workspace_agree_with_the_reference() {
     let plain = Problem {
@@ -287,6 +315,65 @@ fn shapes_beyond_one_workspace_agree_with_the_reference() {
             .filter(on_cpu)
             .collect();
         agrees_on(&problem, runs).unwrap_or_else(|error| panic!("{problem:?}: {error}"));
+    }
+}
+
+/// More pairs of a row and a class than 31 bits count. All class weights are alike, so that every probability is 1/K.
+#[test]
+fn two_thousand_million_logits_give_the_loss_and_the_gradients_of_a_uniform_softmax() {
+    let (rows, dim, classes) = (46_400, 2, 46_400);
+    assert!(rows * classes > 1 << 31);
+    let mut problem = Problem::plain((1, rows, dim, classes, classes));
+    problem.reduction = Reduction::Mean;
+    let mut data = problem.data();
+    for row in data.embeddings.chunks_mut(dim) {
+        row.copy_from_slice(&[0.6, 0.8]);
+    }
+    for row in data.weights.chunks_mut(dim) {
+        row.copy_from_slice(&[2.0, 0.0]);
+    }
+    data.labels.fill(7);
+    let runs = fused_runs(problem.sizes);
+    for run in runs
+        .into_iter()
+        .filter(|run| run.strategy == Strategy::Forced(Variant::Unit))
+    {
+        let client = run.client;
+        let (inputs, options) = arguments(&run, &problem, &data);
+        let (output, gradients) = forward_backward(
+            client,
+            &inputs,
+            &options,
+            &Upstream::Total(1.0),
+            Wanted::BOTH,
+        )
+        .expect("valid");
+        // Half a unit in the last place for each of so many additions.
+        let rounding = classes as f64 * f64::from(f32::EPSILON) / 2.0;
+        let loss = f64::from(output.read_total(client).expect("valid"));
+        let expected = (classes as f64).ln();
+        assert!((loss - expected).abs() <= rounding, "{loss} on {run}");
+        let predictions = output.read_predictions(client).expect("valid");
+        assert!(predictions.iter().all(|&class| class == 0), "on {run}");
+        let dx = download(client, &gradients.embeddings.expect("asked for"));
+        let largest = dx.iter().fold(0.0, |m: f64, v| m.max(v.abs()));
+        assert!(
+            largest <= 16.0 / rows as f64 * rounding,
+            "{largest} on {run}"
+        );
+        // (probability − 1 at the target) · scale · what of a unit row stands upright on the weight, over its length.
+        let upright = 16.0 * 0.8 / 2.0;
+        let dw = download(client, &gradients.weights.expect("asked for"));
+        for (class, gradient) in dw.chunks(dim).enumerate() {
+            let target = if class == 7 { 1.0 } else { 0.0 };
+            let expected = upright * (1.0 / classes as f64 - target);
+            let error = (gradient[1] - expected).abs();
+            let of = expected.abs() * rounding;
+            assert!(
+                error <= of && gradient[0].abs() <= of,
+                "class {class} on {run}: {gradient:?}"
+            );
+        }
     }
 }
 

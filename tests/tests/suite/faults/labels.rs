@@ -1,65 +1,103 @@
-//! What only the device sees: labels that are no class, numbers that are none.
+//! What only the device sees: labels that are no class.
 
-use cubecl::prelude::CubeElement;
-use cubecl::std::tensor::TensorHandle;
 use protohead::class_means::ClassSums;
-use protohead::cosine_cross_entropy::{Inputs, Options, backward, forward};
-use protohead::{Error, LossOptions, LossValues, Reduction, Upstream, Wanted};
+use protohead::cosine_cross_entropy::{Inputs, Options, backward, forward, forward_backward};
+use protohead::{Error, LossOptions, LossValues, Reduction, Upstream, Wanted, cross_entropy};
 use protohead_tests::devices::{fused_runs, runs};
-use protohead_tests::problem::{Dtype, download};
+use protohead_tests::problem::download;
 
 use super::{floats, inputs, labels};
+
+/// A class that is just too high, and a label that is as far from one as can be.
+const BAD: [i32; 4] = [0, 3, 1, i32::MIN];
+/// The same without them.
+const IGNORED: [i32; 4] = [0, -100, 1, -100];
+
+/// What reading a result with [`BAD`] labels is to say.
+fn bad_label() -> Error {
+    Error::Label {
+        row: 1,
+        label: Some(3),
+        active: 3,
+        rows: 2,
+    }
+}
+
+fn summed() -> LossOptions {
+    LossOptions {
+        reduction: Reduction::Sum,
+        ..LossOptions::default()
+    }
+}
 
 #[test]
 fn a_bad_label_is_reported_and_its_row_counts_as_ignored() {
     for run in fused_runs((2, 4, 5, 3, 3)) {
         let client = run.client;
         let options = Options {
-            loss: LossOptions {
-                reduction: Reduction::Sum,
-                ..LossOptions::default()
-            },
+            loss: summed(),
             strategy: run.strategy,
             ..Options::default()
         };
-        let of = |rows: &[i32]| {
+        let of = |rows: &[i32], at_once: bool| {
             let inputs = Inputs {
                 labels: labels(client, rows),
                 ..inputs(client)
             };
-            let output = forward(client, &inputs, &options).expect("the host sees nothing wrong");
-            let gradients = backward(
-                client,
-                &inputs,
-                &options,
-                &output,
-                &Upstream::default(),
-                Wanted::BOTH,
-            )
-            .expect("the host sees nothing wrong");
-            let [dx, dw] = [gradients.embeddings, gradients.weights]
+            let upstream = Upstream::default();
+            let (output, gradients) = if at_once {
+                forward_backward(client, &inputs, &options, &upstream, Wanted::BOTH)
+                    .expect("the host sees nothing wrong")
+            } else {
+                let output =
+                    forward(client, &inputs, &options).expect("the host sees nothing wrong");
+                let gradients =
+                    backward(client, &inputs, &options, &output, &upstream, Wanted::BOTH);
+                (output, gradients.expect("the host sees nothing wrong"))
+            };
+            let gradients = [gradients.embeddings, gradients.weights]
                 .map(|gradient| download(client, &gradient.expect("asked for")));
-            (output, dx, dw)
+            (output, gradients)
         };
-        let (bad, bad_dx, bad_dw) = of(&[0, 3, 1, i32::MIN]);
-        let (ignored, dx, dw) = of(&[0, -100, 1, -100]);
-        assert_eq!(
-            bad.read_total(client),
-            Err(Error::Label {
-                row: 1,
-                label: Some(3),
-                active: 3,
-                rows: 2
-            }),
-            "on {run}"
-        );
+        for at_once in [false, true] {
+            let (bad, of_bad) = of(&BAD, at_once);
+            let (ignored, of_ignored) = of(&IGNORED, at_once);
+            assert_eq!(bad.read_total(client), Err(bad_label()), "on {run}");
+            assert!(ignored.read_total(client).is_ok(), "on {run}");
+            let totals = [&bad, &ignored].map(|output| download(client, &output.total));
+            assert_eq!(totals[0], totals[1], "on {run}");
+            assert_eq!(of_bad, of_ignored, "on {run}");
+        }
+    }
+}
+
+#[test]
+fn a_bad_label_of_given_logits_is_reported_and_its_row_counts_as_ignored() {
+    for run in runs() {
+        let client = run.client;
+        let options = cross_entropy::Options {
+            loss: summed(),
+            strategy: run.strategy,
+        };
+        let of = |rows: &[i32]| {
+            let inputs = cross_entropy::Inputs {
+                logits: floats(client, &[2, 4, 3]),
+                labels: labels(client, rows),
+            };
+            let output = cross_entropy::forward(client, &inputs, &options)
+                .expect("the host sees nothing wrong");
+            let upstream = Upstream::default();
+            let gradient = cross_entropy::backward(client, &inputs, &options, &output, &upstream)
+                .expect("the host sees nothing wrong");
+            (output, download(client, &gradient))
+        };
+        let (bad, of_bad) = of(&BAD);
+        let (ignored, of_ignored) = of(&IGNORED);
+        assert_eq!(bad.read_total(client), Err(bad_label()), "on {run}");
         assert!(ignored.read_total(client).is_ok(), "on {run}");
-        assert_eq!(
-            download(client, &bad.total),
-            download(client, &ignored.total),
-            "on {run}"
-        );
-        assert_eq!((bad_dx, bad_dw), (dx, dw), "on {run}");
+        let totals = [&bad, &ignored].map(|output| download(client, &output.total));
+        assert_eq!(totals[0], totals[1], "on {run}");
+        assert_eq!(of_bad, of_ignored, "on {run}");
     }
 }
 
@@ -143,70 +181,6 @@ fn what_is_read_at_once_is_what_is_read_apart() {
                 rows: 1,
             };
             assert_eq!(of(&[0, -100, 1, 3]).read(client), Err(bad), "on {run}");
-        }
-    }
-}
-
-#[test]
-fn a_row_that_is_not_finite_stays_alone() {
-    let runs = fused_runs((2, 4, 5, 3, 3));
-    let bad = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY];
-    for (run, bad) in runs.iter().flat_map(|run| bad.map(|bad| (run, bad))) {
-        let client = run.client;
-        let mut values = vec![0.5f32; 40];
-        values
-            .iter_mut()
-            .enumerate()
-            .for_each(|(i, v)| *v += (i % 7) as f32);
-        let clean = values.clone();
-        values[5 + 2] = bad; // head 0, row 1
-        let of = |values: &[f32]| {
-            let inputs = Inputs {
-                embeddings: TensorHandle::new_contiguous(
-                    [2, 4, 5],
-                    client.create_from_slice(f32::as_bytes(values)),
-                    Dtype::F32.elem(),
-                ),
-                ..inputs(client)
-            };
-            let options = Options {
-                loss: LossOptions {
-                    reduction: Reduction::None,
-                    ..LossOptions::default()
-                },
-                strategy: run.strategy,
-                ..Options::default()
-            };
-            let output = forward(client, &inputs, &options).expect("valid");
-            let gradients = backward(
-                client,
-                &inputs,
-                &options,
-                &output,
-                &Upstream::default(),
-                Wanted::EMBEDDINGS,
-            )
-            .expect("valid");
-            (
-                download(client, &output.loss),
-                download(client, &gradients.embeddings.expect("asked for")),
-                output.read_predictions(client).expect("valid"),
-            )
-        };
-        let (loss, dx, mut predicted) = of(&values);
-        let (clean_loss, clean_dx, mut clean_predicted) = of(&clean);
-        assert_eq!(predicted[1], 0, "on {run}: no class is the highest");
-        (predicted[1], clean_predicted[1]) = (0, 0);
-        assert_eq!(predicted, clean_predicted, "on {run}");
-        for at in 0..8 {
-            let row = at * 5..at * 5 + 5;
-            if at == 1 {
-                assert!(loss[at].is_nan(), "on {run}: loss {loss:?}");
-                assert!(dx[row].iter().all(|v| v.is_nan()), "on {run}");
-            } else {
-                assert_eq!(loss[at], clean_loss[at], "on {run}");
-                assert_eq!(dx[row.clone()], clean_dx[row], "on {run}");
-            }
         }
     }
 }

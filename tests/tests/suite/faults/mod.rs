@@ -1,6 +1,7 @@
 //! Bad input: a typed error with the numbers in it, before anything is launched; bad labels are harmless and reported.
 
 mod labels;
+mod not_finite;
 mod operands;
 mod variants;
 

@@ -9,7 +9,7 @@ gpu = $(shell nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | he
 # On a CPU whatever there is: on a GPU, compiling and tuning so small a network takes longer than training it.
 demo_flags := --synthetic --device cpu --keywords 21 --voices 30 --tau 1 --epochs 20 --batch 24 --out runs/demo
 
-.PHONY: demo help setup setup-tests build test check bench bench-table kernel-table clean
+.PHONY: demo help setup setup-tests build test check bench bench-table bench-torch kernel-table clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,6 +38,7 @@ check: setup-tests ## formatting, lints, documentation, combinations of features
 	cargo check --release -p protohead --features burn,cpu
 	cargo check --release -p protohead-harness --features wgpu
 	cargo test $(cargo_flags)
+	cargo test --release -p protohead-tests --no-default-features --features cpu --test suite burn_tensors # with Burn's fusion off
 
 bench: setup ## throughput of every op at every shape beside its peers: about a quarter of an hour
 	rm -rf $${CARGO_TARGET_DIR:-target}/criterion
@@ -49,6 +50,12 @@ bench-table: build ## the last bench as a table in benches/results
 	if [ $$device = cuda ]; then name="$(gpu)"; else name="$(cpu), $$(nproc) cores"; fi; \
 	$$table $${CARGO_TARGET_DIR:-target} "$$name, $$(date +%F)" > bench-table.tmp; \
 	mv bench-table.tmp benches/results/$$(date +%F)-$$device.md; cat benches/results/$$(date +%F)-$$device.md
+
+bench-torch: build ## the same beside PyTorch, taking turns: about five minutes (TORCH_BENCH="--device cuda" for a GPU)
+	@set -e; target=$${CARGO_TARGET_DIR:-target}; \
+	[ -x $$target/peers/bin/python ] || python3 -m venv $$target/peers; \
+	$$target/peers/bin/pip install --quiet --disable-pip-version-check -r benches/peers/requirements.txt; \
+	$$target/peers/bin/python benches/peers/torch_bench.py --serve $$target/release/serve $(TORCH_BENCH)
 
 kernel-table: setup-tests ## registers, shared memory and instructions of every kernel on NVIDIA GPUs, in benches/results
 	cargo build $(cargo_flags) --bins --tests

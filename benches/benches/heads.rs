@@ -40,14 +40,17 @@ fn ceilings(criterion: &mut Criterion) {
     group.finish();
 }
 
-/// Burn's ops last: what its matmul leaves behind on CubeCL's CPU runtime makes every launch that waits for another slow, in
-/// the whole process.
+/// Burn's ops last, and of these the products: what its matmul leaves behind on CubeCL's CPU runtime makes every launch that waits for
+/// another slow, in the whole process.
 fn heads(criterion: &mut Criterion) {
-    let (burn, cases): (Vec<Case>, Vec<Case>) = Case::all()
+    let (burn, others): (Vec<Case>, Vec<Case>) = Case::all()
         .into_iter()
         .partition(|case| case.who == Who::Burn);
-    measure_all(criterion, &cases);
-    measure_all(criterion, &burn);
+    let (products, plain): (Vec<Case>, Vec<Case>) =
+        burn.into_iter().partition(|case| case.group.has_product());
+    for cases in [others, plain, products] {
+        measure_all(criterion, &cases);
+    }
 }
 
 fn measure_all(criterion: &mut Criterion, cases: &[Case]) {

@@ -1,13 +1,13 @@
 """PyTorch, eager and compiled, beside protohead: the same ops at the same shapes, taking turns on the same machine.
 
-    cargo build --release -p protohead-benches --bin serve
-    python3 -m venv /tmp/peers && /tmp/peers/bin/pip install -r benches/peers/requirements.txt
-    /tmp/peers/bin/python benches/peers/torch_bench.py --serve target/release/serve
+    make bench-torch                                  # in a virtual environment of its own, in target/peers
+    make bench-torch TORCH_BENCH="--device cuda"      # first target/peers/bin/pip install -r benches/peers/requirements-cuda.txt
 
 Prints a table of medians (milliseconds) and of ratios to ours, and writes it with --out. The two take turns.
 
 On the CPU a turn is a call with fresh random inputs, made outside of the time, after one that does not count. Other dtypes are
-measured of the whole step only; shares of the machine are of f32's multiply-adds.
+measured of the whole step only; shares of the machine are of f32's multiply-adds. Memory is what a step of ours needs beside its
+inputs, and how much of that are the gradients.
 
 On CUDA (--device cuda) a turn is CALLS calls one after another on random inputs that lie on the device, and a wait at the end, the
 same for all; the time is that of a call. Shares are of PyTorch's own product of two 8192² matrices in the same dtype. `graph` is
@@ -179,6 +179,14 @@ class Serve:
         return max(int(work) / int(time) for time, work in answers)
 
 
+def memory_of(options, case):
+    """MiB that a step of ours reserves beside its operands, in a process that did nothing before."""
+    fresh = Serve(options.serve)
+    memory = int(fresh.ask(f"{case} memory")[1]) >> 20
+    fresh.end()
+    return memory
+
+
 def normalised_peers(device, dtype):
     """Linear cross-entropies for CUDA, where installed; their inputs come normalised."""
     peers = {}
@@ -261,10 +269,8 @@ def on_cuda(options):
         for op, backward, work in ops:
             if suffix and op != "cosine_cross_entropy":
                 continue  # `serve` has only the whole step in other dtypes than f32
-            fresh = Serve(options.serve)
             case = f"{op}/{name}/protohead{suffix}"
-            memory = int(fresh.ask(f"{case} memory")[1]) >> 20
-            fresh.end()
+            memory = memory_of(options, case)
             ours = {"protohead": case}
             if op == "cosine_cross_entropy" and not suffix:
                 ours["captured"] = f"{op}/{name}/protohead_captured"
@@ -326,12 +332,12 @@ def on_cpu(options):
         (a @ a).sum().item()
         sgemm.append(time.perf_counter() - start)
     lines += [f"torch matmul of 2048³: {2 * 2048**3 / min(sgemm) / 1e9:.0f} GFLOP/s", ""]
-    lines += ["| op | shape | protohead | share of the machine | peers |", "|---|---|---|---|---|"]
+    lines += ["| op | shape | protohead | share of the machine | MiB | peers |", "|---|---|---|---|---|---|"]
     print("\n".join(lines), flush=True)
 
     for name in options.shapes.split(","):
         shape = SHAPES[name]
-        heads, rows, dim, _, active = shape
+        heads, rows, dim, classes, active = shape
         product = 2 * heads * rows * dim * active
         if name.startswith("proto"):
             peers = {"index_add": Torch(index_means, False, "cpu", dtype)}
@@ -357,6 +363,10 @@ def on_cpu(options):
             if suffix and op != "cosine_cross_entropy":
                 continue  # `serve` has only the whole step in other dtypes than f32
             case = f"{op}/{name}/protohead{suffix}"
+            memory = f"{memory_of(options, case)}"
+            if op == "cosine_cross_entropy":
+                gradients = heads * (rows + classes) * dim * dtype.itemsize >> 20
+                memory += f", gradients {gradients}"
             times = {"protohead": []} | {peer: [] for peer in peers}
             serve(case)  # compiles
             for peer in peers.values():
@@ -379,7 +389,7 @@ def on_cpu(options):
                 moved = 4 * heads * (rows + active) * dim
                 share = f"{moved / ours / 1e6 / copy:.0%} of copying"
             others = ", ".join(f"{w} {t:.3g} ({t / ours:.2f}×)" for w, t in median.items() if w != "protohead")
-            line = f"| {op} | {name} | {ours:.3g} | {share} | {others} |"
+            line = f"| {op} | {name} | {ours:.3g} | {share} | {memory} | {others} |"
             lines.append(line)
             print(line, flush=True)
     return lines

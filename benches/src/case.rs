@@ -45,6 +45,11 @@ impl Group {
         }
     }
 
+    /// Whether it multiplies matrices.
+    pub fn has_product(self) -> bool {
+        matches!(self, Self::CosineLogits | Self::FusedForward | Self::Fused)
+    }
+
     /// Floating-point operations of the products, where there are any: recomputation does not count.
     pub fn flops(self, shape: &Shape) -> Option<u64> {
         let product = 2 * (shape.heads * shape.rows * shape.dim * shape.active) as u64;
@@ -173,16 +178,17 @@ impl Case {
     }
 
     /// `unfused` is an alternative to the fused op only; `naive` where it ends in seconds. On CubeCL's CPU runtime Burn's
-    /// matmul tunes itself for minutes at any shape but the smallest, and then takes seconds: it is shown at `seed`. A CPU captures
-    /// nothing, and rounds nothing to TF32.
+    /// matmul tunes itself for minutes at any shape but the smallest, and then takes seconds (no fewer where the class weights are
+    /// stored as `[D, K]`): products are shown at `seed`. A CPU captures nothing, and rounds nothing to TF32.
     fn is_measured(&self) -> bool {
         let fused = matches!(self.group, Group::FusedForward | Group::Fused);
         match self.who {
             Who::Unfused => fused,
             Who::Captured | Who::Tf32 => self.group == Group::Fused && !ours::on_cpu(),
             Who::Bf16 | Who::F16 | Who::ThroughBurn => self.group == Group::Fused,
-            Who::Burn => self.shape.name == "seed" || !ours::on_cpu(),
-            Who::Naive => self.shape.name == "seed" || self.shape.name == "proto",
+            Who::Burn => self.shape.name == "seed" || !self.group.has_product() || !ours::on_cpu(),
+            Who::Naive if self.group.has_product() => self.shape.name == "seed",
+            Who::Naive => ["seed", "mid", "proto"].contains(&self.shape.name),
             _ => true,
         }
     }

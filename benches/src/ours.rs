@@ -118,7 +118,8 @@ impl Step {
         start.elapsed()
     }
 
-    /// Bytes that the device's pools took for the operands, and more of them once the step had run.
+    /// Bytes that the device's pools took for the operands, and more of them once a step had run. A pool's page is as large as the
+    /// largest tensor so far, whatever it is for.
     pub fn memory(&mut self) -> (u64, u64) {
         let reserved = || {
             client()
@@ -128,7 +129,7 @@ impl Step {
         };
         wait(&self.operands);
         let before = reserved();
-        self.repeat(2);
+        self.repeat(1);
         (before, reserved() - before)
     }
 }

@@ -1,11 +1,14 @@
 //! The devices that this build and machine can reach, and the variants that each can run.
 
-use std::sync::OnceLock;
+use std::collections::BTreeSet;
+use std::sync::{Mutex, OnceLock};
 
 use cubecl::client::Client;
 use protohead::{Strategy, Variant};
 
 use crate::problem::Dtype;
+
+const VARIANTS: [Variant; 4] = [Variant::Unit, Variant::Plane, Variant::Cmma, Variant::Small];
 
 /// A device under test.
 pub struct Tested {
@@ -66,11 +69,13 @@ pub fn devices() -> &'static [Tested] {
             }
         }
         assert!(!found.is_empty(), "no device to test on");
-        let of_gpus = found.iter().any(|d| d.variants.contains(&Variant::Plane));
-        assert!(
-            of_gpus || std::env::var_os("CI").is_none(),
-            "no device for the GPU-shaped variants: scripts/setup.sh --tests should have installed one"
-        );
+        for variant in VARIANTS {
+            let is_reached = found.iter().any(|d| d.variants.contains(&variant));
+            assert!(
+                is_reached || std::env::var_os("CI").is_none(),
+                "no device for {variant:?}: scripts/setup.sh --tests should have installed a software GPU"
+            );
+        }
         for device in &found {
             let has = |dtype: &Dtype| device.client.properties().supports_type(dtype.elem());
             let dtypes = [Dtype::F32, Dtype::F16, Dtype::Bf16].map(|d| has(&d).then_some(d));
@@ -90,7 +95,7 @@ fn tell(line: std::fmt::Arguments) {
 }
 
 fn tested(name: &'static str, client: Client) -> Tested {
-    let variants = [Variant::Unit, Variant::Plane, Variant::Cmma, Variant::Small]
+    let variants = VARIANTS
         .into_iter()
         .filter(|&variant| {
             let dtype = Dtype::F32.elem();
@@ -101,6 +106,17 @@ fn tested(name: &'static str, client: Client) -> Tested {
         name,
         client,
         variants,
+    }
+}
+
+/// Says on stderr, the first time, that an op agreed with the reference.
+pub fn reached(op: &'static str, run: &Run, dtype: Dtype) {
+    static SAID: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    let line = format!("{op} of {dtype:?} agrees on {run}");
+    if let Ok(mut said) = SAID.lock()
+        && said.insert(line.clone())
+    {
+        tell(format_args!("{line}"));
     }
 }
 

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use cubecl::client::Client;
-use cubecl::ir::{ElemType, FloatKind, IntKind};
+use cubecl::ir::{ElemType, FloatKind, IntKind, UIntKind};
 use cubecl::std::tensor::TensorHandle;
 use protohead::{Reduction, Strategy, Upstream, Variant, Wanted};
 use protohead::{class_means, cosine_cross_entropy, cosine_logits, cross_entropy, reconstruction};
@@ -93,14 +93,26 @@ pub fn rows(architectures: &[u32]) -> Vec<Row> {
     rows
 }
 
-/// The op whose class weights pass 32-bit indices.
-pub const BEYOND_32_BITS: &str = "cosine_cross_entropy, 17 million classes";
+/// The ops whose class weights, and whose logits, pass 32-bit indices; what they are called where those do not; and the kernels whose
+/// indices it is about.
+pub const BEYOND_32_BITS: [(&str, &str, [&str; 2]); 2] = [
+    (
+        "cosine_cross_entropy, 17 million classes",
+        "cosine_cross_entropy",
+        ["pack", "finish"],
+    ),
+    (
+        "cosine_logits, 5 thousand million",
+        "cosine_logits",
+        ["forward", "copy"],
+    ),
+];
 
 type Launch = fn(&Client, FloatKind);
 
 /// Every op in every variant that inference picks on these devices, or that is their fallback.
 fn launches() -> Vec<(&'static str, FloatKind, Launch)> {
-    let ops: [(&'static str, Launch); 9] = [
+    let ops: [(&'static str, Launch); 11] = [
         ("cosine_cross_entropy, small", small),
         ("cosine_cross_entropy", |client, dtype| {
             fused(client, dtype, Strategy::Inferred, false)
@@ -111,8 +123,14 @@ fn launches() -> Vec<(&'static str, FloatKind, Launch)> {
         ("cosine_cross_entropy, plane", |client, dtype| {
             fused(client, dtype, Strategy::Forced(Variant::Plane), false);
         }),
-        (BEYOND_32_BITS, many_classes),
-        ("cosine_logits", logits),
+        (BEYOND_32_BITS[0].0, many_classes),
+        ("cosine_logits", |client, dtype| {
+            logits(client, dtype, false)
+        }),
+        ("cosine_logits, TF32", |client, dtype| {
+            logits(client, dtype, true)
+        }),
+        (BEYOND_32_BITS[1].0, many_logits),
         ("cross_entropy", on_logits),
         ("class_means", means),
         ("reconstruction", reconstruct),
@@ -140,12 +158,16 @@ const VALID: &str = "the operands are valid";
 
 fn fused(client: &Client, dtype: FloatKind, strategy: Strategy, allow_tf32: bool) {
     let float = ElemType::Float(dtype);
-    let inputs = cosine_cross_entropy::Inputs {
-        embeddings: tensor(client, &[2, 1024, 256], float),
-        weights: tensor(client, &[2, 3000, 256], float),
-        labels: tensor(client, &[1024], LABELS),
-    };
-    for reduction in [Reduction::Mean, Reduction::None] {
+    let [embeddings, weights] = [1024, 3000].map(|rows| tensor(client, &[2, rows, 256], float));
+    for (labels, reduction) in labels_beside(dtype)
+        .into_iter()
+        .flat_map(|labels| [Reduction::Mean, Reduction::None].map(|reduction| (labels, reduction)))
+    {
+        let inputs = cosine_cross_entropy::Inputs {
+            embeddings: embeddings.clone(),
+            weights: weights.clone(),
+            labels: tensor(client, &[1024], labels),
+        };
         let mut options = cosine_cross_entropy::Options {
             strategy,
             allow_tf32,
@@ -164,29 +186,47 @@ fn fused(client: &Client, dtype: FloatKind, strategy: Strategy, allow_tf32: bool
 
 fn small(client: &Client, dtype: FloatKind) {
     let float = ElemType::Float(dtype);
-    let inputs = cosine_cross_entropy::Inputs {
-        embeddings: tensor(client, &[3, 128, 256], float),
-        weights: tensor(client, &[3, 35, 256], float),
-        labels: tensor(client, &[128], LABELS),
-    };
-    for reduction in [Reduction::Mean, Reduction::None] {
+    let [embeddings, weights] = [128, 35].map(|rows| tensor(client, &[3, rows, 256], float));
+    for (labels, reduction) in labels_beside(dtype)
+        .into_iter()
+        .flat_map(|labels| [Reduction::Mean, Reduction::None].map(|reduction| (labels, reduction)))
+    {
+        let inputs = cosine_cross_entropy::Inputs {
+            embeddings: embeddings.clone(),
+            weights: weights.clone(),
+            labels: tensor(client, &[128], labels),
+        };
         let mut options = cosine_cross_entropy::Options {
             active: Some(20),
             ..Default::default()
         };
         options.loss.reduction = reduction;
-        let upstream = Upstream::Total(1.0);
-        let (output, gradients) = cosine_cross_entropy::forward_backward(
-            client,
-            &inputs,
-            &options,
-            &upstream,
-            Wanted::BOTH,
-        )
-        .expect(VALID);
-        if reduction == Reduction::Mean {
-            gradients.scaled(client, &output.loss).expect(VALID);
+        if reduction == Reduction::None {
+            options.loss.label_smoothing = 0.1;
         }
+        cosine_cross_entropy::forward(client, &inputs, &options).expect(VALID);
+        let upstream = Upstream::Total(1.0);
+        for wanted in [Wanted::BOTH, Wanted::EMBEDDINGS, Wanted::WEIGHTS] {
+            let both = cosine_cross_entropy::forward_backward(
+                client, &inputs, &options, &upstream, wanted,
+            );
+            let (output, gradients) = both.expect(VALID);
+            if reduction == Reduction::Mean {
+                gradients.scaled(client, &output.loss).expect(VALID);
+            }
+        }
+    }
+}
+
+/// The dtypes of labels that an op is launched with: in f32 all.
+fn labels_beside(dtype: FloatKind) -> Vec<ElemType> {
+    match dtype {
+        FloatKind::F32 => vec![
+            LABELS,
+            ElemType::Int(IntKind::I32),
+            ElemType::UInt(UIntKind::U32),
+        ],
+        _ => vec![LABELS],
     }
 }
 
@@ -208,33 +248,62 @@ fn many_classes(client: &Client, dtype: FloatKind) {
         .expect(VALID);
 }
 
-fn logits(client: &Client, dtype: FloatKind) {
+fn logits(client: &Client, dtype: FloatKind, allow_tf32: bool) {
+    let options = cosine_logits::Options {
+        allow_tf32,
+        ..Default::default()
+    };
+    logits_of(client, dtype, [2, 1024, 3000], &options);
+}
+
+fn many_logits(client: &Client, dtype: FloatKind) {
+    logits_of(client, dtype, [1, 50_000, 100_000], &Default::default());
+}
+
+fn logits_of(
+    client: &Client,
+    dtype: FloatKind,
+    [heads, rows, classes]: [usize; 3],
+    options: &cosine_logits::Options,
+) {
     let float = ElemType::Float(dtype);
     let inputs = cosine_logits::Inputs {
-        embeddings: tensor(client, &[2, 1024, 256], float),
-        weights: tensor(client, &[2, 3000, 256], float),
+        embeddings: tensor(client, &[heads, rows, 256], float),
+        weights: tensor(client, &[heads, classes, 256], float),
     };
-    let options = cosine_logits::Options::default();
-    let z = cosine_logits::forward(client, &inputs, &options).expect(VALID);
-    cosine_logits::backward(client, &inputs, &options, &z, Wanted::BOTH).expect(VALID);
+    let z = cosine_logits::forward(client, &inputs, options).expect(VALID);
+    cosine_logits::backward(client, &inputs, options, &z, Wanted::BOTH).expect(VALID);
 }
 
 fn on_logits(client: &Client, dtype: FloatKind) {
-    let inputs = cross_entropy::Inputs {
-        logits: tensor(client, &[2, 1024, 3000], ElemType::Float(dtype)),
-        labels: tensor(client, &[1024], LABELS),
-    };
-    let options = cross_entropy::Options::default();
-    let output = cross_entropy::forward(client, &inputs, &options).expect(VALID);
-    cross_entropy::backward(client, &inputs, &options, &output, &Upstream::Total(1.0))
-        .expect(VALID);
+    for labels in labels_beside(dtype) {
+        let inputs = cross_entropy::Inputs {
+            logits: tensor(client, &[2, 1024, 3000], ElemType::Float(dtype)),
+            labels: tensor(client, &[1024], labels),
+        };
+        let options = cross_entropy::Options::default();
+        let output = cross_entropy::forward(client, &inputs, &options).expect(VALID);
+        cross_entropy::backward(client, &inputs, &options, &output, &Upstream::Total(1.0))
+            .expect(VALID);
+    }
 }
 
 fn means(client: &Client, dtype: FloatKind) {
     let float = ElemType::Float(dtype);
-    let options = class_means::Options::default();
+    for normalize in [false, true] {
+        for labels in labels_beside(dtype) {
+            means_of(client, float, labels, normalize);
+        }
+    }
+}
+
+fn means_of(client: &Client, float: ElemType, labels: ElemType, normalize: bool) {
+    let options = class_means::Options {
+        normalize,
+        ..Default::default()
+    };
     let embeddings = tensor(client, &[2, 1024, 256], float);
-    let labels = tensor(client, &[1024], LABELS);
+    let labels = tensor(client, &[1024], labels);
     let sums = || class_means::ClassSums::new(client, 2, 20, 256, &options).expect(VALID);
     let (mut first, mut second) = (sums(), sums());
     for sums in [&mut first, &mut second] {

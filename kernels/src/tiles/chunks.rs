@@ -72,10 +72,21 @@ impl<'a> Chunks<'a> {
         // Several tiles, so that the last chunk can have fewer than there are parts.
         let fitting = match self.tile.stands_in {
             true => 3,
-            false => (WORKSPACE / bytes / side).max(1),
+            false => tiles_at_once(bytes, side),
         };
         let step = (fitting * side).min(self.problem.sizes.active_padded);
         ((0..self.problem.sizes.active).step_by(step), step)
+    }
+
+    /// Bytes that a backward pass needs for each class of a chunk: its logit gradients, packed weights and their gradient.
+    fn bytes_of_class(&self) -> usize {
+        let sizes = &self.problem.sizes;
+        bytes_of_class(
+            sizes.heads,
+            sizes.rows_padded,
+            sizes.dim_padded,
+            self.size(),
+        )
     }
 
     fn size(&self) -> usize {
@@ -134,6 +145,15 @@ impl<'a> Chunks<'a> {
     }
 }
 
+/// How many tiles of `side` classes a chunk has at most, where each class takes `bytes`.
+fn tiles_at_once(bytes: usize, side: usize) -> usize {
+    (WORKSPACE / bytes / side).max(1)
+}
+
+fn bytes_of_class(heads: usize, rows: usize, dim: usize, size: usize) -> usize {
+    heads * (rows * size + dim * (size + size_of::<f32>()))
+}
+
 /// A backward pass.
 pub(crate) struct Backward<'a> {
     pub chunks: &'a Chunks<'a>,
@@ -150,8 +170,7 @@ impl Backward<'_> {
         let sizes = &chunks.problem.sizes;
         let (heads, rows, dim) = (sizes.heads, sizes.rows_padded, sizes.dim_padded);
         let float = size_of::<f32>();
-        let per_class = heads * (rows * chunks.size() + dim * (chunks.size() + float));
-        let (firsts, step) = chunks.ranges(per_class);
+        let (firsts, step) = chunks.ranges(chunks.bytes_of_class());
         let parts_of = |count: usize, reduced: usize| {
             let elements = heads * count * dim;
             let owners = elements / chunks.tile.side / chunks.tile.side;
@@ -363,6 +382,35 @@ fn product<E: Float, N: Size>(
             sum.insert(1usize, results[comptime!(result_of(r, 2 * j + 1, tile))]);
             out[(row * dim + column + column_of(&at, comptime!(2 * j), tile)) / 2] =
                 sum + before[j];
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Else the fused op would allocate what grows with rows times classes.
+    #[test]
+    fn a_chunk_fits_the_workspace_or_is_a_single_tile() {
+        for heads in [1, 3, 16] {
+            for rows in [64, 1024, 65_536, 1 << 20] {
+                for dim in [64, 512, 4096] {
+                    for (side, size) in [(64, 4), (128, 4), (128, 2)] {
+                        let of_class = bytes_of_class(heads, rows, dim, size);
+                        let tiles = tiles_at_once(of_class, side);
+                        let bytes = tiles * side * of_class;
+                        assert!(
+                            bytes <= WORKSPACE || tiles == 1,
+                            "{heads} x {rows} x {dim}: {bytes}"
+                        );
+                        assert!(
+                            bytes + side * of_class > WORKSPACE,
+                            "{heads} x {rows} x {dim} has room for another tile"
+                        );
+                    }
+                }
+            }
         }
     }
 }

@@ -6,7 +6,7 @@ use protohead::Wanted;
 use protohead::cosine_logits::{Inputs, Options, backward, forward};
 use protohead_reference as reference;
 use protohead_tests::close::{Comparison, lengths};
-use protohead_tests::devices::{Run, product_runs};
+use protohead_tests::devices::{Run, product_runs, reached};
 use protohead_tests::problem::{Dtype, Problem, download, problem};
 
 use crate::support::{bytes, config, failed_once, fails};
@@ -137,6 +137,7 @@ fn agrees(problem: &Problem) -> Result<(), TestCaseError> {
     for run in product_runs() {
         if problem.supported(run.client) {
             check(&run, problem, &truth, &working, &upstream).map_err(fails(&run))?;
+            reached("cosine_logits", &run, problem.dtype);
         }
     }
     Ok(())

@@ -2,12 +2,14 @@
 
 use std::path::Path;
 
+use cubecl::client::Client;
 use cubecl::prelude::CubeElement;
 use cubecl::std::tensor::TensorHandle;
-use protohead::{LossOptions, Reduction, Upstream, Wanted, cosine_cross_entropy};
+use protohead::class_means::{self, ClassSums};
+use protohead::{LossOptions, Reduction, Upstream, Wanted, cosine_cross_entropy, reconstruction};
 use protohead_reference as reference;
 use protohead_tests::close::{Comparison, Share, lengths};
-use protohead_tests::devices::fused_runs;
+use protohead_tests::devices::{fused_runs, runs};
 use protohead_tests::problem::{Dtype, download};
 use safetensors::SafeTensors;
 use serde::Deserialize;
@@ -142,7 +144,6 @@ fn the_fused_op_does_what_pytorch_does() {
             same(name, &times(ours), &times(&goldens.values(number, name)));
         }
 
-        let narrow = |values: &[f64]| values.iter().map(|&v| v as f32).collect::<Vec<f32>>();
         let (x32, w32) = (narrow(&x), narrow(&w));
         let options32 = case.reference_options::<f32>();
         let working =
@@ -164,23 +165,10 @@ fn the_fused_op_does_what_pytorch_does() {
             sizes.active,
         )) {
             let client = run.client;
-            let labels: Vec<i32> = labels.iter().map(|&l| l as i32).collect();
             let inputs = cosine_cross_entropy::Inputs {
-                embeddings: TensorHandle::new_contiguous(
-                    shape.clone(),
-                    client.create_from_slice(f32::as_bytes(&x32)),
-                    Dtype::F32.elem(),
-                ),
-                weights: TensorHandle::new_contiguous(
-                    weight_shape.clone(),
-                    client.create_from_slice(f32::as_bytes(&w32)),
-                    Dtype::F32.elem(),
-                ),
-                labels: TensorHandle::new_contiguous(
-                    [labels.len()],
-                    client.create_from_slice(i32::as_bytes(&labels)),
-                    cubecl::ir::ElemType::Int(cubecl::ir::IntKind::I32),
-                ),
+                embeddings: uploaded(client, &x, &shape),
+                weights: uploaded(client, &w, &weight_shape),
+                labels: targets(client, &labels),
             };
             let options = cosine_cross_entropy::Options {
                 scale: case.scale,
@@ -282,14 +270,52 @@ fn class_means_are_those_of_the_loop_in_pytorch() {
             classes: weight_shape[1],
             active: case.active,
         };
-        let mut sums = reference::ClassSums::zeros(sizes);
-        sums.add(&x, &labels, sizes, false);
-        same(
-            "means",
-            &reference::class_means(&sums, &w, sizes),
-            &goldens.values(number, "means"),
-        );
+        let truth = means_of::<f64>(&x, &w, &labels, sizes);
+        same("means", &truth, &goldens.values(number, "means"));
+        let working = means_of::<f32>(&narrow(&x), &narrow(&w), &labels, sizes);
+        for run in runs() {
+            let client = run.client;
+            let options = class_means::Options {
+                strategy: run.strategy,
+                ..Default::default()
+            };
+            let mut sums = ClassSums::new(client, sizes.heads, sizes.active, sizes.dim, &options)
+                .expect("valid");
+            sums.accumulate(
+                client,
+                &uploaded(client, &x, &shape),
+                &targets(client, &labels),
+            )
+            .expect("valid");
+            let means = sums
+                .write_means(client, &uploaded(client, &w, &weight_shape))
+                .expect("valid");
+            Comparison {
+                name: "means",
+                ours: &download(client, &means),
+                truth: &truth,
+                working: &working,
+                dtype: Dtype::F32,
+                magnitude: 0.0,
+                kept: 0.0,
+                rounded: 0.0,
+                lengths: &[],
+            }
+            .check()
+            .unwrap_or_else(|message| panic!("case {number} on {run}: {message}"));
+        }
     }
+}
+
+fn means_of<T: reference::Real>(
+    x: &[T],
+    w: &[T],
+    labels: &[i64],
+    sizes: reference::Sizes,
+) -> Vec<T> {
+    let mut sums = reference::ClassSums::zeros(sizes);
+    sums.add(x, labels, sizes, false);
+    reference::class_means(&sums, w, sizes)
 }
 
 #[test]
@@ -311,5 +337,94 @@ fn reconstruction_does_what_pytorch_does() {
             &goldens.values(number, "grad_whole"),
         );
         same("grad_part", &of_part, &goldens.values(number, "grad_part"));
+        let parts = [&whole, &first, &second].map(|part| narrow(part));
+        let [w32, a32, b32] = &parts;
+        let working = reference::reconstruction(w32, a32, b32, shape[1]);
+        let (whole32, part32) = reference::reconstruction_backward(w32, a32, b32, shape[1], 1.0f32);
+        let sum: Vec<f32> = a32.iter().zip(b32).map(|(a, b)| a + b).collect();
+        for run in runs() {
+            let client = run.client;
+            let [whole, first, second] =
+                [&whole, &first, &second].map(|part| uploaded(client, part, &shape));
+            let inputs = reconstruction::Inputs {
+                whole,
+                first,
+                second,
+            };
+            let options = reconstruction::Options {
+                strategy: run.strategy,
+            };
+            let output = reconstruction::forward(client, &inputs, &options).expect("valid");
+            let gradients = reconstruction::backward(
+                client,
+                &inputs,
+                &options,
+                &Upstream::default(),
+                reconstruction::Wanted::ALL,
+            )
+            .expect("valid");
+            let rows = shape[0] as f64;
+            for (name, tensor, truth, working, magnitude, lengths) in [
+                (
+                    "loss",
+                    Some(output.loss),
+                    &vec![ours.loss],
+                    &vec![working.loss],
+                    1.0,
+                    &[][..],
+                ),
+                (
+                    "grad_whole",
+                    gradients.whole,
+                    &of_whole,
+                    &whole32,
+                    1.0 / rows,
+                    &lengths(&parts[0], shape[1]),
+                ),
+                (
+                    "grad_part",
+                    gradients.part,
+                    &of_part,
+                    &part32,
+                    1.0 / rows,
+                    &lengths(&sum, shape[1]),
+                ),
+            ] {
+                Comparison {
+                    name,
+                    ours: &download(client, &tensor.expect("asked for")),
+                    truth,
+                    working,
+                    dtype: Dtype::F32,
+                    magnitude,
+                    kept: run.unit_rows(),
+                    rounded: 0.0,
+                    lengths,
+                }
+                .check()
+                .unwrap_or_else(|message| panic!("case {number} on {run}: {message}"));
+            }
+        }
     }
+}
+
+fn narrow(values: &[f64]) -> Vec<f32> {
+    values.iter().map(|&v| v as f32).collect()
+}
+
+fn uploaded(client: &Client, values: &[f64], shape: &[usize]) -> TensorHandle {
+    TensorHandle::new_contiguous(
+        shape.to_vec(),
+        client.create_from_slice(f32::as_bytes(&narrow(values))),
+        Dtype::F32.elem(),
+    )
+}
+
+fn targets(client: &Client, labels: &[i64]) -> TensorHandle {
+    let labels: Vec<i32> = labels.iter().map(|&l| l as i32).collect();
+    TensorHandle::new_contiguous(
+        [labels.len()],
+        client.create_from_slice(i32::as_bytes(&labels)),
+        cubecl::ir::ElemType::Int(cubecl::ir::IntKind::I32),
+    )
 }

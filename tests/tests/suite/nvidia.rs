@@ -145,34 +145,34 @@ fn products_run_on_tensor_cores_and_stream_sixteen_bytes_at_a_time() {
 }
 
 #[test]
-fn class_weights_beyond_32_bit_indices_get_kernels_with_64_bit_ones() {
+fn what_is_beyond_32_bit_indices_gets_kernels_with_64_bit_ones() {
     let rows = rows();
     if rows.is_empty() {
         return;
     }
     for arch in ARCHITECTURES {
-        for (name, dtype) in [
-            ("pack", "f16"),
-            ("pack", "bf16"),
-            ("finish", "f16"),
-            ("finish", "bf16"),
-        ] {
-            let indices = |op: &str| {
-                let of = |row: &&Row| {
-                    row.op == op
-                        && row.arch == arch
-                        && row.dtype == dtype
-                        && row.kernel.starts_with(name)
+        for (of_many, of_some, kernels) in BEYOND_32_BITS {
+            for (name, dtype) in kernels
+                .map(|name| ["f16", "bf16"].map(|dtype| (name, dtype)))
+                .into_iter()
+                .flatten()
+            {
+                let indices = |op: &str| {
+                    let of = |row: &&Row| {
+                        row.op == op
+                            && row.arch == arch
+                            && row.dtype == dtype
+                            && row.kernel.starts_with(name)
+                    };
+                    rows.iter().find(of).map(|row| row.wide_indices)
                 };
-                rows.iter().find(of).map(|row| row.wide_indices)
-            };
-            // A kernel is listed where it is compiled first: here once more, with other indices.
-            let narrow = indices("cosine_cross_entropy").expect("compiled");
-            let wide = indices(BEYOND_32_BITS).expect("compiled again");
-            assert!(
-                wide > narrow,
-                "{name} for sm_{arch}: {wide} 64-bit index operations, {narrow} before"
-            );
+                let narrow = indices(of_some).expect("compiled");
+                let wide = indices(of_many).expect("compiled again");
+                assert!(
+                    wide > narrow,
+                    "{name} for sm_{arch}: {wide} 64-bit index operations, {narrow} before"
+                );
+            }
         }
     }
 }

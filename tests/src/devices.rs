@@ -69,10 +69,12 @@ pub fn devices() -> &'static [Tested] {
             }
         }
         assert!(!found.is_empty(), "no device to test on");
+        // A build without wgpu has no software GPU.
+        let has_all = cfg!(feature = "wgpu") && std::env::var_os("CI").is_some();
         for variant in VARIANTS {
             let is_reached = found.iter().any(|d| d.variants.contains(&variant));
             assert!(
-                is_reached || std::env::var_os("CI").is_none(),
+                is_reached || !has_all,
                 "no device for {variant:?}: scripts/setup.sh --tests should have installed a software GPU"
             );
         }

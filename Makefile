@@ -51,10 +51,11 @@ bench-table: build ## the last bench as a table in benches/results
 	$$table $${CARGO_TARGET_DIR:-target} "$$name, $$(date +%F)" > bench-table.tmp; \
 	mv bench-table.tmp benches/results/$$(date +%F)-$$device.md; cat benches/results/$$(date +%F)-$$device.md
 
-bench-torch: build ## the same beside PyTorch, taking turns: about five minutes (TORCH_BENCH="--device cuda" for a GPU)
+bench-torch: build ## the fused op and class means beside PyTorch, taking turns (TORCH_BENCH="--device cuda" on a GPU)
 	@set -e; target=$${CARGO_TARGET_DIR:-target}; \
-	[ -x $$target/peers/bin/python ] || python3 -m venv $$target/peers; \
-	$$target/peers/bin/pip install --quiet --disable-pip-version-check -r benches/peers/requirements.txt; \
+	[ -x $$target/peers/bin/pip ] || python3 -m venv $$target/peers; \
+	$$target/peers/bin/pip install --quiet --disable-pip-version-check \
+	  -r benches/peers/$(if $(findstring cuda,$(TORCH_BENCH)),requirements-cuda,requirements).txt; \
 	$$target/peers/bin/python benches/peers/torch_bench.py --serve $$target/release/serve $(TORCH_BENCH)
 
 kernel-table: setup-tests ## registers, shared memory and instructions of every kernel on NVIDIA GPUs, in benches/results

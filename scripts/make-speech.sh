@@ -23,9 +23,11 @@ test=(en-us+m7 en-us+f4 en-gb+m6 en-gb+f5 en-gb-scotland+m8 en-us+klatt2)
 
 # The list of another folder's test clips is not for us to replace: they would be trained on.
 if [ -e "$out/testing_list.txt" ]; then
-  ours=$(printf '%s\n' "${test[@]//+/_}" | paste -sd '|')
-  if other=$(grep -vE -m 1 "^[a-z]+/($ours)_[0-9]+\.wav$" "$out/testing_list.txt"); then
-    echo "make-speech: $out/testing_list.txt names $other, which is not from here: choose another folder" >&2
+  ours=$(printf '%s\n' "${test[@]//+/_}" | paste -sd '|' -)
+  found=0
+  other=$(grep -vE -m 1 "^([a-z]+/($ours)_[0-9]+\.wav)?$" "$out/testing_list.txt") || found=$?
+  if [ "$found" -ne 1 ]; then # 1: every line is ours
+    echo "make-speech: $out/testing_list.txt names '$other', which is not from here: choose another folder" >&2
     exit 2
   fi
 fi

@@ -1,7 +1,7 @@
 """PyTorch, eager and compiled, beside protohead: the same ops at the same shapes, taking turns on the same machine.
 
     make bench-torch                                  # in a virtual environment of its own, in target/peers
-    make bench-torch TORCH_BENCH="--device cuda"      # first target/peers/bin/pip install -r benches/peers/requirements-cuda.txt
+    make bench-torch TORCH_BENCH="--device cuda"      # with Liger and CCE
 
 Prints a table of medians (milliseconds) and of ratios to ours, and writes it with --out. The two take turns.
 

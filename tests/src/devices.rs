@@ -112,7 +112,7 @@ fn tested(name: &'static str, client: Client) -> Tested {
 }
 
 /// Says on stderr, the first time, that an op agreed with the reference.
-pub fn reached(op: &'static str, run: &Run, dtype: Dtype) {
+pub fn say_agreed(op: &'static str, run: &Run, dtype: Dtype) {
     static SAID: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
     let line = format!("{op} of {dtype:?} agrees on {run}");
     if let Ok(mut said) = SAID.lock()

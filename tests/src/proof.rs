@@ -55,7 +55,7 @@ pub struct Assembled {
     pub registers: u32,
     /// Bytes of local memory that a unit needs.
     pub stack: u32,
-    /// Bytes of registers spilled.
+    /// Bytes of registers spilled: stores and loads together.
     pub spilled: u32,
 }
 

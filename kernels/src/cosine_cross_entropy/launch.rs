@@ -132,7 +132,8 @@ pub(crate) fn backward_from(
 /// is minimized.
 ///
 /// On a CPU it saves the second computation of the logits, as long as their exponentials find a place to wait in: a bounded workspace,
-/// a chunk of rows at a time, or the memory of `dW`. The gradients agree with those of the two calls to f32's rounding, not to the bit. `examples/step.rs` is a whole program around it.
+/// a chunk of rows at a time, or the memory of `dW`. The gradients agree with those of the two calls to f32's rounding, not to the bit.
+/// `examples/step.rs` is a whole program around it.
 ///
 /// # Errors
 /// As [`forward`] and [`backward`].

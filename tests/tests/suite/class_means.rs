@@ -7,7 +7,7 @@ use protohead::class_means::{ClassSums, Options};
 use protohead::{Error, Strategy, Variant};
 use protohead_reference as reference;
 use protohead_tests::close::Comparison;
-use protohead_tests::devices::{Run, reached, runs};
+use protohead_tests::devices::{Run, runs, say_agreed};
 use protohead_tests::problem::{Dtype, LabelDtype, LabelKind, Problem, download, problem};
 use rand::RngExt;
 
@@ -198,7 +198,7 @@ fn agrees(problem: &Problem, unit: bool) {
         if problem.supported(run.client) {
             check(&run, problem, unit, problem.sizes.1 / 3)
                 .unwrap_or_else(|error| panic!("{problem:?} on {}: {error}", run.device));
-            reached("class_means", &run, problem.dtype);
+            say_agreed("class_means", &run, problem.dtype);
         }
     }
 }

@@ -6,10 +6,10 @@ use protohead::Wanted;
 use protohead::cosine_logits::{Inputs, Options, backward, forward};
 use protohead_reference as reference;
 use protohead_tests::close::{Comparison, lengths};
-use protohead_tests::devices::{Run, product_runs, reached};
+use protohead_tests::devices::{Run, product_runs, say_agreed};
 use protohead_tests::problem::{Dtype, Problem, download, problem};
 
-use crate::support::{bytes, config, failed_once, fails};
+use crate::support::{bytes, config, failed_once, fails, long_rows};
 
 struct Expected<T> {
     logits: Vec<T>,
@@ -137,7 +137,7 @@ fn agrees(problem: &Problem) -> Result<(), TestCaseError> {
     for run in product_runs() {
         if problem.supported(run.client) {
             check(&run, problem, &truth, &working, &upstream).map_err(fails(&run))?;
-            reached("cosine_logits", &run, problem.dtype);
+            say_agreed("cosine_logits", &run, problem.dtype);
         }
     }
     Ok(())
@@ -159,19 +159,9 @@ fn problems_that_failed_once_agree_with_the_reference() {
     }
 }
 
-/// Rows as long as real ones: longer than what stays in a CPU's first-level cache, which random problems never reach.
 #[test]
 fn long_rows_agree_with_the_reference() {
-    for (sizes, dtype) in [
-        ((2, 40, 257, 140, 135), Dtype::F32),
-        ((1, 35, 520, 150, 150), Dtype::F32),
-        ((1, 70, 400, 131, 131), Dtype::Bf16),
-    ] {
-        let problem = Problem {
-            dtype,
-            seed: 11,
-            ..Problem::plain(sizes)
-        };
+    for problem in long_rows() {
         agrees(&problem).unwrap_or_else(|error| panic!("{problem:?}: {error}"));
     }
 }

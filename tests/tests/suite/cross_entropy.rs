@@ -9,7 +9,7 @@ use protohead::cross_entropy::{Inputs, Options, backward, forward};
 use protohead::{LossOptions, Reduction, Upstream};
 use protohead_reference as reference;
 use protohead_tests::close::{Comparison, Share};
-use protohead_tests::devices::{Run, reached, runs};
+use protohead_tests::devices::{Run, runs, say_agreed};
 use protohead_tests::problem::{Data, Dtype, LabelKind, Problem, download, problem};
 
 use crate::support::{bytes, config, failed_once, fails};
@@ -145,7 +145,7 @@ fn agrees(problem: &Problem) -> Result<(), TestCaseError> {
     for run in runs() {
         if problem.supported(run.client) {
             check(&run, problem, &data, &logits, &truth, &working).map_err(fails(&run))?;
-            reached("cross_entropy", &run, problem.dtype);
+            say_agreed("cross_entropy", &run, problem.dtype);
         }
     }
     Ok(())

@@ -47,7 +47,7 @@ fn every_kernel_fits_an_nvidia_gpu_and_spills_next_to_nothing() {
         };
         // Where the assembler can have one more cube on a multiprocessor for it, it spills a register of what streams rows, and
         // a few of `write_means`, which runs once a training, and of the small step, which is one turn through its code. Of what
-        // multiplies tiles, the forward pass on tensor cores keeps three numbers in local memory while a tile is multiplied.
+        // multiplies tiles, the forward pass on tensor cores keeps a number or two in local memory while a tile is multiplied.
         let multiplies = multiplies_tiles(row);
         let once = row.kernel.starts_with("write_means")
             || row.op.ends_with("small") && row.kernel.starts_with("rows");

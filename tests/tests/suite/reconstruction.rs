@@ -6,7 +6,7 @@ use protohead::Upstream;
 use protohead::reconstruction::{Inputs, Options, Wanted, backward, forward};
 use protohead_reference as reference;
 use protohead_tests::close::{Comparison, lengths};
-use protohead_tests::devices::{Run, reached, runs};
+use protohead_tests::devices::{Run, runs, say_agreed};
 use protohead_tests::problem::{Dtype, Problem, download, problem};
 
 use crate::support::{bytes, config, fails};
@@ -150,7 +150,7 @@ proptest! {
         for run in runs() {
             if problem.supported(run.client) {
                 check(&run, &problem, &parts, &truth, &working).map_err(fails(&run))?;
-                reached("reconstruction", &run, problem.dtype);
+                say_agreed("reconstruction", &run, problem.dtype);
             }
         }
     }

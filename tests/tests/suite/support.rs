@@ -4,7 +4,7 @@ use cubecl::client::Client;
 use cubecl::std::tensor::TensorHandle;
 use proptest::prelude::ProptestConfig;
 use proptest::test_runner::{FileFailurePersistence, TestCaseError};
-use protohead_tests::problem::{ONLY, Problem};
+use protohead_tests::problem::{Dtype, LabelKind, ONLY, Problem};
 
 /// `cases` random problems unless `PROPTEST_CASES` says otherwise, or there is only one.
 pub(crate) fn config(cases: u32) -> ProptestConfig {
@@ -63,4 +63,20 @@ pub(crate) fn failed_once() -> [Problem; 5] {
             ..Problem::plain((1, 1, 1, 58, 42))
         },
     ]
+}
+
+/// Rows as long as real ones: longer than what stays in a CPU's first-level cache, which random problems never reach.
+pub(crate) fn long_rows() -> [Problem; 3] {
+    [
+        ((2, 40, 257, 140, 135), Dtype::F32),
+        ((1, 35, 520, 150, 150), Dtype::F32),
+        ((1, 70, 400, 131, 131), Dtype::Bf16),
+    ]
+    .map(|(sizes, dtype)| Problem {
+        dtype,
+        labels: LabelKind::SomeIgnored,
+        smoothing: 0.1,
+        seed: 11,
+        ..Problem::plain(sizes)
+    })
 }

@@ -9,7 +9,7 @@ use protohead::cosine_cross_entropy::{backward, forward, forward_backward};
 use protohead::{Gradients, Upstream, Wanted};
 use protohead_reference as reference;
 use protohead_tests::close::{Comparison, Share, lengths};
-use protohead_tests::devices::{Run, fused_runs, reached};
+use protohead_tests::devices::{Run, fused_runs, say_agreed};
 use protohead_tests::fused::arguments;
 use protohead_tests::problem::{Data, Dtype, Problem, download, problem, wide};
 use protohead_tests::rounded::gradients;
@@ -298,7 +298,7 @@ fn agrees_on(problem: &Problem, runs: Vec<Run>) -> Result<(), TestCaseError> {
     for run in runs {
         if problem.supported(run.client) {
             check(&run, problem, &data, &truth, &working, "").map_err(fails(&run))?;
-            reached("cosine_cross_entropy", &run, problem.dtype);
+            say_agreed("cosine_cross_entropy", &run, problem.dtype);
         }
     }
     Ok(())

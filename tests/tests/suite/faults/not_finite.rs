@@ -86,17 +86,24 @@ fn a_row_of_the_fused_op_stays_alone() {
                     backward(client, &inputs, &options, &output, &upstream, Wanted::BOTH);
                 (output, gradients.expect("valid"))
             };
+            let (dx, dw) = (gradients.embeddings, gradients.weights);
             (
                 download(client, &output.loss),
-                download(client, &gradients.embeddings.expect("asked for")),
+                download(client, &dx.expect("asked for")),
+                download(client, &dw.expect("asked for")),
                 output.read_predictions(client).expect("valid"),
             )
         };
         for at_once in [false, true] {
-            let (loss, dx, mut predicted) = of(&values, at_once);
-            let (clean_loss, clean_dx, mut clean_predicted) = of(&data.embeddings, at_once);
+            let (loss, dx, dw, mut predicted) = of(&values, at_once);
+            let (clean_loss, clean_dx, clean_dw, mut clean_predicted) =
+                of(&data.embeddings, at_once);
             alone(&format!("loss on {run}"), &loss, &clean_loss, 1);
             alone(&format!("dX on {run}"), &dx, &clean_dx, DIM);
+            // Every class weight of its own head has a part of it, and none of the other.
+            let (reached, other) = dw.split_at(CLASSES * DIM);
+            assert!(reached.iter().all(|v| v.is_nan()), "dW on {run}");
+            assert_eq!(other, &clean_dw[CLASSES * DIM..], "dW on {run}");
             assert_eq!(predicted[ROW], 0, "on {run}: no class is the highest");
             (predicted[ROW], clean_predicted[ROW]) = (0, 0);
             assert_eq!(predicted, clean_predicted, "on {run}");

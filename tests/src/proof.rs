@@ -159,10 +159,7 @@ const VALID: &str = "the operands are valid";
 fn fused(client: &Client, dtype: FloatKind, strategy: Strategy, allow_tf32: bool) {
     let float = ElemType::Float(dtype);
     let [embeddings, weights] = [1024, 3000].map(|rows| tensor(client, &[2, rows, 256], float));
-    for (labels, reduction) in labels_beside(dtype)
-        .into_iter()
-        .flat_map(|labels| [Reduction::Mean, Reduction::None].map(|reduction| (labels, reduction)))
-    {
+    for (labels, reduction) in labels_and_reductions(dtype) {
         let inputs = cosine_cross_entropy::Inputs {
             embeddings: embeddings.clone(),
             weights: weights.clone(),
@@ -187,10 +184,7 @@ fn fused(client: &Client, dtype: FloatKind, strategy: Strategy, allow_tf32: bool
 fn small(client: &Client, dtype: FloatKind) {
     let float = ElemType::Float(dtype);
     let [embeddings, weights] = [128, 35].map(|rows| tensor(client, &[3, rows, 256], float));
-    for (labels, reduction) in labels_beside(dtype)
-        .into_iter()
-        .flat_map(|labels| [Reduction::Mean, Reduction::None].map(|reduction| (labels, reduction)))
-    {
+    for (labels, reduction) in labels_and_reductions(dtype) {
         let inputs = cosine_cross_entropy::Inputs {
             embeddings: embeddings.clone(),
             weights: weights.clone(),
@@ -228,6 +222,12 @@ fn labels_beside(dtype: FloatKind) -> Vec<ElemType> {
         ],
         _ => vec![LABELS],
     }
+}
+
+fn labels_and_reductions(dtype: FloatKind) -> impl Iterator<Item = (ElemType, Reduction)> {
+    labels_beside(dtype)
+        .into_iter()
+        .flat_map(|labels| [Reduction::Mean, Reduction::None].map(|reduction| (labels, reduction)))
 }
 
 fn many_classes(client: &Client, dtype: FloatKind) {

@@ -78,17 +78,6 @@ impl<'a> Chunks<'a> {
         ((0..self.problem.sizes.active).step_by(step), step)
     }
 
-    /// Bytes that a backward pass needs for each class of a chunk: its logit gradients, packed weights and their gradient.
-    fn bytes_of_class(&self) -> usize {
-        let sizes = &self.problem.sizes;
-        bytes_of_class(
-            sizes.heads,
-            sizes.rows_padded,
-            sizes.dim_padded,
-            self.size(),
-        )
-    }
-
     fn size(&self) -> usize {
         self.tile.packed.size()
     }
@@ -150,6 +139,7 @@ fn tiles_at_once(bytes: usize, side: usize) -> usize {
     (WORKSPACE / bytes / side).max(1)
 }
 
+/// Bytes that a backward pass needs for each class of a chunk: its logit gradients, packed weights and their gradient.
 fn bytes_of_class(heads: usize, rows: usize, dim: usize, size: usize) -> usize {
     heads * (rows * size + dim * (size + size_of::<f32>()))
 }
@@ -170,7 +160,7 @@ impl Backward<'_> {
         let sizes = &chunks.problem.sizes;
         let (heads, rows, dim) = (sizes.heads, sizes.rows_padded, sizes.dim_padded);
         let float = size_of::<f32>();
-        let (firsts, step) = chunks.ranges(chunks.bytes_of_class());
+        let (firsts, step) = chunks.ranges(bytes_of_class(heads, rows, dim, chunks.size()));
         let parts_of = |count: usize, reduced: usize| {
             let elements = heads * count * dim;
             let owners = elements / chunks.tile.side / chunks.tile.side;

@@ -14,6 +14,8 @@ use protohead_tests::problem::{Dtype, download};
 use safetensors::SafeTensors;
 use serde::Deserialize;
 
+use crate::support::{f32s, labels};
+
 /// A file of goldens.
 struct Goldens {
     bytes: Vec<u8>,
@@ -413,18 +415,10 @@ fn narrow(values: &[f64]) -> Vec<f32> {
 }
 
 fn uploaded(client: &Client, values: &[f64], shape: &[usize]) -> TensorHandle {
-    TensorHandle::new_contiguous(
-        shape.to_vec(),
-        client.create_from_slice(f32::as_bytes(&narrow(values))),
-        Dtype::F32.elem(),
-    )
+    f32s(client, &narrow(values), shape)
 }
 
-fn targets(client: &Client, labels: &[i64]) -> TensorHandle {
-    let labels: Vec<i32> = labels.iter().map(|&l| l as i32).collect();
-    TensorHandle::new_contiguous(
-        [labels.len()],
-        client.create_from_slice(i32::as_bytes(&labels)),
-        cubecl::ir::ElemType::Int(cubecl::ir::IntKind::I32),
-    )
+fn targets(client: &Client, values: &[i64]) -> TensorHandle {
+    let values: Vec<i32> = values.iter().map(|&label| label as i32).collect();
+    labels(client, &values)
 }

@@ -4,12 +4,12 @@ use cubecl::MemoryScope;
 use cubecl::client::Client;
 use proptest::prelude::*;
 use proptest::test_runner::TestCaseError;
-use protohead::cosine_cross_entropy::{Inputs, Options, backward, forward, forward_backward};
-use protohead::{LossOptions, Reduction, Strategy, Upstream, Variant, Wanted};
+use protohead::cosine_cross_entropy::{Inputs, Options};
+use protohead::{LossOptions, Reduction, Strategy, Upstream, Variant};
 use protohead_tests::devices::{Run, devices, fused_runs, product_runs};
 use protohead_tests::problem::{Dtype, LabelKind, Problem, Values, download, problem};
 
-use crate::support::{config, failed_once};
+use crate::support::{config, failed_once, step};
 
 /// Loss by row, predictions, dX and dW of a problem with these numbers, by one call or two.
 #[derive(PartialEq, Debug)]
@@ -47,14 +47,7 @@ fn answer(
         },
         strategy: run.strategy,
     };
-    let upstream = Upstream::default();
-    let (output, gradients) = if together {
-        forward_backward(client, &inputs, &options, &upstream, Wanted::BOTH).expect("valid")
-    } else {
-        let output = forward(client, &inputs, &options).expect("valid");
-        let gradients = backward(client, &inputs, &options, &output, &upstream, Wanted::BOTH);
-        (output, gradients.expect("valid"))
-    };
+    let (output, gradients) = step(client, &inputs, &options, &Upstream::default(), together);
     Answer {
         loss: download(client, &output.loss),
         predictions: output.read_predictions(client).expect("labels are valid"),

@@ -1,9 +1,13 @@
 //! How a property is run: a default number of cases, regressions beside the suite, failures named; and what is in a buffer.
 
 use cubecl::client::Client;
+use cubecl::ir::{ElemType, IntKind};
+use cubecl::prelude::CubeElement;
 use cubecl::std::tensor::TensorHandle;
 use proptest::prelude::ProptestConfig;
 use proptest::test_runner::{FileFailurePersistence, TestCaseError};
+use protohead::cosine_cross_entropy::{Inputs, Options, backward, forward, forward_backward};
+use protohead::{Gradients, LossOutput, Upstream, Wanted};
 use protohead_tests::problem::{Dtype, LabelKind, ONLY, Problem};
 
 /// `cases` random problems unless `PROPTEST_CASES` says otherwise, or there is only one.
@@ -46,8 +50,42 @@ pub(crate) fn bytes(client: &Client, tensors: &[&TensorHandle]) -> Vec<Vec<u8>> 
     tensors.iter().map(read).collect()
 }
 
+/// A tensor of f32.
+pub(crate) fn f32s(client: &Client, values: &[f32], shape: &[usize]) -> TensorHandle {
+    TensorHandle::new_contiguous(
+        shape.to_vec(),
+        client.create_from_slice(f32::as_bytes(values)),
+        Dtype::F32.elem(),
+    )
+}
+
+/// Labels of i32.
+pub(crate) fn labels(client: &Client, labels: &[i32]) -> TensorHandle {
+    TensorHandle::new_contiguous(
+        [labels.len()],
+        client.create_from_slice(i32::as_bytes(labels)),
+        ElemType::Int(IntKind::I32),
+    )
+}
+
+/// Both passes of the fused op, in which the host sees nothing wrong: in one call or in two.
+pub(crate) fn step(
+    client: &Client,
+    inputs: &Inputs,
+    options: &Options,
+    upstream: &Upstream,
+    at_once: bool,
+) -> (LossOutput, Gradients) {
+    if at_once {
+        return forward_backward(client, inputs, options, upstream, Wanted::BOTH).expect("valid");
+    }
+    let output = forward(client, inputs, options).expect("valid");
+    let gradients = backward(client, inputs, options, &output, upstream, Wanted::BOTH);
+    (output, gradients.expect("valid"))
+}
+
 /// Problems that failed once, as they were when they could not be made smaller. Seeds in `regressions.txt` lose theirs as soon as a
-/// problem has one more choice.
+/// problem has one more choice. One more, of zero rows in f16, has gradients beyond f16's numbers, which are not compared any more.
 pub(crate) fn failed_once() -> [Problem; 5] {
     [
         Problem::plain((1, 1, 4, 1, 1)),

@@ -9,7 +9,7 @@ use protohead_tests::fused::arguments;
 use protohead_tests::problem::{Dtype, LabelDtype, LabelKind, Problem, download};
 
 use super::{agrees_on, check, expected};
-use crate::support::{bytes, failed_once, long_rows};
+use crate::support::{bytes, failed_once, long_rows, step};
 
 /// Both gradients from a backward pass, and from one call with the loss.
 fn apart_and_at_once(
@@ -18,11 +18,7 @@ fn apart_and_at_once(
     options: &Options,
     upstream: &Upstream,
 ) -> [Gradients; 2] {
-    let client = run.client;
-    let output = forward(client, inputs, options).expect("valid");
-    let apart = backward(client, inputs, options, &output, upstream, Wanted::BOTH);
-    let at_once = forward_backward(client, inputs, options, upstream, Wanted::BOTH);
-    [apart.expect("valid"), at_once.expect("valid").1]
+    [false, true].map(|at_once| step(run.client, inputs, options, upstream, at_once).1)
 }
 
 /// The tolerances are not so wide that anything would do.

@@ -1,26 +1,32 @@
 //! What only the device sees: labels that are no class.
 
 use protohead::class_means::ClassSums;
-use protohead::cosine_cross_entropy::{Inputs, Options, backward, forward, forward_backward};
-use protohead::{Error, LossOptions, LossValues, Reduction, Upstream, Wanted, cross_entropy};
-use protohead_tests::devices::{fused_runs, runs};
+use protohead::cosine_cross_entropy::{Inputs, Options, forward};
+use protohead::{Error, LossOptions, LossOutput, LossValues, Reduction, Upstream, cross_entropy};
+use protohead_tests::devices::{Run, fused_runs, runs};
 use protohead_tests::problem::download;
 
-use super::{floats, inputs, labels};
+use super::{floats, inputs};
+use crate::support::{labels, step};
 
 /// A class that is just too high, and a label that is as far from one as can be.
 const BAD: [i32; 4] = [0, 3, 1, i32::MIN];
 /// The same without them.
 const IGNORED: [i32; 4] = [0, -100, 1, -100];
 
-/// What reading a result with [`BAD`] labels is to say.
-fn bad_label() -> Error {
-    Error::Label {
+/// Whether reading the result of [`BAD`] labels is an error, and its loss that of [`IGNORED`] ones.
+fn reported_and_ignored(run: &Run, bad: &LossOutput, ignored: &LossOutput) {
+    let client = run.client;
+    let error = Error::Label {
         row: 1,
         label: Some(3),
         active: 3,
         rows: 2,
-    }
+    };
+    assert_eq!(bad.read_total(client), Err(error), "on {run}");
+    assert!(ignored.read_total(client).is_ok(), "on {run}");
+    let totals = [bad, ignored].map(|output| download(client, &output.total));
+    assert_eq!(totals[0], totals[1], "on {run}");
 }
 
 fn summed() -> LossOptions {
@@ -44,17 +50,8 @@ fn a_bad_label_is_reported_and_its_row_counts_as_ignored() {
                 labels: labels(client, rows),
                 ..inputs(client)
             };
-            let upstream = Upstream::default();
-            let (output, gradients) = if at_once {
-                forward_backward(client, &inputs, &options, &upstream, Wanted::BOTH)
-                    .expect("the host sees nothing wrong")
-            } else {
-                let output =
-                    forward(client, &inputs, &options).expect("the host sees nothing wrong");
-                let gradients =
-                    backward(client, &inputs, &options, &output, &upstream, Wanted::BOTH);
-                (output, gradients.expect("the host sees nothing wrong"))
-            };
+            let (output, gradients) =
+                step(client, &inputs, &options, &Upstream::default(), at_once);
             let gradients = [gradients.embeddings, gradients.weights]
                 .map(|gradient| download(client, &gradient.expect("asked for")));
             (output, gradients)
@@ -62,10 +59,7 @@ fn a_bad_label_is_reported_and_its_row_counts_as_ignored() {
         for at_once in [false, true] {
             let (bad, of_bad) = of(&BAD, at_once);
             let (ignored, of_ignored) = of(&IGNORED, at_once);
-            assert_eq!(bad.read_total(client), Err(bad_label()), "on {run}");
-            assert!(ignored.read_total(client).is_ok(), "on {run}");
-            let totals = [&bad, &ignored].map(|output| download(client, &output.total));
-            assert_eq!(totals[0], totals[1], "on {run}");
+            reported_and_ignored(&run, &bad, &ignored);
             assert_eq!(of_bad, of_ignored, "on {run}");
         }
     }
@@ -93,10 +87,7 @@ fn a_bad_label_of_given_logits_is_reported_and_its_row_counts_as_ignored() {
         };
         let (bad, of_bad) = of(&BAD);
         let (ignored, of_ignored) = of(&IGNORED);
-        assert_eq!(bad.read_total(client), Err(bad_label()), "on {run}");
-        assert!(ignored.read_total(client).is_ok(), "on {run}");
-        let totals = [&bad, &ignored].map(|output| download(client, &output.total));
-        assert_eq!(totals[0], totals[1], "on {run}");
+        reported_and_ignored(&run, &bad, &ignored);
         assert_eq!(of_bad, of_ignored, "on {run}");
     }
 }

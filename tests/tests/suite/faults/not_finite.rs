@@ -1,15 +1,14 @@
 //! Numbers that are none: what they reach, and what they do not.
 
 use cubecl::client::Client;
-use cubecl::prelude::CubeElement;
 use cubecl::std::tensor::TensorHandle;
 use protohead::class_means::ClassSums;
-use protohead::cosine_cross_entropy::{Inputs, Options, backward, forward, forward_backward};
-use protohead::{LossOptions, Reduction, Upstream, Wanted, cross_entropy, reconstruction};
+use protohead::cosine_cross_entropy::{Inputs, Options};
+use protohead::{LossOptions, Reduction, Upstream, cross_entropy, reconstruction};
 use protohead_tests::devices::{fused_runs, runs};
-use protohead_tests::problem::{Dtype, Problem, download};
+use protohead_tests::problem::{Problem, download};
 
-use super::labels;
+use crate::support::{f32s, labels, step};
 
 const BAD: [f32; 3] = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY];
 
@@ -22,14 +21,6 @@ const ROW: usize = 41;
 
 fn problem() -> Problem {
     Problem::plain((HEADS, ROWS, DIM, CLASSES, CLASSES))
-}
-
-fn upload(client: &Client, values: &[f32], shape: &[usize]) -> TensorHandle {
-    TensorHandle::new_contiguous(
-        shape.to_vec(),
-        client.create_from_slice(f32::as_bytes(values)),
-        Dtype::F32.elem(),
-    )
 }
 
 fn targets(client: &Client) -> TensorHandle {
@@ -73,19 +64,12 @@ fn a_row_of_the_fused_op_stays_alone() {
         };
         let of = |values: &[f32], at_once: bool| {
             let inputs = Inputs {
-                embeddings: upload(client, values, &[HEADS, ROWS, DIM]),
-                weights: upload(client, &data.weights, &[HEADS, CLASSES, DIM]),
+                embeddings: f32s(client, values, &[HEADS, ROWS, DIM]),
+                weights: f32s(client, &data.weights, &[HEADS, CLASSES, DIM]),
                 labels: targets(client),
             };
-            let upstream = Upstream::default();
-            let (output, gradients) = if at_once {
-                forward_backward(client, &inputs, &options, &upstream, Wanted::BOTH).expect("valid")
-            } else {
-                let output = forward(client, &inputs, &options).expect("valid");
-                let gradients =
-                    backward(client, &inputs, &options, &output, &upstream, Wanted::BOTH);
-                (output, gradients.expect("valid"))
-            };
+            let (output, gradients) =
+                step(client, &inputs, &options, &Upstream::default(), at_once);
             let (dx, dw) = (gradients.embeddings, gradients.weights);
             (
                 download(client, &output.loss),
@@ -124,7 +108,7 @@ fn a_row_of_logits_stays_alone() {
         };
         let of = |values: &[f32]| {
             let inputs = cross_entropy::Inputs {
-                logits: upload(client, values, &[HEADS, ROWS, CLASSES]),
+                logits: f32s(client, values, &[HEADS, ROWS, CLASSES]),
                 labels: targets(client),
             };
             let output = cross_entropy::forward(client, &inputs, &options).expect("valid");
@@ -153,9 +137,9 @@ fn a_row_of_a_reconstruction_stays_alone() {
         let of = |values: &[f32]| {
             let [first, second] = parts
                 .each_ref()
-                .map(|part| upload(client, part, &[ROWS, DIM]));
+                .map(|part| f32s(client, part, &[ROWS, DIM]));
             let inputs = reconstruction::Inputs {
-                whole: upload(client, values, &[ROWS, DIM]),
+                whole: f32s(client, values, &[ROWS, DIM]),
                 first,
                 second,
             };
@@ -202,10 +186,10 @@ fn a_row_of_class_means_reaches_the_mean_of_its_class_alone() {
             let of = |values: &[f32]| {
                 let mut sums =
                     ClassSums::new(client, HEADS, classes, DIM, &options).expect("valid");
-                let embeddings = upload(client, values, &[HEADS, ROWS, DIM]);
+                let embeddings = f32s(client, values, &[HEADS, ROWS, DIM]);
                 sums.accumulate(client, &embeddings, &labels(client, &of_rows))
                     .expect("valid");
-                let weights = upload(
+                let weights = f32s(
                     client,
                     &data.weights[..HEADS * classes * DIM],
                     &[HEADS, classes, DIM],

@@ -259,8 +259,11 @@ thread_local! {
     static LAUNCHED: Cell<u32> = const { Cell::new(0) };
 }
 
-/// Waits for the device if this thread has got too far ahead of it.
+/// Lets the device finish what was launched before, and waits for it if this thread has got too far ahead.
 fn keep_close(client: &Client) {
+    // CubeCL writes only once the launches before are done, and its thread waits for them by giving its core away. The unit of a launch behind
+    // another would wait on its core for that one, spinning, and in its way.
+    let _ = client.create_from_slice(&[0; 4]);
     let launched = LAUNCHED.get();
     if launched == AHEAD {
         // What failed stays with the buffers that it left unwritten, and is told where they are read.

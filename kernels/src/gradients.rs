@@ -7,6 +7,7 @@ use cubecl::std::tensor::TensorHandle;
 
 use crate::blueprint::{Blueprint, Strategy};
 use crate::error::Error;
+use crate::math::narrow::narrow;
 use crate::operand::{F32, addressable, contiguous, count, empty, offset, whole, widest};
 
 /// The operands whose gradients are computed. The product of one that is left out is not.
@@ -117,7 +118,7 @@ fn scale<F: Float, N: Size>(
     let mut i = ABSOLUTE_POS;
     while i < out.len() {
         let factor = Vector::<f32, N>::new(by_head[i / of_head]);
-        out[i] = Vector::<F, N>::cast_from(Vector::<f32, N>::cast_from(gradient[i]) * factor);
+        out[i] = narrow::<F, N>(Vector::<f32, N>::cast_from(gradient[i]) * factor);
         i += CUBE_COUNT * CUBE_DIM as usize;
     }
 }

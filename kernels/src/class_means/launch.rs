@@ -9,6 +9,7 @@ use super::{plane, unit};
 use crate::blueprint::{Blueprint, Strategy, Variant};
 use crate::error::Error;
 use crate::math::group::Group;
+use crate::math::narrow::narrow;
 use crate::math::sum::KahanLanes;
 use crate::operand::{
     F32, Labels, RowStrides, Strided, U32, addressable, empty, on_device, whole, widest,
@@ -464,7 +465,7 @@ fn write_means<F: Float, N: Size>(
                 let rest = fma(-quotient, divisor, sum);
                 // An infinite quotient leaves no number.
                 let rest = select_many(rest.equal(&rest), rest, Vector::<f32, N>::new(0.0));
-                out[row * columns + d] = Vector::<F, N>::cast_from(fma(rest, inverse, quotient));
+                out[row * columns + d] = narrow::<F, N>(fma(rest, inverse, quotient));
                 d += sharing;
             }
         }

@@ -55,7 +55,7 @@ pub struct Captured {
 /// A graph, and the buffers that it reads and nobody else holds. What it writes between its launches, it guards itself.
 struct Recording {
     graph: Graph,
-    _read: (Handle, Option<Handle>),
+    _read: (Option<Handle>, Option<Handle>),
 }
 
 impl fmt::Debug for Captured {
@@ -115,7 +115,10 @@ impl Captured {
         let ((output, gradients), graph) = client.exclusive(record).map_err(Error::device)??;
         let recording = graph.map(|graph| Recording {
             graph,
-            _read: (arriving.gradient.clone(), call.head_weights.clone()),
+            _read: (
+                arriving.tensor.map(|(handle, _)| handle),
+                call.head_weights.clone(),
+            ),
         });
         Ok(Self {
             client: client.clone(),

@@ -8,7 +8,7 @@ use cubecl::std::tensor::TensorHandle;
 use crate::blueprint::Blueprint;
 use crate::error::Error;
 use crate::gradients::{Gradients, Wanted};
-use crate::operand::{Strided, addressable, addressed, count, empty};
+use crate::operand::{Strided, addressable, addressed, count, empty_beside};
 
 /// Embeddings and class weights that belong together.
 pub(crate) struct CosineProblem {
@@ -105,14 +105,17 @@ impl CosineProblem {
     /// Room for the gradients that are asked for.
     pub(crate) fn gradients(&self, client: &Client, wanted: Wanted) -> Gradients {
         let dtype = self.embeddings.dtype();
+        let room = |shape| empty_beside(client, shape, dtype, self.largest_operand());
         Gradients {
-            embeddings: wanted
-                .embeddings
-                .then(|| empty(client, self.embeddings.shape(), dtype)),
-            weights: wanted
-                .weights
-                .then(|| empty(client, self.weights.shape(), dtype)),
+            embeddings: wanted.embeddings.then(|| room(self.embeddings.shape())),
+            weights: wanted.weights.then(|| room(self.weights.shape())),
         }
+    }
+
+    /// Bytes of the larger operand.
+    pub(crate) fn largest_operand(&self) -> usize {
+        let elements = |operand: &Strided| operand.shape().iter().product::<usize>();
+        elements(&self.embeddings).max(elements(&self.weights)) * self.embeddings.dtype().size()
     }
 }
 

@@ -5,7 +5,7 @@ use cubecl::prelude::*;
 use super::launch::{BackwardCall, ForwardCall};
 use crate::blueprint::PLANE_UNITS;
 use crate::loss::Reduction;
-use crate::loss::arriving::{arriving_at, share_of_row};
+use crate::loss::arriving::{Arrives, arriving_at, share_of_row};
 use crate::loss::target::{LabelRule, is_class, label_rule, target_of};
 use crate::math::group::{Group, group_softmax, member};
 use crate::math::lanes::iota;
@@ -57,14 +57,15 @@ pub(super) fn launch_backward(call: &BackwardCall) {
             whole(&call.saved.lse, 1),
             call.labels.buffer_arg(),
             whole(&call.saved.status, 1),
-            call.arriving.buffer_arg(),
+            call.arriving.buffer_arg(&call.saved.lse.handle),
             whole(call.grad, vector),
             heads,
             rows,
             classes,
             label_rule(call.labels.dtype(), classes, call.loss.ignore_index),
             call.loss.label_smoothing,
-            call.arriving.per_row,
+            call.arriving.everywhere,
+            call.arriving.arrives,
             call.loss.reduction == Reduction::Mean,
             group,
             call.logits.dtype(),
@@ -127,14 +128,15 @@ fn backward<F: Float, I: Int, N: Size>(
     lse: &[f32],      // [heads, rows]
     labels: &[I],     // [rows]
     status: &[u32],   // [STATUS_FIELDS]
-    arriving: &[f32], // [heads], or [heads, rows] if per_row
+    arriving: &[f32], // [heads] or [heads, rows], if it does not arrive everywhere
     grad: &mut [Vector<F, N>],
     heads: usize,
     rows: usize,
     classes: usize,
     rule: LabelRule,
     smoothing: f32,
-    #[comptime] per_row: bool,
+    everywhere: f32,
+    #[comptime] arrives: Arrives,
     #[comptime] mean: bool,
     #[comptime] group: Group,
     #[define(F)] _dtype: ElemType,
@@ -148,7 +150,9 @@ fn backward<F: Float, I: Int, N: Size>(
     let from = head * strides.head + row * strides.row;
     let target = target_of::<I>(labels[row], &rule);
     let share = share_of_row(status[0], mean);
-    let arrived = arriving_at(arriving, head, row, rows, target, share, per_row);
+    let arrived = arriving_at(
+        everywhere, arriving, head, row, rows, target, share, arrives,
+    );
     let lse = Vector::<f32, N>::new(lse[of.group]);
     let upstream = Vector::<f32, N>::new(arrived);
     let target = Vector::<u32, N>::new(target);

@@ -5,11 +5,12 @@ use cubecl::server::Handle;
 
 use super::launch::{BackwardCall, ForwardCall};
 use crate::loss::Reduction;
-use crate::loss::arriving::{arriving_at, share_of_row};
+use crate::loss::arriving::{Arrives, arriving_at, share_of_row};
 use crate::loss::reduce::{HowReduced, Reduced, reduce_rows};
 use crate::loss::target::{LabelRule, is_class, label_rule, target_of};
 use crate::math::group::Group;
 use crate::math::lanes::iota;
+use crate::math::narrow::narrow;
 use crate::math::online_softmax::{OnlineSoftmax, logit_gradient};
 use crate::math::span::meet;
 use crate::operand::{RowStrides, whole};
@@ -74,14 +75,15 @@ pub(super) fn launch_backward(call: &BackwardCall) {
             whole(&call.saved.lse, 1),
             call.labels.buffer_arg(),
             whole(&call.saved.status, 1),
-            call.arriving.buffer_arg(),
+            call.arriving.buffer_arg(&call.saved.lse.handle),
             whole(call.grad, vector),
             heads,
             rows,
             classes,
             label_rule(call.labels.dtype(), classes, call.loss.ignore_index),
             call.loss.label_smoothing,
-            call.arriving.per_row,
+            call.arriving.everywhere,
+            call.arriving.arrives,
             call.loss.reduction == Reduction::Mean,
             call.logits.dtype(),
             call.labels.dtype(),
@@ -161,14 +163,15 @@ fn backward<F: Float, I: Int, N: Size>(
     lse: &[f32],      // [heads, rows]
     labels: &[I],     // [rows]
     status: &[u32],   // [STATUS_FIELDS]
-    arriving: &[f32], // [heads], or [heads, rows] if per_row
+    arriving: &[f32], // [heads] or [heads, rows], if it does not arrive everywhere
     grad: &mut [Vector<F, N>],
     heads: usize,
     rows: usize,
     classes: usize,
     rule: LabelRule,
     smoothing: f32,
-    #[comptime] per_row: bool,
+    everywhere: f32,
+    #[comptime] arrives: Arrives,
     #[comptime] mean: bool,
     #[define(F)] _dtype: ElemType,
     #[define(I)] _label: ElemType,
@@ -182,7 +185,9 @@ fn backward<F: Float, I: Int, N: Size>(
         let from = head * strides.head + row * strides.row;
         let out = at * classes / lanes;
         let target = target_of::<I>(labels[row], &rule);
-        let arrived = arriving_at(arriving, head, row, rows, target, share, per_row);
+        let arrived = arriving_at(
+            everywhere, arriving, head, row, rows, target, share, arrives,
+        );
         let lse = Vector::<f32, N>::new(lse[at]);
         let upstream = Vector::<f32, N>::new(arrived);
         let target = Vector::<u32, N>::new(target);
@@ -196,7 +201,7 @@ fn backward<F: Float, I: Int, N: Size>(
                 classes as u32,
                 smoothing,
             );
-            grad[out + v] = Vector::<F, N>::cast_from(gradient);
+            grad[out + v] = narrow::<F, N>(gradient);
         }
         at += CUBE_COUNT * CUBE_DIM as usize;
     }

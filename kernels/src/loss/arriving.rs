@@ -10,11 +10,22 @@ use super::target::is_class;
 use crate::error::Error;
 use crate::operand::{F32, contiguous};
 
+/// Whom one number of the gradient that arrives is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Arrives {
+    /// All heads, as that of a total without head weights: the number itself is given to the kernel, with no buffer to write before.
+    Everywhere,
+    ByHead,
+    ByRow,
+}
+
 /// The gradient that arrives, as a kernel reads it.
 pub(crate) struct Arriving {
-    pub gradient: Handle, // f32, [heads], or [heads, rows] if per_row
-    pub elements: usize,
-    pub per_row: bool,
+    pub arrives: Arrives,
+    /// The number for all heads, if it is one.
+    pub everywhere: f32,
+    /// f32, [heads] or [heads, rows] otherwise.
+    pub tensor: Option<(Handle, usize)>,
 }
 
 impl Arriving {
@@ -28,38 +39,48 @@ impl Arriving {
         rows: usize,
         active: usize,
     ) -> Result<Self, Error> {
-        let by_head = |gradients: Vec<f32>| Self {
-            gradient: client.create_from_slice(f32::as_bytes(&gradients)),
-            elements: heads,
-            per_row: false,
+        let everywhere = |everywhere| Self {
+            arrives: Arrives::Everywhere,
+            everywhere,
+            tensor: None,
         };
-        let tensor = match upstream {
-            Upstream::Total(_) if active == 1 => return Ok(by_head(vec![0.0; heads])),
+        let lies_in = |arrives, handle, elements| Self {
+            arrives,
+            everywhere: 0.0,
+            tensor: Some((handle, elements)),
+        };
+        let gradient = match upstream {
+            Upstream::Total(_) if active == 1 => return Ok(everywhere(0.0)),
             Upstream::Total(gradient) => {
-                let weights = options.weights(heads);
-                return Ok(by_head(weights.iter().map(|w| w * gradient).collect()));
+                let Some(weights) = &options.head_weights else {
+                    return Ok(everywhere(*gradient));
+                };
+                let by_head: Vec<f32> = weights.iter().map(|w| w * gradient).collect();
+                let handle = client.create_from_slice(f32::as_bytes(&by_head));
+                return Ok(lies_in(Arrives::ByHead, handle, heads));
             }
             Upstream::Loss(tensor) => tensor,
         };
-        let per_row = options.reduction == Reduction::None;
-        let shape = match per_row {
-            true => &[heads, rows][..],
-            false => &[heads],
+        let (arrives, shape) = match options.reduction {
+            Reduction::None => (Arrives::ByRow, &[heads, rows][..]),
+            _ => (Arrives::ByHead, &[heads][..]),
         };
-        contiguous(client, "upstream gradient", tensor, shape, F32)?;
+        contiguous(client, "upstream gradient", gradient, shape, F32)?;
         if active == 1 {
-            return Ok(by_head(vec![0.0; heads]));
+            return Ok(everywhere(0.0));
         }
-        Ok(Self {
-            gradient: tensor.handle.clone(),
-            elements: shape.iter().product(),
-            per_row,
-        })
+        let elements = shape.iter().product();
+        Ok(lies_in(arrives, gradient.handle.clone(), elements))
     }
 
-    pub(crate) fn buffer_arg(&self) -> BufferArg {
+    /// The tensor; where there is none, another of f32, that the kernel does not touch.
+    pub(crate) fn buffer_arg(&self, other: &Handle) -> BufferArg {
+        let (handle, elements) = match &self.tensor {
+            Some((handle, elements)) => (handle, *elements),
+            None => (other, 1),
+        };
         // SAFETY: `new` made or proved so many elements.
-        unsafe { BufferArg::from_raw_parts(self.gradient.clone(), self.elements) }
+        unsafe { BufferArg::from_raw_parts(handle.clone(), elements) }
     }
 }
 
@@ -76,19 +97,21 @@ pub(crate) fn share_of_row(counted: u32, #[comptime] mean: bool) -> f32 {
 /// The gradient that arrives at a row's loss; 0 if its target is no class.
 #[cube]
 pub(crate) fn arriving_at(
-    gradient: &[f32], // [heads], or [heads, rows] if per_row
+    everywhere: f32,
+    tensor: &[f32], // [heads] or [heads, rows], if it does not arrive everywhere
     head: usize,
     row: usize,
     rows: usize,
     target: u32,
     share: f32,
-    #[comptime] per_row: bool,
+    #[comptime] arrives: Arrives,
 ) -> f32 {
     let mut arrived = 0.0f32.runtime();
     if is_class(target) {
-        match comptime!(per_row) {
-            true => arrived = gradient[head * rows + row],
-            false => arrived = gradient[head] * share,
+        match comptime!(arrives) {
+            Arrives::Everywhere => arrived = everywhere * share,
+            Arrives::ByHead => arrived = tensor[head] * share,
+            Arrives::ByRow => arrived = tensor[head * rows + row],
         }
     }
     arrived

@@ -2,6 +2,7 @@
 
 pub(crate) mod group;
 pub(crate) mod lanes;
+pub(crate) mod narrow;
 pub(crate) mod norm;
 pub(crate) mod online_softmax;
 pub(crate) mod parts;

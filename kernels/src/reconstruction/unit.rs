@@ -5,6 +5,7 @@ use cubecl::std::tensor::TensorHandle;
 
 use super::launch::{BackwardCall, Call};
 use super::row::{Pair, PerOperand, Products, load};
+use crate::math::narrow::narrow;
 use crate::math::span::meet;
 use crate::math::sum::sum_of_unit;
 use crate::operand::whole;
@@ -156,11 +157,11 @@ fn backward<F: Float, N: Size>(
             let out = row * columns + d;
             if comptime!(of_whole) {
                 let value = to_whole.apply::<N>(pair.whole, pair.part);
-                grad_whole[out] = Vector::<F, N>::cast_from(value);
+                grad_whole[out] = narrow::<F, N>(value);
             }
             if comptime!(of_part) {
                 let value = to_part.apply::<N>(pair.part, pair.whole);
-                grad_part[out] = Vector::<F, N>::cast_from(value);
+                grad_part[out] = narrow::<F, N>(value);
             }
         }
         row += CUBE_COUNT * CUBE_DIM as usize;

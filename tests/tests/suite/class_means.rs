@@ -278,6 +278,59 @@ fn a_state_without_rows_changes_nothing() {
     }
 }
 
+/// Means of two neighbours lie half way between them, and go to the even one; what is no number stays none.
+#[test]
+fn means_are_rounded_to_the_nearest_and_ties_to_even() {
+    for (dtype, infinity) in [(Dtype::F16, 0x7c00u16), (Dtype::Bf16, 0x7f80)] {
+        let value = |bits: u16| match dtype {
+            Dtype::F16 => half::f16::from_bits(bits).to_f32(),
+            _ => half::bf16::from_bits(bits).to_f32(),
+        };
+        // Every pattern of a normal number but the largest, and the next; a NaN last.
+        let smallest = infinity & infinity.wrapping_neg();
+        let mut lower: Vec<u16> = (smallest..infinity - 1).collect();
+        lower.extend(lower.clone().iter().map(|bits| bits | 0x8000));
+        let mut rows: Vec<f32> = lower.iter().map(|&bits| value(bits)).collect();
+        rows.push(f32::NAN);
+        rows.extend(lower.iter().map(|&bits| value(bits + 1)));
+        rows.push(1.0);
+        let dim = lower.len() + 1;
+        let truth: Vec<f32> = (0..dim)
+            .map(|d| dtype.round((rows[d] + rows[dim + d]) / 2.0))
+            .collect();
+        let problem = Problem {
+            dtype,
+            ..Problem::plain((1, 2, dim, 1, 1))
+        };
+        for run in runs() {
+            if !problem.supported(run.client) {
+                continue;
+            }
+            let client = run.client;
+            let options = Options {
+                strategy: run.strategy,
+                ..Options::default()
+            };
+            let mut sums = fresh(client, [1, 1, dim], &options).expect("valid");
+            let embeddings = problem.upload(client, &rows, &[1, 2, dim]);
+            let labels = problem.upload_labels(client, &[0, 0]);
+            sums.accumulate(client, &embeddings, &labels)
+                .expect("valid");
+            let weights = problem.upload(client, &vec![0.0; dim], &[1, 1, dim]);
+            let means = sums.write_means(client, &weights).expect("valid");
+            for (d, (&truth, ours)) in truth.iter().zip(download(client, &means)).enumerate() {
+                let same = f64::from(truth) == ours || truth.is_nan() && ours.is_nan();
+                assert!(
+                    same,
+                    "on {run}, {dtype:?}: the mean of {} and {} is {ours}, not {truth}",
+                    rows[d],
+                    rows[dim + d]
+                );
+            }
+        }
+    }
+}
+
 proptest! {
     #![proptest_config(config(16))]
 

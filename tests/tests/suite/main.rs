@@ -9,6 +9,7 @@ mod cosine_logits;
 mod cross_entropy;
 mod faults;
 mod goldens;
+mod libgcc;
 mod metamorphic;
 mod nvidia;
 mod reconstruction;

@@ -6,7 +6,7 @@ use cubecl::std::tensor::TensorHandle;
 use super::{CLASSES, Sizes, Step};
 use crate::blueprint::{PLANE_UNITS, cubes_for};
 use crate::cosine_cross_entropy::launch::RowResults;
-use crate::loss::arriving::{Arriving, arriving_at, share_of_row};
+use crate::loss::arriving::{Arrives, Arriving, arriving_at, share_of_row};
 use crate::loss::target::{LabelRule, is_class, label_rule, target_of};
 use crate::loss::{Reduction, count_labels};
 use crate::math::group::{Group, group_softmax, group_sum, member};
@@ -32,8 +32,8 @@ struct Plan {
     /// Whether logit gradients are wanted, and whether the rows' own are.
     backward: bool,
     of_embeddings: bool,
-    /// Whether a gradient arrives for every row, or else for a head; there it is shared if the loss is a mean.
-    per_row: bool,
+    /// Whom a gradient arrives for; that of a head is shared if the loss is a mean.
+    arrives: Arrives,
     mean: bool,
 }
 
@@ -58,9 +58,10 @@ pub(super) fn launch(
         all,
         backward: arriving.is_some(),
         of_embeddings: grad.is_some(),
-        per_row: arriving.is_some_and(|arriving| arriving.per_row),
+        arrives: arriving.map_or(Arrives::Everywhere, |arriving| arriving.arrives),
         mean: loss.reduction == Reduction::Mean,
     };
+    let nothing = call.client.empty(size_of::<f32>());
     // SAFETY: `Strided` proved the operands, labels and row results have `rows` elements a head, and `Step` holds the scratch;
     // without a gradient that arrives, the kernel reads none.
     unsafe {
@@ -75,10 +76,8 @@ pub(super) fn launch(
             call.problem.weights.strides_arg(step.vector),
             call.labels.buffer_arg(),
             match arriving {
-                Some(arriving) => {
-                    BufferArg::from_raw_parts(arriving.gradient.clone(), arriving.elements)
-                }
-                None => BufferArg::from_raw_parts(call.client.empty(size_of::<f32>()), 1),
+                Some(arriving) => arriving.buffer_arg(&nothing),
+                None => BufferArg::from_raw_parts(nothing, 1),
             },
             whole(&results.lse, 1),
             whole(&results.predictions, 1),
@@ -88,6 +87,7 @@ pub(super) fn launch(
             label_rule(call.labels.dtype(), sizes.active, loss.ignore_index),
             call.options.scale,
             loss.label_smoothing,
+            arriving.map_or(0.0, |arriving| arriving.everywhere),
             plan,
             call.problem.embeddings.dtype(),
             call.labels.dtype(),
@@ -105,7 +105,7 @@ fn rows<F: Float, I: Int, N: Size>(
     weights: &[Vector<F, N>],
     weight_strides: RowStrides,
     labels: &[I],            // [rows]
-    arriving: &[f32],        // [heads], or [heads, rows] if per_row
+    arriving: &[f32],        // [heads] or [heads, rows], if it does not arrive everywhere
     lse: &mut [f32],         // [heads, rows]
     predictions: &mut [u32], // [heads, rows]
     scratch: &mut [f32],
@@ -114,6 +114,7 @@ fn rows<F: Float, I: Int, N: Size>(
     rule: LabelRule,
     scale: f32,
     smoothing: f32,
+    everywhere: f32,
     #[comptime] plan: Plan,
     #[define(F)] _dtype: ElemType,
     #[define(I)] _label: ElemType,
@@ -235,13 +236,14 @@ fn rows<F: Float, I: Int, N: Size>(
     if comptime!(plan.backward) {
         let share = share_of_row(counted.classes, plan.mean);
         let upstream = arriving_at(
+            everywhere,
             arriving,
             head,
             own_row,
             sizes.rows,
             target,
             share,
-            plan.per_row,
+            plan.arrives,
         );
         let row_lse = Vector::<f32, One>::new(softmax.lse());
         let mut class = here.lane;

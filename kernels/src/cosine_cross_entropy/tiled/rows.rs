@@ -6,7 +6,7 @@ use cubecl::server::Handle;
 
 use super::super::launch::Call;
 use crate::blueprint::{PLANE_UNITS, cubes_for};
-use crate::loss::arriving::{Arriving, arriving_at, share_of_row};
+use crate::loss::arriving::{Arrives, Arriving, arriving_at, share_of_row};
 use crate::loss::target::{IGNORED, LabelRule, label_rule, target_of};
 use crate::loss::{Reduction, Saved};
 use crate::operand::whole;
@@ -56,14 +56,15 @@ pub(in crate::cosine_cross_entropy) fn gather_rows(
             whole(&saved.lse, 1),
             call.labels.buffer_arg(),
             whole(&saved.status, 1),
-            arriving.buffer_arg(),
+            arriving.buffer_arg(&saved.lse.handle),
             out.state_arg(),
             out.targets_arg(),
             heads,
             sizes.rows,
             rows_padded,
             label_rule(call.labels.dtype(), sizes.active, loss.ignore_index),
-            arriving.per_row,
+            arriving.everywhere,
+            arriving.arrives,
             loss.reduction == Reduction::Mean,
             call.labels.dtype(),
         );
@@ -76,14 +77,15 @@ fn gather<I: Int>(
     lse: &[f32],         // [heads, rows]
     labels: &[I],        // [rows]
     status: &[u32],      // [STATUS_FIELDS]
-    gradient: &[f32],    // [heads], or [heads, rows] if per_row
+    gradient: &[f32],    // [heads] or [heads, rows], if it does not arrive everywhere
     state: &mut [f32],   // [heads, 2, rows_padded]
     targets: &mut [u32], // [rows_padded]
     heads: usize,
     rows: usize,
     rows_padded: usize,
     rule: LabelRule,
-    #[comptime] per_row: bool,
+    everywhere: f32,
+    #[comptime] arrives: Arrives,
     #[comptime] mean: bool,
     #[define(I)] _label: ElemType,
 ) {
@@ -100,7 +102,9 @@ fn gather<I: Int>(
             let mut arrived = 0.0f32.runtime();
             if row < rows {
                 row_lse = lse[head * rows + row];
-                arrived = arriving_at(gradient, head, row, rows, target, share, per_row);
+                arrived = arriving_at(
+                    everywhere, gradient, head, row, rows, target, share, arrives,
+                );
             }
             state[head * 2 * rows_padded + row] = row_lse;
             state[(head * 2 + 1) * rows_padded + row] = arrived;

@@ -5,6 +5,7 @@ use cubecl::prelude::*;
 use super::pack::pack_class;
 use super::plan::{CACHED_PANELS, InGradient, OWNED_CLASSES, OWNED_PANELS, Phases, Plan};
 use super::rows::{self, ClassBlock, Item};
+use crate::math::narrow::narrow;
 use crate::math::norm::{inverse_norm, projection};
 use crate::math::span::{Span, share};
 use crate::math::tile::{Broadcast, Lanes, TILE_VECTORS, add_to};
@@ -432,7 +433,7 @@ fn finish_row<F: Float, M: Size>(
             value,
             upstream[row + d / pieces * block + d % pieces],
         );
-        grad[out / piece + d] = Vector::<F, M>::cast_from(value * inverse);
+        grad[out / piece + d] = narrow::<F, M>(value * inverse);
     }
 }
 
@@ -456,7 +457,7 @@ fn carry_row<F: Float, M: Size>(
     for d in 0..plan.dim / piece {
         let value = space[row + d / pieces * block + d % pieces];
         if comptime!(in_gradient == InGradient::Sums) {
-            grad[out / piece + d] = Vector::<F, M>::cast_from(value);
+            grad[out / piece + d] = narrow::<F, M>(value);
         } else {
             space[(plan.carry + class * plan.dim_padded) / piece + d] = value;
         }

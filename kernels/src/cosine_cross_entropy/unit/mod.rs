@@ -28,15 +28,15 @@ use super::launch::{Call, Results};
 use crate::Gradients;
 use crate::error::Error;
 use crate::loss::Reduction;
-use crate::loss::arriving::{Arriving, share_of_row};
+use crate::loss::arriving::{Arrives, Arriving, share_of_row};
 use crate::loss::reduce::{HowReduced, reduce_heads};
 use crate::loss::target::{LabelRule, label_rule};
 use crate::math::group::Group;
 use crate::math::span::{Span, share, wait};
 use crate::math::tile::TILE_VECTORS;
-use crate::operand::{RowStrides, addressable, whole};
+use crate::operand::{RowStrides, addressable, memory_beside, whole};
 use plan::{HostPlan, InGradient, Phases, Plan, Problem};
-use rows::ClassBlock;
+use rows::{ClassBlock, Item};
 
 /// What becomes of the rows' losses.
 pub(super) enum Outcome<'a> {
@@ -71,7 +71,7 @@ impl<'a> Step<'a> {
             loss,
             embeddings: gradients.embeddings.is_some(),
             weights: gradients.weights.is_some(),
-            per_row: arriving.is_some_and(|arriving| arriving.per_row),
+            arrives: arriving.map_or(Arrives::Everywhere, |arriving| arriving.arrives),
             mean: call.options.loss.reduction == Reduction::Mean,
             smooth: call.options.loss.label_smoothing != 0.0,
             weighted: call.head_weights.is_some(),
@@ -110,7 +110,8 @@ impl<'a> Step<'a> {
         let loss = &call.options.loss;
         let (count, dim) = blueprint.unit_grid(client);
         let vector = call.problem.vector_size(blueprint);
-        let workspace = client.empty(self.host.floats * size_of::<f32>());
+        let bytes = self.host.floats * size_of::<f32>();
+        let workspace = memory_beside(client, bytes, call.problem.largest_operand());
         let rows_padded = self.host.plan.panels * blueprint.tile();
         let bests = self.host.plan.chunk_items * blueprint.tile();
         let targets = client.empty(rows_padded * size_of::<u32>());
@@ -146,7 +147,7 @@ impl<'a> Step<'a> {
                 BufferArg::from_raw_parts(targets, rows_padded),
                 BufferArg::from_raw_parts(client.empty(bests * size_of::<u32>()), bests),
                 match self.arriving {
-                    Some(arriving) => arriving.buffer_arg(),
+                    Some(arriving) => arriving.buffer_arg(&workspace),
                     None => nothing(),
                 },
                 match &call.head_weights {
@@ -166,6 +167,7 @@ impl<'a> Step<'a> {
                 label_rule(call.labels.dtype(), sizes.active, loss.ignore_index),
                 call.options.scale,
                 loss.label_smoothing,
+                self.arriving.map_or(0.0, |arriving| arriving.everywhere),
                 self.phases,
                 blueprint.units,
                 self.host.in_gradient,
@@ -192,7 +194,7 @@ fn step<
     labels: &[I],         // [rows]
     targets: &mut [u32],  // [rows], padded to whole panels
     bests: &mut [u32],    // [chunk_items, width]
-    upstream: &[f32],     // [heads], or [heads, rows] if per_row
+    upstream: &[f32],     // [heads] or [heads, rows], if it does not arrive everywhere
     head_weights: &[f32], // [heads] if phases.weighted
     workspace: &mut [f32],
     row_loss: &mut [f32],                 // [heads, rows]
@@ -207,6 +209,7 @@ fn step<
     rule: LabelRule,
     scale: f32,
     smoothing: f32,
+    everywhere: f32,
     #[comptime] phases: Phases,
     #[comptime] units: usize,
     #[comptime] in_gradient: InGradient,
@@ -242,41 +245,6 @@ fn step<
         let mine = share(chunk.start, chunk.end - chunk.start);
         let first_head = plan.head(chunk.start);
         let end_head = plan.head(chunk.end - 1) + 1;
-        for item in mine.start..mine.end {
-            let item = plan.item(item, &chunk);
-            pack::pack_item::<F, N, M>(
-                embeddings,
-                &embedding_strides,
-                workspace,
-                &plan,
-                item.item,
-                item.local,
-                phases.gradients(),
-            );
-            if comptime!(phases.loss) {
-                rows::start::<N>(
-                    workspace,
-                    bests.as_vectorized_mut().with_vector_size_mut::<N>(),
-                    &plan,
-                    item.local,
-                );
-            }
-            if comptime!(phases.gradients()) {
-                row_gradients::arriving::<N>(
-                    targets.as_vectorized().with_vector_size::<N>(),
-                    upstream,
-                    &*lse,
-                    workspace,
-                    &plan,
-                    &item,
-                    of_row * scale,
-                    phases,
-                );
-            }
-            if comptime!(phases.embeddings) {
-                row_gradients::clear::<N>(workspace, &plan, item.local);
-            }
-        }
         pack::pack_classes::<F, M>(
             weights,
             &weight_strides,
@@ -310,6 +278,41 @@ fn step<
             };
             for item in mine.start..mine.end {
                 let item = plan.item(item, &chunk);
+                if number == 0 {
+                    pack::pack_item::<F, N, M>(
+                        embeddings,
+                        &embedding_strides,
+                        workspace,
+                        &plan,
+                        item.item,
+                        item.local,
+                        phases.gradients(),
+                    );
+                    if comptime!(phases.loss) {
+                        rows::start::<N>(
+                            workspace,
+                            bests.as_vectorized_mut().with_vector_size_mut::<N>(),
+                            &plan,
+                            item.local,
+                        );
+                    }
+                    if comptime!(phases.gradients()) {
+                        row_gradients::arriving::<N>(
+                            targets.as_vectorized().with_vector_size::<N>(),
+                            everywhere,
+                            upstream,
+                            &*lse,
+                            workspace,
+                            &plan,
+                            &item,
+                            of_row * scale,
+                            phases,
+                        );
+                    }
+                    if comptime!(phases.embeddings) {
+                        row_gradients::clear::<N>(workspace, &plan, item.local);
+                    }
+                }
                 let stay = comptime!(phases.weights && !in_gradient.exponentials());
                 let at = match stay {
                     true => plan.logit(item.local, first - kept, width),
@@ -360,27 +363,39 @@ fn step<
                         at,
                     );
                 }
-                if comptime!(phases.at_once() && phases.embeddings && phases.smooth) {
+                if comptime!(phases.embeddings && phases.needs_totals()) {
                     let head = plan.head(item.item);
                     if item.item == max(chunk.start, head * plan.panels) {
                         row_gradients::add_totals::<N>(workspace, &plan, &item, &block);
                     }
                 }
-            }
-            if comptime!(phases.loss) && number + 1 == blocks {
-                for item in mine.start..mine.end {
-                    let item = plan.item(item, &chunk);
-                    rows::conclude::<N>(
-                        workspace,
-                        targets.as_vectorized().with_vector_size::<N>(),
-                        bests.as_vectorized().with_vector_size::<N>(),
-                        row_loss,
-                        lse,
-                        predictions,
-                        &plan,
-                        &item,
-                        smoothing,
-                    );
+                if number + 1 == blocks {
+                    if comptime!(phases.loss) {
+                        rows::conclude::<N>(
+                            workspace,
+                            targets.as_vectorized().with_vector_size::<N>(),
+                            bests.as_vectorized().with_vector_size::<N>(),
+                            row_loss,
+                            lse,
+                            predictions,
+                            &plan,
+                            &item,
+                            smoothing,
+                        );
+                    }
+                    if comptime!(phases.embeddings && !phases.needs_totals()) {
+                        finish_rows::<F, N, M>(
+                            weights,
+                            &weight_strides,
+                            &*targets,
+                            workspace,
+                            grad_embeddings,
+                            &plan,
+                            &item,
+                            smoothing,
+                            phases,
+                        );
+                    }
                 }
             }
             wait(units); // this block's place is the next but one's
@@ -410,22 +425,19 @@ fn step<
                 }
             }
         }
-        if comptime!(phases.embeddings) {
+        if comptime!(phases.embeddings && phases.needs_totals()) {
             for item in mine.start..mine.end {
-                let item = plan.item(item, &chunk);
-                if comptime!(phases.loss) {
-                    row_gradients::subtract_targets::<F, N, M>(
-                        weights,
-                        &weight_strides,
-                        &*targets,
-                        workspace,
-                        &plan,
-                        &item,
-                        smoothing,
-                        phases,
-                    );
-                }
-                row_gradients::finish::<F, N, M>(&*workspace, grad_embeddings, &plan, &item);
+                finish_rows::<F, N, M>(
+                    weights,
+                    &weight_strides,
+                    &*targets,
+                    workspace,
+                    grad_embeddings,
+                    &plan,
+                    &plan.item(item, &chunk),
+                    smoothing,
+                    phases,
+                );
             }
         }
         wait(units); // the next chunk divides the same workspace otherwise
@@ -452,4 +464,25 @@ fn step<
             }),
         );
     }
+}
+
+/// The gradients of an item's rows, which have seen all classes.
+#[cube]
+fn finish_rows<F: Float, N: Size, M: Size>(
+    weights: &[Vector<F, M>],
+    strides: &RowStrides,
+    targets: &[u32], // [rows, padded]
+    workspace: &mut [f32],
+    grad: &mut [Vector<F, M>], // [heads, rows, dim]
+    plan: &Plan,
+    item: &Item,
+    smoothing: f32,
+    #[comptime] phases: Phases,
+) {
+    if comptime!(phases.loss) {
+        row_gradients::subtract_targets::<F, N, M>(
+            weights, strides, targets, workspace, plan, item, smoothing, phases,
+        );
+    }
+    row_gradients::finish::<F, N, M>(&*workspace, grad, plan, item);
 }

@@ -67,7 +67,7 @@ pub(super) fn pack_item<F: Float, N: Size, M: Size>(
     let width = comptime!(lanes * TILE_VECTORS);
     let head = plan.head(item);
     let first = plan.first_row(item, width);
-    let columns = plan.columns + local * plan.panel(width);
+    let columns = plan.columns_panel(local, width);
     let mut to = plan.block_row(local, width);
     let mut stride = plan.block_stride(width);
     if comptime!(!blocks) {

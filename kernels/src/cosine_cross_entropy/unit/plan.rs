@@ -3,6 +3,7 @@
 use cubecl::prelude::*;
 
 use super::rows::Item;
+use crate::loss::arriving::Arrives;
 use crate::math::span::Span;
 use crate::math::tile::TILE_VECTORS;
 
@@ -15,8 +16,8 @@ pub(crate) struct Phases {
     pub embeddings: bool,
     /// The gradient of the class weights.
     pub weights: bool,
-    /// The upstream gradient has one element a row, not one a head.
-    pub per_row: bool,
+    /// Whom a number of the upstream gradient is for.
+    pub arrives: Arrives,
     /// The loss is a mean over the rows that count.
     pub mean: bool,
     /// Labels are smoothed.
@@ -33,6 +34,11 @@ impl Phases {
     /// Whether gradients follow from the exponentials of the loss, with no second product for logits.
     pub(crate) fn at_once(self) -> bool {
         self.loss && self.gradients()
+    }
+
+    /// Whether gradients of rows wait for the sums of all class weights, which one unit makes for all.
+    pub(crate) fn needs_totals(self) -> bool {
+        self.at_once() && self.smooth
     }
 }
 
@@ -73,6 +79,9 @@ pub(super) struct Plan {
     pub panels: usize,
     pub items: usize,
     pub chunk_items: usize,
+    /// Panels of columns and of gradients: one for each item of a chunk, or, where all classes are one block and an item is done with
+    /// before the next is begun, for each unit.
+    pub held: usize,
     /// `active`, padded to whole register tiles.
     pub classes: usize,
     pub chunk_classes: usize,
@@ -84,11 +93,11 @@ pub(super) struct Plan {
     pub slots: usize,
     /// `[heads, dim_padded]`: sums of the unit-norm class weights, for smoothed labels.
     pub totals: usize,
-    /// `[chunk_items, dim_padded, width]`: unit-norm embeddings, a column of a panel after another.
+    /// `[held, dim_padded, width]`: unit-norm embeddings, a column of a panel after another.
     pub columns: usize,
     /// `[dim_padded / width, chunk_items · width, width]`: the same in blocks of columns, row after row.
     pub blocks: usize,
-    /// `[chunk_items, dim_padded / width, width, width]`: gradients of the unit-norm embeddings.
+    /// `[held, dim_padded / width, width, width]`: gradients of the unit-norm embeddings.
     pub gradient: usize,
     /// Of one head: those whose exponentials wait in the gradient of the class weights, if any do.
     pub kept_panels: usize,
@@ -177,15 +186,18 @@ impl HostPlan {
         let parts = dim_padded.div_ceil(CACHED_COLUMNS);
         let depth = dim_padded.div_ceil(parts).next_multiple_of(width);
 
-        let panels_each = if phases.embeddings { 3 } else { 2 };
-        let of_item = panels_each * panel + STATES * width;
         let blocks = classes.div_ceil(class_block);
+        let held_each = 1 + usize::from(phases.embeddings);
+        let one_by_one = blocks == 1 && !phases.needs_totals();
+        let panels_each = usize::from(phases.gradients()) + if one_by_one { 0 } else { held_each };
+        let of_item = panels_each * panel + STATES * width;
         let packed = block_floats(slots, class_block);
         let own = class_block.max(OWNED_CLASSES) * width
             + OWNED_CLASSES * (dim_padded + OWNED_PANELS * width + SKEW).next_multiple_of(width);
+        let of_unit = own + if one_by_one { held_each * panel } else { 0 };
         let room = WORKSPACE_FLOATS
             .max(problem.units.saturating_mul(UNIT_FLOATS))
-            .saturating_sub(packed + problem.heads * dim_padded + problem.units * own);
+            .saturating_sub(packed + problem.heads * dim_padded + problem.units * of_unit);
         let least = most.min(problem.units);
         let fit = |room: usize, kept: usize| (room / (of_item + (kept + blocks) * width)).min(most);
 
@@ -222,7 +234,7 @@ impl HostPlan {
             let better = match all {
                 true => panels * width * classes > CACHED_EXPONENTIALS,
                 // Fewer than a quarter do not pay for packing the class weights again.
-                false => kept_panels * 4 >= panels && fitting < least,
+                false => kept_panels * 4 >= panels && fitting < least && !one_by_one,
             };
             if better && of_whole_heads >= least {
                 in_gradient = InGradient::Exponentials { all };
@@ -246,6 +258,10 @@ impl HostPlan {
             false => own,
         };
 
+        let held = match one_by_one {
+            true => chunk_items.min(problem.units),
+            false => chunk_items,
+        };
         let mut floats = 0;
         let mut take = |wanted: bool, count: usize| {
             let at = floats;
@@ -266,6 +282,7 @@ impl HostPlan {
             panels,
             items,
             chunk_items,
+            held,
             classes,
             chunk_classes,
             class_block,
@@ -273,9 +290,9 @@ impl HostPlan {
             packed: take(true, packed),
             slots,
             totals: take(phases.smooth, problem.heads * dim_padded),
-            columns: take(true, chunk_items * panel),
+            columns: take(true, held * panel),
             blocks: take(phases.gradients(), chunk_items * panel),
-            gradient: take(phases.embeddings, chunk_items * panel),
+            gradient: take(phases.embeddings, held * panel),
             kept_panels,
             logits: take(
                 phases.weights && !in_gradient.exponentials(),
@@ -307,6 +324,7 @@ impl Plan {
             self.panels,
             self.items,
             self.chunk_items,
+            self.held,
             self.classes,
             self.chunk_classes,
             self.class_block,
@@ -377,6 +395,21 @@ impl Plan {
     /// Floats of a panel.
     pub(super) fn panel(&self, #[comptime] width: usize) -> usize {
         self.dim_padded * width
+    }
+
+    /// The place of an item of a chunk among the panels that are held.
+    fn held_place(&self, local: usize) -> usize {
+        select(self.held < self.chunk_items, UNIT_POS as usize, local)
+    }
+
+    /// Where an item's columns are.
+    pub(super) fn columns_panel(&self, local: usize, #[comptime] width: usize) -> usize {
+        self.columns + self.held_place(local) * self.panel(width)
+    }
+
+    /// Where the gradients of an item's rows are.
+    pub(super) fn gradient_panel(&self, local: usize, #[comptime] width: usize) -> usize {
+        self.gradient + self.held_place(local) * self.panel(width)
     }
 
     /// Floats from one packed class weight to the next.
@@ -490,7 +523,7 @@ mod tests {
             loss: true,
             embeddings: true,
             weights: true,
-            per_row: false,
+            arrives: Arrives::Everywhere,
             mean: true,
             smooth: false,
             weighted: false,

@@ -4,7 +4,9 @@ use cubecl::prelude::*;
 
 use super::plan::{Phases, Plan};
 use super::rows::{ClassBlock, Item};
+use crate::loss::arriving::Arrives;
 use crate::loss::target::INVALID;
+use crate::math::narrow::narrow;
 use crate::math::norm::{inverse_norm, projection, row_norm};
 use crate::math::tile::{Broadcast, Lanes, TILE_VECTORS, add_to};
 use crate::operand::RowStrides;
@@ -14,7 +16,7 @@ use crate::operand::RowStrides;
 pub(super) fn clear<N: Size>(workspace: &mut [f32], plan: &Plan, local: usize) {
     let lanes = N::value();
     let width = comptime!(lanes * TILE_VECTORS);
-    let at = (plan.gradient + local * plan.panel(width)) / lanes;
+    let at = plan.gradient_panel(local, width) / lanes;
     let gradient = workspace.as_vectorized_mut().with_vector_size_mut::<N>();
     for i in 0..plan.panel(width) / lanes {
         gradient[at + i] = Vector::<f32, N>::new(0.0);
@@ -26,6 +28,7 @@ pub(super) fn clear<N: Size>(workspace: &mut [f32], plan: &Plan, local: usize) {
 #[cube]
 pub(super) fn arriving<N: Size>(
     targets: &[Vector<u32, N>],
+    everywhere: f32,
     upstream: &[f32],
     lse: &[f32],
     workspace: &mut [f32],
@@ -45,9 +48,10 @@ pub(super) fn arriving<N: Size>(
         let mut row_lse = 0.0f32.runtime();
         if row < plan.rows {
             let at = head * plan.rows + row;
-            match comptime!(phases.per_row) {
-                true => arrived = upstream[at] * factor,
-                false => arrived = upstream[head] * factor,
+            match comptime!(phases.arrives) {
+                Arrives::Everywhere => arrived = everywhere * factor,
+                Arrives::ByHead => arrived = upstream[head] * factor,
+                Arrives::ByRow => arrived = upstream[at] * factor,
             }
             if comptime!(!phases.loss) {
                 row_lse = lse[at];
@@ -71,7 +75,7 @@ pub(super) fn arriving<N: Size>(
 pub(super) fn rescale<N: Size>(workspace: &mut [f32], plan: &Plan, local: usize, factors: usize) {
     let lanes = N::value();
     let width = comptime!(lanes * TILE_VECTORS);
-    let panel = (plan.gradient + local * plan.panel(width)) / lanes;
+    let panel = plan.gradient_panel(local, width) / lanes;
     for r in 0..width {
         let factor = workspace[factors + r];
         if factor != 1.0 {
@@ -101,7 +105,7 @@ pub(super) fn add_classes<N: Size>(
     let lanes = N::value();
     let width = comptime!(lanes * TILE_VECTORS);
     let weights = plan.packed_weights(block.number, item.slot);
-    let panel = (plan.gradient + item.local * plan.panel(width)) / lanes;
+    let panel = plan.gradient_panel(item.local, width) / lanes;
     for b in 0..plan.dim_padded / width {
         for group in 0..comptime!(width / tile_rows) {
             let out =
@@ -187,7 +191,7 @@ pub(super) fn subtract_targets<F: Float, N: Size, M: Size>(
             let sums = Vector::<f32, M>::new(sums);
             let of_target = Vector::<f32, M>::new(of_target);
             let of_all = Vector::<f32, M>::new(-arrived * uniform);
-            let upstream = (plan.gradient + item.local * plan.panel(width) + r * width) / piece;
+            let upstream = (plan.gradient_panel(item.local, width) + r * width) / piece;
             let totals = (plan.totals + head * plan.dim_padded) / piece;
             let space = workspace.as_vectorized_mut().with_vector_size_mut::<M>();
             for d in 0..plan.dim / piece {
@@ -226,7 +230,7 @@ pub(super) fn finish<F: Float, N: Size, M: Size>(
     for r in 0..width {
         if first + r < plan.rows {
             let unit = (plan.block_row(item.local, width) + r * width) / piece;
-            let upstream = (plan.gradient + item.local * plan.panel(width) + r * width) / piece;
+            let upstream = (plan.gradient_panel(item.local, width) + r * width) / piece;
             let norm = workspace[plan.state(item.local, width).norms + r];
             let mut along = Vector::<f32, M>::new(0.0);
             for d in 0..plan.dim / piece {
@@ -240,7 +244,7 @@ pub(super) fn finish<F: Float, N: Size, M: Size>(
             for d in 0..plan.dim / piece {
                 let x = pieces_of[unit + d / pieces * unit_block + d % pieces];
                 let g = pieces_of[upstream + d / pieces * block + d % pieces];
-                grad[out + d] = Vector::<F, M>::cast_from(fma(projection, x, g) * inverse);
+                grad[out + d] = narrow::<F, M>(fma(projection, x, g) * inverse);
             }
         }
     }

@@ -47,7 +47,7 @@ pub(super) fn logits<N: Size>(
 ) {
     let lanes = N::value();
     let width = comptime!(lanes * TILE_VECTORS);
-    let columns = (plan.columns + local * plan.panel(width)) / lanes;
+    let columns = plan.columns_panel(local, width) / lanes;
     let mut start = 0usize.runtime();
     while start < plan.dim_padded {
         let steps = min(plan.depth, plan.dim_padded - start);

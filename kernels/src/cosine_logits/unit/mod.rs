@@ -12,6 +12,7 @@ use super::launch::Call;
 use super::problem::Sizes;
 use crate::Gradients;
 use crate::blueprint::Blueprint;
+use crate::math::narrow::narrow;
 use crate::math::tile::TILE_VECTORS;
 use crate::operand::{RowStrides, Strided, whole, whole_if_asked, widest};
 use layout::Operand;
@@ -167,17 +168,17 @@ fn forward<F: Float, M: Size, N: Size, L: Size>(
                         let out = (head * layout.rows + row) * layout.active;
                         #[unroll]
                         for v in 0..TILE_VECTORS {
-                            let z = Vector::<F, N>::cast_from(tile[r * TILE_VECTORS + v] * scale);
+                            let z = tile[r * TILE_VECTORS + v] * scale;
                             #[unroll]
                             for part in 0..comptime!(lanes / piece) {
                                 let class = panel * width + comptime!(v * lanes + part * piece);
                                 if class < layout.active {
-                                    let mut some = Vector::<F, L>::empty();
+                                    let mut some = Vector::<f32, L>::empty();
                                     #[unroll]
                                     for i in 0..piece {
                                         some.insert(i, z.extract(comptime!(part * piece + i)));
                                     }
-                                    logits[(out + class) / piece] = some;
+                                    logits[(out + class) / piece] = narrow::<F, L>(some);
                                 }
                             }
                         }

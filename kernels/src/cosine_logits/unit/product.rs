@@ -4,6 +4,7 @@ use cubecl::prelude::*;
 
 use super::layout::Operand;
 use crate::cosine_logits::problem::Sizes;
+use crate::math::narrow::narrow;
 use crate::math::norm::{inverse_norm, projection};
 use crate::math::tile::{Broadcast, Lanes, TILE_VECTORS, accumulate};
 
@@ -159,7 +160,7 @@ fn finish_row<F: Float, M: Size>(
     let projection = Vector::<f32, M>::new(-projection(along.vector_sum(), norm));
     for d in 0..layout.dim / piece {
         let value = fma(projection, unit[unit_at + d], upstream[upstream_at + d]) * inverse;
-        grad[out / piece + d] = Vector::<F, M>::cast_from(value);
+        grad[out / piece + d] = narrow::<F, M>(value);
     }
 }
 

@@ -1,10 +1,10 @@
 //! The whole step in one launch: a cube of as many units as the CPU has cores, with barriers between the phases.
 //!
-//! - Labels become targets, and are counted. Each unit packs its own panels of rows.
-//! - Block by block of classes: all units pack the weights of the next block together, and each multiplies its own panels
-//!   with this one. Logits become a running softmax; if gradients follow, their exponentials are multiplied with the block at
-//!   once and summed into the rows' gradients, as attention sums its values, and are kept.
-//! - With the loss known, sums become gradients of the rows.
+//! - Labels become targets, and are counted.
+//! - Block by block of classes: all units pack the weights of the next block together, and each multiplies its own panels of
+//!   rows, which it packs at the first block, with this one. Logits become a running softmax; if gradients follow, their exponentials
+//!   are multiplied with the block at once and summed into the rows' gradients, as attention sums its values, and are kept.
+//! - At the last block a panel's loss is known: sums become gradients of its rows.
 //! - After a barrier each unit owns classes, and adds all rows to the gradients of their weights.
 //!
 //! With the exponentials kept, loss and gradients take `6·H·N·D·K` floating-point operations; a backward pass that only has lse

@@ -28,7 +28,18 @@ pub(crate) struct Arriving {
     pub tensor: Option<(Handle, usize)>,
 }
 
+/// What arrives where no gradient is asked for.
+static NOTHING: Arriving = Arriving {
+    arrives: Arrives::Everywhere,
+    everywhere: 0.0,
+    tensor: None,
+};
+
 impl Arriving {
+    pub(crate) fn or_nothing(arriving: Option<&Self>) -> &Self {
+        arriving.unwrap_or(&NOTHING)
+    }
+
     /// Folds the head weights into a total's gradient, or checks the shape of a loss's. With one active class the loss is
     /// constant, and nothing arrives: its gradients are exactly 0.
     pub(crate) fn new(

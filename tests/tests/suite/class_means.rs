@@ -286,7 +286,8 @@ fn means_are_rounded_to_the_nearest_and_ties_to_even() {
             Dtype::F16 => half::f16::from_bits(bits).to_f32(),
             _ => half::bf16::from_bits(bits).to_f32(),
         };
-        // Every pattern of a normal number but the largest, and the next; a NaN last.
+        // Every pattern of a normal number but the largest, and the next; a NaN last. Sums of the largest bf16 pass f32, and are infinite in
+        // the truth as well.
         let smallest = infinity & infinity.wrapping_neg();
         let mut lower: Vec<u16> = (smallest..infinity - 1).collect();
         lower.extend(lower.clone().iter().map(|bits| bits | 0x8000));

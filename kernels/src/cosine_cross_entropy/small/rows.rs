@@ -51,6 +51,7 @@ pub(super) fn launch(
         size: PLANE_UNITS / OWNED,
         exchange: all.exchange,
     };
+    let arrived = Arriving::or_nothing(arriving);
     let plan = Plan {
         of_class: Group::of(&call.blueprint, sizes.dim / step.vector),
         of_row,
@@ -58,7 +59,7 @@ pub(super) fn launch(
         all,
         backward: arriving.is_some(),
         of_embeddings: grad.is_some(),
-        arrives: arriving.map_or(Arrives::Everywhere, |arriving| arriving.arrives),
+        arrives: arrived.arrives,
         mean: loss.reduction == Reduction::Mean,
     };
     let nothing = call.client.empty(size_of::<f32>());
@@ -75,10 +76,7 @@ pub(super) fn launch(
             call.problem.weights.buffer_arg(step.vector),
             call.problem.weights.strides_arg(step.vector),
             call.labels.buffer_arg(),
-            match arriving {
-                Some(arriving) => arriving.buffer_arg(&nothing),
-                None => BufferArg::from_raw_parts(nothing, 1),
-            },
+            arrived.buffer_arg(&nothing),
             whole(&results.lse, 1),
             whole(&results.predictions, 1),
             step.scratch_arg(),
@@ -87,7 +85,7 @@ pub(super) fn launch(
             label_rule(call.labels.dtype(), sizes.active, loss.ignore_index),
             call.options.scale,
             loss.label_smoothing,
-            arriving.map_or(0.0, |arriving| arriving.everywhere),
+            arrived.everywhere,
             plan,
             call.problem.embeddings.dtype(),
             call.labels.dtype(),

@@ -28,7 +28,7 @@ use super::launch::{Call, Results};
 use crate::Gradients;
 use crate::error::Error;
 use crate::loss::Reduction;
-use crate::loss::arriving::{Arrives, Arriving, share_of_row};
+use crate::loss::arriving::{Arriving, share_of_row};
 use crate::loss::reduce::{HowReduced, reduce_heads};
 use crate::loss::target::{LabelRule, label_rule};
 use crate::math::group::Group;
@@ -49,7 +49,7 @@ pub(super) enum Outcome<'a> {
 /// A launch that was planned.
 pub(super) struct Step<'a> {
     call: &'a Call<'a>,
-    arriving: Option<&'a Arriving>,
+    arriving: &'a Arriving,
     gradients: &'a Gradients,
     phases: Phases,
     host: HostPlan,
@@ -67,11 +67,12 @@ impl<'a> Step<'a> {
         gradients: &'a Gradients,
     ) -> Result<Option<Self>, Error> {
         let sizes = &call.problem.sizes;
+        let arriving = Arriving::or_nothing(arriving);
         let phases = Phases {
             loss,
             embeddings: gradients.embeddings.is_some(),
             weights: gradients.weights.is_some(),
-            arrives: arriving.map_or(Arrives::Everywhere, |arriving| arriving.arrives),
+            arrives: arriving.arrives,
             mean: call.options.loss.reduction == Reduction::Mean,
             smooth: call.options.loss.label_smoothing != 0.0,
             weighted: call.head_weights.is_some(),
@@ -146,10 +147,7 @@ impl<'a> Step<'a> {
                 call.labels.buffer_arg(),
                 BufferArg::from_raw_parts(targets, rows_padded),
                 BufferArg::from_raw_parts(client.empty(bests * size_of::<u32>()), bests),
-                match self.arriving {
-                    Some(arriving) => arriving.buffer_arg(&workspace),
-                    None => nothing(),
-                },
+                self.arriving.buffer_arg(&workspace),
                 match &call.head_weights {
                     Some(weights) => BufferArg::from_raw_parts(weights.clone(), sizes.heads),
                     None => nothing(),
@@ -167,7 +165,7 @@ impl<'a> Step<'a> {
                 label_rule(call.labels.dtype(), sizes.active, loss.ignore_index),
                 call.options.scale,
                 loss.label_smoothing,
-                self.arriving.map_or(0.0, |arriving| arriving.everywhere),
+                self.arriving.everywhere,
                 self.phases,
                 blueprint.units,
                 self.host.in_gradient,

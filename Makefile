@@ -1,4 +1,4 @@
-# Everything is built in one profile with one set of features (the tests' included), so that nothing is compiled twice.
+# What is used is built in one profile with one set of features (the tests' included), so that nothing is compiled twice.
 export XDG_RUNTIME_DIR ?= /tmp
 cargo_flags := --release --workspace
 
@@ -36,9 +36,9 @@ check: setup-tests ## formatting, lints, documentation, combinations of features
 	RUSTDOCFLAGS="--deny warnings" cargo doc $(cargo_flags) --no-deps
 	cargo check --release -p protohead
 	cargo check --release -p protohead --features burn,cpu
-	cargo check --release -p protohead-harness --features wgpu
+	cargo check $(cargo_flags) --features protohead-harness/wgpu
 	cargo test $(cargo_flags)
-	cargo test --release -p protohead-tests --no-default-features --features cpu --test suite burn_tensors # with Burn's fusion off
+	cargo test --profile once -p protohead-tests --no-default-features --features cpu --test suite burn_tensors # with Burn's fusion off
 
 bench: setup ## throughput of every op at every shape beside its peers: about a quarter of an hour
 	rm -rf $${CARGO_TARGET_DIR:-target}/criterion

@@ -1,11 +1,11 @@
 //! The compile proof: what the library launches on NVIDIA GPUs compiles, assembles, fits and does not spill.
 
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
 use protohead_tests::proof::{ARCHITECTURES, BEYOND_32_BITS, Row, toolkit};
 
-/// Every kernel, compiled by a process of its own that knows where the CUDA toolkit is; none where there is no toolkit.
+/// Every kernel, compiled by a process for each architecture, which knows where the CUDA toolkit is; none where there is no toolkit.
 fn rows() -> &'static [Row] {
     static ROWS: OnceLock<Vec<Row>> = OnceLock::new();
     ROWS.get_or_init(compiled)
@@ -22,13 +22,21 @@ fn compiled() -> Vec<Row> {
         );
         return Vec::new();
     }
-    let output = Command::new(env!("CARGO_BIN_EXE_kernels"))
-        .arg("--json")
-        .output()
-        .expect("the program starts");
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{said}");
-    let rows: Vec<Row> = serde_json::from_slice(&output.stdout).expect("rows as JSON");
+    let processes = ARCHITECTURES.map(|arch| {
+        Command::new(env!("CARGO_BIN_EXE_kernels"))
+            .args(["--json", &arch.to_string()])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the program starts")
+    });
+    let rows = processes.into_iter().flat_map(|process| {
+        let output = process.wait_with_output().expect("it ends");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{said}");
+        serde_json::from_slice::<Vec<Row>>(&output.stdout).expect("rows as JSON")
+    });
+    let rows: Vec<Row> = rows.collect();
     assert!(rows.len() > 100, "only {} kernels", rows.len());
     rows
 }

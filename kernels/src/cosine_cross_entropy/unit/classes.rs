@@ -3,13 +3,17 @@
 use cubecl::prelude::*;
 
 use super::pack::pack_class;
-use super::plan::{CACHED_PANELS, InGradient, OWNED_CLASSES, OWNED_PANELS, Phases, Plan};
+use super::phases::Phases;
+use super::plan::{InGradient, OWNED_CLASSES, OWNED_PANELS, Plan};
 use super::rows::{self, ClassBlock, Item};
 use crate::math::narrow::narrow;
 use crate::math::norm::{inverse_norm, projection};
 use crate::math::span::{Span, share};
 use crate::math::tile::{Broadcast, Lanes, TILE_VECTORS, add_to};
 use crate::operand::RowStrides;
+
+/// Panels of rows whose blocks of columns stay in the first-level cache while a unit's classes are multiplied with them.
+const CACHED_PANELS: usize = 4;
 
 /// Adds the rows of the items `chunk` to the gradients of the classes `classes`, in every head that the chunk touches.
 #[cube]

@@ -15,7 +15,9 @@
 //! of a sum only where it decides what fits.
 
 mod classes;
+mod cut;
 mod pack;
+mod phases;
 mod plan;
 mod row_gradients;
 mod rows;
@@ -35,7 +37,9 @@ use crate::math::group::Group;
 use crate::math::span::{Span, share, wait};
 use crate::math::tile::TILE_VECTORS;
 use crate::operand::{RowStrides, addressable, memory_beside, whole};
-use plan::{HostPlan, InGradient, Phases, Plan, Problem};
+use cut::{HostPlan, Problem};
+use phases::Phases;
+use plan::{InGradient, Plan};
 use rows::{ClassBlock, Item};
 
 /// What becomes of the rows' losses.

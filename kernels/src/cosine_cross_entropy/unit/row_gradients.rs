@@ -2,7 +2,8 @@
 
 use cubecl::prelude::*;
 
-use super::plan::{Phases, Plan};
+use super::phases::Phases;
+use super::plan::Plan;
 use super::rows::{ClassBlock, Item};
 use crate::loss::arriving::Arrives;
 use crate::loss::target::INVALID;

@@ -2,7 +2,8 @@
 
 use cubecl::prelude::*;
 
-use super::plan::{Phases, Plan};
+use super::phases::Phases;
+use super::plan::Plan;
 use super::row_gradients;
 use crate::loss::target::INVALID;
 use crate::math::online_softmax::FLOOR;

@@ -176,7 +176,9 @@ impl CosineHeads {
         };
         let weights = self.weights_for(&embeddings);
         let heads = cosine_cross_entropy(embeddings, weights, labels, &unweighted)?;
-        let total = total(heads.loss.clone(), options.weights(count));
+        let alphas = options.head_weights.clone();
+        let alphas = alphas.unwrap_or_else(|| vec![1.0; count]);
+        let total = total(heads.loss.clone(), alphas);
         Ok(HeadsLoss { total, heads })
     }
 

@@ -93,11 +93,4 @@ impl LossOptions {
         let weights = self.head_weights.as_ref();
         weights.map(|weights| client.create_from_slice(f32::as_bytes(weights)))
     }
-
-    /// The weight of each head.
-    pub(crate) fn weights(&self, heads: usize) -> Vec<f32> {
-        self.head_weights
-            .clone()
-            .unwrap_or_else(|| vec![1.0; heads])
-    }
 }

@@ -15,7 +15,7 @@ use crate::loss::arriving::Arriving;
 use crate::loss::reduce::{self, Reduced};
 use crate::loss::{LossOptions, LossOutput, Saved, Upstream};
 use crate::operand::{F32, Labels, U32, empty};
-use crate::tiles::Tile;
+use crate::tiles::{Chunks, LogitChunk, Tile};
 
 /// The operands, never modified.
 #[derive(Clone, Debug)]
@@ -81,7 +81,7 @@ impl Default for Options {
 pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<LossOutput, Error> {
     let call = Call::new(client, inputs, options)?;
     Ok(match call.kernels {
-        Kernels::Tiled(tile) => call.gpu_forward(tile),
+        Kernels::Tiled(tile) => call.gpu_forward(&tiled::forward_chunks(&call, tile), None),
         Kernels::Small => call.small(None).0,
         Kernels::Unit => call.unit_forward()?,
     })
@@ -122,7 +122,10 @@ pub(crate) fn backward_from(
         return Ok(Gradients::default());
     }
     Ok(match call.kernels {
-        Kernels::Tiled(tile) => call.gpu_backward(tile, saved, &arriving, wanted),
+        Kernels::Tiled(tile) => {
+            let chunks = tiled::backward_chunks(&call, tile);
+            call.gpu_backward(&chunks, None, saved, &arriving, wanted)
+        }
         Kernels::Small => call.small(Some((&arriving, wanted))).1,
         Kernels::Unit => call.unit_backward(saved, &arriving, wanted)?,
     })
@@ -132,7 +135,8 @@ pub(crate) fn backward_from(
 /// is minimized.
 ///
 /// On a CPU it saves the second computation of the logits, as long as their exponentials find a place to wait in: a bounded workspace,
-/// a chunk of rows at a time, or the memory of `dW`. The gradients agree with those of the two calls to f32's rounding, not to the bit.
+/// a chunk of rows at a time, or the memory of `dW`. On a GPU it does so in f32 multiply-adds, for as many classes as a bounded
+/// workspace holds at once. The gradients agree with those of the two calls to f32's rounding, not to the bit.
 /// `examples/step.rs` is a whole program around it.
 ///
 /// # Errors
@@ -284,11 +288,7 @@ impl<'a> Call<'a> {
         wanted: Wanted,
     ) -> Result<(LossOutput, Gradients), Error> {
         Ok(match self.kernels {
-            Kernels::Tiled(tile) => {
-                let output = self.gpu_forward(tile);
-                let gradients = self.gpu_backward(tile, &output.saved(), arriving, wanted);
-                (output, gradients)
-            }
+            Kernels::Tiled(tile) => self.gpu_forward_backward(tile, arriving, wanted),
             Kernels::Small => self.small(Some((arriving, wanted))),
             Kernels::Unit => {
                 if let Some(both) = self.unit_forward_backward(arriving, wanted)? {
@@ -346,9 +346,9 @@ impl<'a> Call<'a> {
         Ok(Some((self.output(results), gradients)))
     }
 
-    fn gpu_forward(&self, tile: Tile) -> LossOutput {
+    fn gpu_forward(&self, chunks: &Chunks, kept: Option<&LogitChunk>) -> LossOutput {
         let rows = self.row_results();
-        tiled::launch_forward(self, tile, &rows);
+        tiled::launch_forward(self, chunks, kept, &rows);
         let reduced = reduce::launch(
             self.client,
             &self.blueprint,
@@ -363,16 +363,38 @@ impl<'a> Call<'a> {
 
     fn gpu_backward(
         &self,
-        tile: Tile,
+        chunks: &Chunks,
+        kept: Option<LogitChunk>,
         saved: &Saved,
         arriving: &Arriving,
         wanted: Wanted,
     ) -> Gradients {
         let rows = tiled::gather_rows(self, saved, arriving);
         let gradients = self.gradients(wanted);
-        if wanted.any() {
-            tiled::launch_backward(self, tile, &rows, &gradients);
-        }
+        tiled::launch_backward(self, chunks, kept, &rows, &gradients);
         gradients
+    }
+
+    fn gpu_forward_backward(
+        &self,
+        tile: Tile,
+        arriving: &Arriving,
+        wanted: Wanted,
+    ) -> (LossOutput, Gradients) {
+        let chunks = tiled::forward_chunks(self, tile);
+        if !wanted.any() {
+            return (self.gpu_forward(&chunks, None), Gradients::default());
+        }
+        if self.options.scale <= 0.0 {
+            // The two passes have embeddings of different signs.
+            let output = self.gpu_forward(&chunks, None);
+            let chunks = tiled::backward_chunks(self, tile);
+            let gradients = self.gpu_backward(&chunks, None, &output.saved(), arriving, wanted);
+            return (output, gradients);
+        }
+        let kept = chunks.kept();
+        let output = self.gpu_forward(&chunks, kept.as_ref());
+        let gradients = self.gpu_backward(&chunks, kept, &output.saved(), arriving, wanted);
+        (output, gradients)
     }
 }

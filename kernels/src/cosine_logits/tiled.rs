@@ -2,7 +2,6 @@
 //! and multiplies them with both operands.
 
 use cubecl::prelude::*;
-use cubecl::server::Handle;
 use cubecl::std::tensor::TensorHandle;
 
 use super::launch::Call;
@@ -10,7 +9,7 @@ use crate::Gradients;
 use crate::blueprint::{PLANE_UNITS, cubes_for};
 use crate::operand::{RowStrides, Strided, address_type, whole};
 use crate::tiles::{
-    Backward, Chunk, ChunkShape, Chunks, Lies, Tile, column_of, place, result_of, row_of,
+    Backward, ChunkShape, Chunks, Lies, LogitChunk, Tile, column_of, place, result_of, row_of,
 };
 
 pub(super) fn launch_forward(call: &Call, tile: Tile, logits: &TensorHandle, scale: f32) {
@@ -18,7 +17,7 @@ pub(super) fn launch_forward(call: &Call, tile: Tile, logits: &TensorHandle, sca
     let sizes = &call.problem.sizes;
     let elements = sizes.heads * sizes.rows * sizes.active;
     let chunks = Chunks::new(client, &call.blueprint, tile, &call.problem, 1.0);
-    for chunk in chunks.forward() {
+    for chunk in chunks.forward(None) {
         let cubes = sizes.heads * (sizes.rows_padded / tile.side) * (chunk.padded / tile.side);
         // SAFETY: the operands are packed in whole tiles, `logits` is [heads, rows, active].
         unsafe {
@@ -57,7 +56,7 @@ pub(super) fn launch_backward(
         factors,
         gradients,
     };
-    backward.run(|chunk: &Chunk, logits: &Handle| {
+    backward.run(None, |LogitChunk { chunk, logits }, _| {
         let elements = sizes.heads * sizes.rows_padded * chunk.padded;
         // SAFETY: `Strided` proved the upstream, the copy has whole tiles.
         unsafe {

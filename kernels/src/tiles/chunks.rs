@@ -6,11 +6,12 @@ use cubecl::server::Handle;
 
 use super::pack::finish_chunk;
 use super::product::{Lies, Source, column_of, place, result_of, row_of, tile_product};
-use super::{Tile, pack_chunk};
+use super::{Engine, Tile, pack_chunk};
 use crate::Gradients;
 use crate::blueprint::{Blueprint, cubes_for};
 use crate::cosine_logits::CosineProblem;
 use crate::math::parts::{add_parts, parts_of_sums};
+use crate::operand::F32;
 
 /// Bytes that everything with a class axis may take beside the caller's tensors.
 const WORKSPACE: usize = 160 << 20;
@@ -35,6 +36,13 @@ pub(crate) struct Chunk {
     pub padded: usize,
     /// Unit rows, `[heads, padded, dim_padded]`.
     pub weights: Handle,
+}
+
+/// A chunk of a backward pass.
+pub(crate) struct LogitChunk {
+    pub chunk: Chunk,
+    /// The place of its logit gradients: `[heads, rows_padded, chunk.padded]` of the packed dtype.
+    pub logits: Handle,
 }
 
 impl<'a> Chunks<'a> {
@@ -66,16 +74,15 @@ impl<'a> Chunks<'a> {
         }
     }
 
-    /// Where chunks begin, if every class of a chunk takes `bytes`; and how many classes a chunk has at most.
-    fn ranges(&self, bytes: usize) -> (impl Iterator<Item = usize> + use<>, usize) {
+    /// How many classes a chunk has at most, if each takes `bytes`.
+    fn step(&self, bytes: usize) -> usize {
         let side = self.tile.side;
         // Several tiles, so that the last chunk can have fewer than there are parts.
         let fitting = match self.tile.stands_in {
             true => 3,
             false => tiles_at_once(bytes, side),
         };
-        let step = (fitting * side).min(self.problem.sizes.active_padded);
-        ((0..self.problem.sizes.active).step_by(step), step)
+        (fitting * side).min(self.problem.sizes.active_padded)
     }
 
     fn size(&self) -> usize {
@@ -104,12 +111,48 @@ impl<'a> Chunks<'a> {
         }
     }
 
-    /// Chunks for a forward pass.
-    pub(crate) fn forward(&self) -> impl ExactSizeIterator<Item = Chunk> {
+    /// Chunks for a forward pass, or for the rest of one that leaves the cosines of `kept`. The rest are a backward pass's, which has
+    /// room for one of them beside the kept one: in the place of its gradients.
+    pub(crate) fn forward(
+        &self,
+        kept: Option<&LogitChunk>,
+    ) -> impl ExactSizeIterator<Item = Chunk> {
         let sizes = &self.problem.sizes;
-        let (firsts, step) = self.ranges(sizes.heads * sizes.dim_padded * self.size());
-        let firsts: Vec<usize> = firsts.collect();
+        let (start, step) = match kept {
+            Some(kept) => (kept.chunk.classes, self.backward_step()),
+            None => (0, self.step(sizes.heads * sizes.dim_padded * self.size())),
+        };
+        let firsts: Vec<usize> = (start..sizes.active).step_by(step).collect();
         firsts.into_iter().map(move |first| self.chunk(first, step))
+    }
+
+    /// The first chunk of a backward pass, for a forward pass before it to leave its cosines in. None where that kernel would spill
+    /// registers (TF32), where logit gradients have too few digits for cosines (16 bits), or where the chunk is a small part of all.
+    pub(crate) fn kept(&self) -> Option<LogitChunk> {
+        let few = self.problem.sizes.active.div_ceil(self.backward_step()) <= 4;
+        let keeps = self.tile.engine == Engine::Fma && self.tile.packed == F32;
+        (few && keeps).then(|| self.logit_chunk(0))
+    }
+
+    /// Classes of a backward pass's chunk, at most.
+    fn backward_step(&self) -> usize {
+        let sizes = &self.problem.sizes;
+        self.step(bytes_of_class(
+            sizes.heads,
+            sizes.rows_padded,
+            sizes.dim_padded,
+            self.size(),
+        ))
+    }
+
+    fn logit_chunk(&self, first: usize) -> LogitChunk {
+        let sizes = &self.problem.sizes;
+        let chunk = self.chunk(first, self.backward_step());
+        let elements = sizes.heads * sizes.rows_padded * chunk.padded;
+        LogitChunk {
+            logits: self.client.empty(elements * self.size()),
+            chunk,
+        }
     }
 
     pub(crate) fn embeddings_arg(&self) -> BufferArg {
@@ -125,6 +168,14 @@ impl<'a> Chunks<'a> {
         self.vectors(
             &chunk.weights,
             sizes.heads * chunk.padded * sizes.dim_padded,
+        )
+    }
+
+    pub(crate) fn logits_arg(&self, of: &LogitChunk) -> BufferArg {
+        let sizes = &self.problem.sizes;
+        self.vectors(
+            &of.logits,
+            sizes.heads * sizes.rows_padded * of.chunk.padded,
         )
     }
 
@@ -154,13 +205,14 @@ pub(crate) struct Backward<'a> {
 }
 
 impl Backward<'_> {
-    /// Runs; `logit_gradients` fills `[heads, rows_padded, chunk.padded]` of the packed dtype, with zeros in the padding.
-    pub(crate) fn run(&self, logit_gradients: impl Fn(&Chunk, &Handle)) {
+    /// Runs; `fill` writes the logit gradients of a chunk, with zeros in the padding. It is told whether their cosines lie
+    /// there, as they do in `kept`, the first chunk.
+    pub(crate) fn run(&self, kept: Option<LogitChunk>, fill: impl Fn(&LogitChunk, bool)) {
         let chunks = self.chunks;
         let sizes = &chunks.problem.sizes;
         let (heads, rows, dim) = (sizes.heads, sizes.rows_padded, sizes.dim_padded);
         let float = size_of::<f32>();
-        let (firsts, step) = chunks.ranges(bytes_of_class(heads, rows, dim, chunks.size()));
+        let step = chunks.backward_step();
         let parts_of = |count: usize, reduced: usize| {
             let elements = heads * count * dim;
             let owners = elements / chunks.tile.side / chunks.tile.side;
@@ -173,16 +225,16 @@ impl Backward<'_> {
             let sums = chunks.client.empty(parts * heads * rows * dim * float);
             (grad, sums, parts)
         });
-        for first in firsts {
-            let chunk = chunks.chunk(first, step);
-            let elements = heads * rows * chunk.padded;
-            let logits = chunks.client.empty(elements * chunks.size());
-            logit_gradients(&chunk, &logits);
-            let logits_arg = || chunks.vectors(&logits, elements);
+        let mut kept = kept;
+        for first in (0..sizes.active).step_by(step) {
+            let has_cosines = kept.is_some();
+            let of = kept.take().unwrap_or_else(|| chunks.logit_chunk(first));
+            fill(&of, has_cosines);
+            let chunk = &of.chunk;
             if let Some((_, sums, parts)) = &for_rows {
                 self.product(
-                    logits_arg(),
-                    chunks.weights_arg(&chunk),
+                    chunks.logits_arg(&of),
+                    chunks.weights_arg(chunk),
                     sums,
                     *parts,
                     rows,
@@ -197,7 +249,7 @@ impl Backward<'_> {
                     .client
                     .empty(parts * heads * chunk.padded * dim * float);
                 self.product(
-                    logits_arg(),
+                    chunks.logits_arg(&of),
                     chunks.embeddings_arg(),
                     &sums,
                     parts,

@@ -131,6 +131,7 @@ fn products_run_on_tensor_cores_and_stream_sixteen_bytes_at_a_time() {
             ("class_means", Some("sum")) => 5,
             ("class_means", Some("merge")) => 4,
             ("cross_entropy", Some("forward" | "backward")) => 1,
+            (_, Some("from")) => 1, // from_cosines
             (_, Some("pack")) => 2,
             _ => 0,
         };

@@ -1,27 +1,37 @@
 //! Logit gradients of a chunk of classes, and what undoes their scaling.
 
 use cubecl::prelude::*;
-use cubecl::server::Handle;
 
-use super::super::launch::Call;
+use super::super::launch::{Call, Options};
 use super::rows::Rows;
 use crate::Gradients;
 use crate::blueprint::{PLANE_UNITS, cubes_for};
 use crate::math::group::{Group, group_max};
-use crate::math::online_softmax::FLOOR;
+use crate::math::lanes::iota;
+use crate::math::online_softmax::{FLOOR, logit_gradient};
 use crate::tiles::{
-    Backward, Chunk, ChunkShape, Chunks, Lies, Tile, column_of, place, result_of, row_of,
+    Backward, ChunkShape, Chunks, Lies, LogitChunk, Tile, column_of, place, result_of, row_of,
     store_tile,
 };
 
-/// Gradients from a forward pass's `rows`.
+/// The operands of a backward pass.
+pub(in crate::cosine_cross_entropy) fn backward_chunks<'a>(
+    call: &'a Call,
+    tile: Tile,
+) -> Chunks<'a> {
+    Chunks::new(call.client, &call.blueprint, tile, &call.problem, 1.0)
+}
+
+/// Gradients from a forward pass's `rows`, and from the cosines that it left in `kept`.
 pub(in crate::cosine_cross_entropy) fn launch_backward(
     call: &Call,
-    tile: Tile,
+    chunks: &Chunks,
+    kept: Option<LogitChunk>,
     rows: &Rows,
     gradients: &Gradients,
 ) {
     let client = call.client;
+    let tile = chunks.tile;
     let sizes = &call.problem.sizes;
     let dtype = tile.packed;
     // Softmax probabilities of many classes would be subnormal in f16: its exponents are used from the top.
@@ -45,33 +55,48 @@ pub(in crate::cosine_cross_entropy) fn launch_backward(
             Group::cube(&call.blueprint),
         );
     }
-    let chunks = Chunks::new(client, &call.blueprint, tile, &call.problem, 1.0);
     let backward = Backward {
-        chunks: &chunks,
+        chunks,
         factors,
         gradients,
     };
-    backward.run(|chunk: &Chunk, logits: &Handle| {
-        let elements = sizes.heads * sizes.rows_padded * chunk.padded;
-        let cubes = elements / tile.side / tile.side;
+    let Options { scale, loss, .. } = call.options;
+    backward.run(kept, |of: &LogitChunk, has_cosines: bool| {
+        let elements = sizes.heads * sizes.rows_padded * of.chunk.padded;
         // SAFETY: operands, rows and gradients are whole tiles.
         unsafe {
-            logit_gradients::launch_unchecked(
-                client,
-                cubes_for(client, cubes),
-                CubeDim::new_1d(tile.units() as u32),
-                tile.vector,
-                chunks.embeddings_arg(),
-                chunks.weights_arg(chunk),
-                rows.state_arg(),
-                rows.targets_arg(),
-                BufferArg::from_raw_parts(logits.clone(), elements / tile.vector),
-                chunks.shape_arg(chunk),
-                call.options.scale,
-                call.options.loss.label_smoothing,
-                tile,
-                dtype,
-            );
+            if has_cosines {
+                let (cubes, units) = call.blueprint.elementwise(client, elements / tile.vector);
+                from_cosines::launch_unchecked(
+                    client,
+                    cubes,
+                    units,
+                    tile.vector,
+                    rows.state_arg(),
+                    rows.targets_arg(),
+                    chunks.logits_arg(of),
+                    chunks.shape_arg(&of.chunk),
+                    *scale,
+                    loss.label_smoothing,
+                );
+            } else {
+                logit_gradients::launch_unchecked(
+                    client,
+                    cubes_for(client, elements / tile.side / tile.side),
+                    CubeDim::new_1d(tile.units() as u32),
+                    tile.vector,
+                    chunks.embeddings_arg(),
+                    chunks.weights_arg(&of.chunk),
+                    rows.state_arg(),
+                    rows.targets_arg(),
+                    chunks.logits_arg(of),
+                    chunks.shape_arg(&of.chunk),
+                    *scale,
+                    loss.label_smoothing,
+                    tile,
+                    dtype,
+                );
+            }
         }
     });
 }
@@ -117,6 +142,41 @@ fn relative(
     }
     if UNIT_POS == 0 {
         factors[head] = largest * scale;
+    }
+}
+
+/// A chunk's cosines become its logit gradients, a vector of classes at a time.
+#[cube(launch_unchecked)]
+fn from_cosines<N: Size>(
+    state: &[f32],                 // [heads, 2, rows_padded]
+    targets: &[u32],               // [rows_padded]
+    logits: &mut [Vector<f32, N>], // [heads, rows_padded, classes]
+    shape: ChunkShape,
+    scale: f32,
+    smoothing: f32,
+) {
+    let columns = shape.classes / N::value();
+    let mut at = ABSOLUTE_POS;
+    while at < shape.heads * shape.rows_padded * columns {
+        let out = at / columns;
+        let (head, row) = (out / shape.rows_padded, out % shape.rows_padded);
+        let first = (shape.first + at % columns * N::value()) as u32;
+        let class = Vector::<u32, N>::new(first) + iota::<N>();
+        let lse = state[head * 2 * shape.rows_padded + row];
+        let arriving = state[(head * 2 + 1) * shape.rows_padded + row];
+        // Rounded as it was when lse was: `max` keeps a compiler from contracting.
+        let logit = max(logits[at] * Vector::new(scale), Vector::new(FLOOR));
+        let gradient = logit_gradient::<N>(
+            logit,
+            Vector::new(lse),
+            Vector::new(arriving),
+            class.equal(&Vector::new(targets[row])),
+            shape.active as u32,
+            smoothing,
+        );
+        let is_there = class.less_than(&Vector::new(shape.active as u32));
+        logits[at] = select_many(is_there, gradient, Vector::new(0.0));
+        at += CUBE_COUNT * CUBE_DIM as usize;
     }
 }
 

@@ -13,31 +13,41 @@ use crate::math::group::{Group, group_softmax, member};
 use crate::math::online_softmax::{FLOOR, RowSoftmax};
 use crate::operand::whole;
 use crate::tiles::{
-    ChunkShape, Chunks, Lies, LogitTile, Tile, column_of, place, result_of, row_of,
+    Chunk, ChunkShape, Chunks, Lies, LogitChunk, LogitTile, Tile, column_of, place, result_of,
+    row_of, store_tile,
 };
 
-/// Row losses, lse and predictions into `results`.
-pub(in crate::cosine_cross_entropy) fn launch_forward(
-    call: &Call,
+/// The operands of a forward pass: embeddings have the sign of the scale.
+pub(in crate::cosine_cross_entropy) fn forward_chunks<'a>(
+    call: &'a Call,
     tile: Tile,
-    results: &RowResults,
-) {
-    let client = call.client;
-    let sizes = &call.problem.sizes;
+) -> Chunks<'a> {
     // The largest logit is that of the largest cosine, or of the smallest. With a scale of 0 every class is alike, and the first is
     // predicted; but one that is not there is none.
     let sign = match call.options.scale {
         0.0 => 0.0,
         scale => scale.signum(),
     };
+    Chunks::new(call.client, &call.blueprint, tile, &call.problem, sign)
+}
+
+/// Row losses, lse and predictions into `results`, and cosines into `kept`.
+pub(in crate::cosine_cross_entropy) fn launch_forward(
+    call: &Call,
+    chunks: &Chunks,
+    kept: Option<&LogitChunk>,
+    results: &RowResults,
+) {
+    let client = call.client;
+    let tile = chunks.tile;
+    let sizes = &call.problem.sizes;
     let scale = call.options.scale.abs().max(1e-30);
-    let chunks = Chunks::new(client, &call.blueprint, tile, &call.problem, sign);
     let row_tiles = sizes.heads * sizes.rows_padded / tile.side;
     // Enough cubes that every multiprocessor has two, and few enough that merging is little of their work.
     let processors = client.properties().hardware.num_streaming_multiprocessors;
     let wanted = 2 * processors.unwrap_or(1) as usize;
-    let each = chunks.forward();
-    let count = each.len();
+    let rest = chunks.forward(kept);
+    let count = rest.len() + usize::from(kept.is_some());
     let splits_of = |padded: usize| (wanted / row_tiles).clamp(1, padded / tile.side);
     let parts_of_chunk = splits_of(sizes.active_padded.div_ceil(count));
     let parts = parts_of_chunk * count;
@@ -67,23 +77,29 @@ pub(in crate::cosine_cross_entropy) fn launch_forward(
             call.options.loss.ignore_index,
         )
     };
-    for (at, chunk) in each.enumerate() {
+    let one_vector = client.empty(tile.vector * tile.packed.size());
+    let launch = |at: usize, chunk: &Chunk, kept: Option<&LogitChunk>| {
         let [softmax, totals, best, of_target] = parts_args();
-        // SAFETY: the operands are packed in whole tiles; of all `parts` parts these are some.
+        // SAFETY: the operands are packed in whole tiles; of all `parts` parts these are some. What is kept is of this chunk.
         unsafe {
+            let cosines = match kept {
+                Some(kept) => chunks.logits_arg(kept),
+                None => BufferArg::from_raw_parts(one_vector.clone(), 1),
+            };
             forward::launch_unchecked(
                 client,
                 cubes_for(client, row_tiles * parts_of_chunk),
                 CubeDim::new_1d(tile.units() as u32),
                 tile.vector,
                 chunks.embeddings_arg(),
-                chunks.weights_arg(&chunk),
+                chunks.weights_arg(chunk),
                 call.labels.buffer_arg(),
+                cosines,
                 softmax,
                 totals,
                 best,
                 of_target,
-                chunks.shape_arg(&chunk),
+                chunks.shape_arg(chunk),
                 at * parts_of_chunk,
                 parts_of_chunk,
                 parts,
@@ -91,10 +107,17 @@ pub(in crate::cosine_cross_entropy) fn launch_forward(
                 scale,
                 tile,
                 smooth,
+                kept.is_some(),
                 tile.packed,
                 call.labels.dtype(),
             );
         }
+    };
+    if let Some(kept) = kept {
+        launch(0, &kept.chunk, Some(kept));
+    }
+    for (after, chunk) in rest.enumerate() {
+        launch(usize::from(kept.is_some()) + after, &chunk, None);
     }
     let group = Group {
         size: parts.next_power_of_two().min(32),
@@ -133,6 +156,7 @@ fn forward<E: Float, I: Int, N: Size>(
     embeddings: &[Vector<E, N>],           // [heads, rows_padded, dim]
     weights: &[Vector<E, N>],              // [heads, classes, dim]
     labels: &[I],                          // [rows]
+    kept: &mut [Vector<E, N>],             // [heads, rows_padded, classes], if `keeps`
     softmax: &mut [Vector<f32, Const<2>>], // [heads, rows, parts]: peak, sum
     all_logits: &mut [f32],                // [heads, rows, parts]: their sum, if smooth
     best: &mut [u32],                      // [heads, rows, parts]
@@ -145,6 +169,7 @@ fn forward<E: Float, I: Int, N: Size>(
     scale: f32, // of embeddings that have its sign
     #[comptime] tile: Tile,
     #[comptime] smooth: bool,
+    #[comptime] keeps: bool,
     #[define(E)] _dtype: ElemType,
     #[define(I)] _label: ElemType,
 ) {
@@ -188,6 +213,10 @@ fn forward<E: Float, I: Int, N: Size>(
             &mut right_stages,
             tile,
         );
+        if comptime!(keeps) {
+            let to = (head * shape.rows_padded + first_row) * shape.classes + of.in_chunk;
+            store_tile::<E, N>(&results, kept, to, shape.classes, &mut left_stages, tile);
+        }
         if comptime!(smooth) {
             softmaxes.add_totals(&results, tile);
         }

@@ -229,6 +229,8 @@ fn shapes_that_random_problems_miss_agree_on_gpus() {
     for (variant, sizes) in [
         // A chunk of three tiles of classes and one of a single tile, each in two parts, of which one then has no tile.
         (Variant::Cmma, (1, 40, 19, 250, 245)),
+        // Five chunks, of whose cosines none are kept.
+        (Variant::Cmma, (2, 9, 19, 800, 790)),
         // Units that keep four vectors of columns of a row.
         (Variant::Small, (2, 9, 1000, 12, 11)),
     ] {

@@ -158,24 +158,12 @@ impl TensorFile {
     pub(crate) fn refused(&self, error: protohead::Error) -> Error {
         use protohead::Error as Op;
         match error {
-            Op::Label {
-                row, active, rows, ..
-            } => {
-                let label = |labels: Vec<i64>| labels.get(row).copied();
-                let label = self.integers("labels").ok().and_then(label);
-                let error = Op::Label {
-                    row,
-                    label,
-                    active,
-                    rows,
-                };
-                self.wrong(error.to_string())
-            }
             Op::TooLarge {
                 operand: "class sums",
                 ..
             } => Error::Usage(format!("--classes: {error}")),
-            Op::Shape { .. }
+            Op::Label { .. }
+            | Op::Shape { .. }
             | Op::Empty { .. }
             | Op::Strides { .. }
             | Op::Dtype { .. }

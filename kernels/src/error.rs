@@ -139,14 +139,13 @@ pub enum Error {
     },
     /// A label is neither a class nor ignored.
     #[error(
-        "{} of row {row} is not a class below {active} ({rows} row(s) with such a label)",
-        label.map_or("the label".into(), |label| format!("label {label}"))
+        "label {label} of row {row} is not a class below {active} ({rows} row(s) with such a label)"
     )]
     Label {
         /// The first such row, counted in its batch.
         row: usize,
-        /// Its label, where it is still at hand.
-        label: Option<i64>,
+        /// Its label.
+        label: i64,
         /// K
         active: usize,
         /// How many such rows there are.

@@ -382,9 +382,7 @@ impl Problem {
     /// Whether the device has the problem's dtypes.
     pub fn supported(&self, client: &Client) -> bool {
         client.properties().supports_type(self.dtype.elem())
-            && client
-                .properties()
-                .supports_type(label_elem(self.label_dtype))
+            && client.properties().supports_type(self.label_dtype.elem())
     }
 
     /// Uploads a float tensor, its rows `gap` elements apart and perhaps interleaved; the gaps hold NaN.
@@ -418,7 +416,22 @@ impl Problem {
 
     /// Uploads the labels.
     pub fn upload_labels(&self, client: &Client, labels: &[i64]) -> TensorHandle {
-        let bytes = match self.label_dtype {
+        self.label_dtype.upload(client, labels)
+    }
+}
+
+impl LabelDtype {
+    fn elem(self) -> ElemType {
+        match self {
+            LabelDtype::I32 => ElemType::Int(IntKind::I32),
+            LabelDtype::I64 => ElemType::Int(IntKind::I64),
+            LabelDtype::U32 => ElemType::UInt(UIntKind::U32),
+        }
+    }
+
+    /// Labels of this dtype, on the device.
+    pub fn upload(self, client: &Client, labels: &[i64]) -> TensorHandle {
+        let bytes = match self {
             LabelDtype::I64 => i64::as_bytes(labels).to_vec(),
             LabelDtype::I32 => labels
                 .iter()
@@ -432,16 +445,8 @@ impl Problem {
         TensorHandle::new_contiguous(
             [labels.len()],
             client.create_from_slice(&bytes),
-            label_elem(self.label_dtype),
+            self.elem(),
         )
-    }
-}
-
-fn label_elem(dtype: LabelDtype) -> ElemType {
-    match dtype {
-        LabelDtype::I32 => ElemType::Int(IntKind::I32),
-        LabelDtype::I64 => ElemType::Int(IntKind::I64),
-        LabelDtype::U32 => ElemType::UInt(UIntKind::U32),
     }
 }
 

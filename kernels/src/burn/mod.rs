@@ -29,6 +29,7 @@ use burn::tensor::{DType, Device, Int, Tensor};
 use cubecl::ir::ElemType;
 
 use crate::cosine_logits::{active_classes, same_dtype};
+use crate::loss::target::joined;
 use crate::operand::{addressable, count};
 use crate::{
     Error, LossOptions, Reduction, Strategy, cosine_cross_entropy as fused,
@@ -53,7 +54,7 @@ pub struct CrossEntropy<const D: usize> {
 struct Judged {
     /// Absent if they came in batches.
     labels: Option<Tensor<1, Int>>,
-    /// Ends with the number of bad labels, and the row of the first.
+    /// Of a loss or of class sums, as the device wrote it.
     status: Tensor<1, Int>,
     active: usize,
 }
@@ -65,17 +66,23 @@ impl Judged {
             values.map_err(Error::device)
         };
         let status = read(&self.status)?;
-        let [.., invalid, first] = status[..] else {
-            return Err(Error::Device("a read returned too few numbers".into()));
+        let few = || Error::Device("a read returned too few numbers".into());
+        let (invalid, row, label) = match (&self.labels, &status[..]) {
+            (Some(labels), &[_counted, invalid, row]) => {
+                let labels = if invalid > 0 { read(labels)? } else { vec![] };
+                (invalid, row, labels.get(row as usize).copied())
+            }
+            (None, &[invalid, row, low, high]) => {
+                (invalid, row, Some(joined(low as u32, high as u32)))
+            }
+            _ => return Err(few()),
         };
         if invalid == 0 {
             return Ok(());
         }
-        let row = first as usize;
-        let labels = self.labels.as_ref().map(read).transpose()?;
         Err(Error::Label {
-            row,
-            label: labels.and_then(|labels| labels.get(row).copied()),
+            row: row as usize,
+            label: label.ok_or_else(few)?,
             active: self.active,
             rows: invalid as usize,
         })

@@ -5,6 +5,7 @@ use burn::tensor::{DType, Shape};
 
 use super::ops::MaybeGradMetadata;
 use super::sums::State;
+use crate::class_means::STATUS_FIELDS;
 use crate::{Reduction, cosine_cross_entropy as fused, cosine_logits as logits, cross_entropy};
 
 pub(super) fn fused_spec(
@@ -104,7 +105,7 @@ pub(super) fn class_sums_spec(
     _status: &TensorSpec,
     _state: &State,
 ) -> TensorSpec {
-    TensorSpec::new(Shape::new([2]), DType::U32)
+    TensorSpec::new(Shape::new([STATUS_FIELDS]), DType::U32)
 }
 
 pub(super) fn class_means_spec(
@@ -112,7 +113,7 @@ pub(super) fn class_means_spec(
     _status: &TensorSpec,
     state: &State,
 ) -> (TensorSpec, TensorSpec, TensorSpec, TensorSpec) {
-    let status = || TensorSpec::new(Shape::new([2]), DType::U32);
+    let status = || TensorSpec::new(Shape::new([STATUS_FIELDS]), DType::U32);
     (
         weights.clone(),
         TensorSpec::new(Shape::new([state.active]), DType::U32),

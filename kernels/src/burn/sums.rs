@@ -7,6 +7,7 @@ use burn::tensor::{Device, Int, Tensor};
 
 use super::ops::ProtoheadOps;
 use super::{Judged, cube_device, float_dtype, head_operands, row_labels, sized, together};
+use crate::class_means::STATUS_FIELDS;
 use crate::{Error, Strategy, class_means as means};
 
 /// Sums of rows by class, over batches: [`class_means::ClassSums`](crate::class_means::ClassSums) on Burn tensors. Not [`Clone`], since
@@ -74,7 +75,7 @@ impl ClassSums {
                 },
             },
             // Without autodiff, whatever the device: the means follow the weights.
-            status: Tensor::zeros([2], &device.clone().without_autodiff()),
+            status: Tensor::zeros([STATUS_FIELDS], &device.clone().without_autodiff()),
         })
     }
 
@@ -167,8 +168,8 @@ impl ClassMeans {
     /// Waits, and says whether every label was a class or ignored; a row whose label was neither is left out.
     ///
     /// # Errors
-    /// [`Error::Label`] with the first row that was not: of [`ClassSums`] the row in its batch, without the label;
-    /// [`Error::Device`] if the device failed.
+    /// [`Error::Label`] with the first row that was not: of [`ClassSums`] the row in its batch; [`Error::Device`] if the device
+    /// failed.
     pub fn check(&self) -> Result<(), Error> {
         self.labels.check()
     }
@@ -190,8 +191,6 @@ pub fn class_means(
     head_operands(&embeddings, &weights, 1.0, Some(active))?;
     let [heads, _, dim] = embeddings.dims();
     let mut sums = ClassSums::new(heads, active, dim, options, &embeddings.device())?;
-    sums.accumulate(embeddings, labels.clone())?;
-    let mut means = sums.means(weights)?;
-    means.labels.labels = Some(labels);
-    Ok(means)
+    sums.accumulate(embeddings, labels)?;
+    sums.means(weights)
 }

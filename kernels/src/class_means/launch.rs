@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::{plane, unit};
 use crate::blueprint::{Blueprint, Strategy, Variant};
 use crate::error::Error;
+use crate::loss::target::joined;
 use crate::math::group::Group;
 use crate::math::narrow::narrow;
 use crate::math::sum::KahanLanes;
@@ -38,6 +39,9 @@ impl Default for Options {
     }
 }
 
+/// Of a state's status: rows with a bad label, the first of them in its batch, its label in [`halves`](crate::loss::target::halves).
+pub(crate) const STATUS_FIELDS: usize = 4;
+
 /// Sums and counts of rows by class, on the device. Not [`Clone`], since a copy would share the buffers. To be used from one thread,
 /// since CubeCL orders what one thread does.
 ///
@@ -65,7 +69,7 @@ pub struct ClassSums {
     pub(super) sums: TensorHandle,    // f32, [lanes, heads, classes, dim]
     pub(super) carries: TensorHandle, // f32, of the same shape: what rounding has taken, to be subtracted
     pub(super) counts: TensorHandle,  // u32, [classes]
-    pub(super) status: TensorHandle, // u32, [2]: rows with a bad label, the first of them in its batch
+    pub(super) status: TensorHandle,  // u32, [STATUS_FIELDS]
     pub(super) options: Options,
     /// Rows that came so far, whether or not they had a class.
     pub(super) rows: usize,
@@ -104,7 +108,7 @@ impl ClassSums {
             sums: empty(client, shape, F32),
             carries: empty(client, shape, F32),
             counts: empty(client, [classes], U32),
-            status: empty(client, [2], U32),
+            status: empty(client, [STATUS_FIELDS], U32),
             options: options.clone(),
             rows: 0,
             fresh: true,
@@ -128,8 +132,8 @@ impl ClassSums {
         &self.counts
     }
 
-    /// u32, `[2]`: rows whose label was neither a class nor ignored, and the first of them in its batch; unspecified before the first
-    /// batch.
+    /// u32, `[4]`: rows whose label was neither a class nor ignored, the first of them in its batch, and its label, low half first;
+    /// unspecified before the first batch.
     pub fn status(&self) -> &TensorHandle {
         &self.status
     }
@@ -313,8 +317,8 @@ impl ClassSums {
     /// Waits, and reads how many rows each class has had, `[classes]`.
     ///
     /// # Errors
-    /// [`Error::Label`] if a label was neither a class nor ignored, with its row in the batch that it came in, but not the label, which
-    /// is no longer at hand; [`Error::Device`] if the device failed.
+    /// [`Error::Label`] if a label was neither a class nor ignored, with its row in the batch that it came in; [`Error::Device`] if the
+    /// device failed.
     pub fn read_counts(&self, client: &Client) -> Result<Vec<u32>, Error> {
         on_device(client, "class sums", &self.sums)?;
         if self.fresh {
@@ -327,7 +331,7 @@ impl ClassSums {
         if status[0] > 0 {
             return Err(Error::Label {
                 row: status[1] as usize,
-                label: None,
+                label: joined(status[2], status[3]),
                 active: self.dims()[1],
                 rows: status[0] as usize,
             });
@@ -403,11 +407,21 @@ fn add_counts(
     if comptime!(fresh) && ABSOLUTE_POS == 0 {
         status[0] = 0;
     }
-    if ABSOLUTE_POS == 0 && other_status[0] > 0 {
+    if ABSOLUTE_POS == 0 {
+        add_status(status, other_status[0], other_status, 0usize);
+    }
+}
+
+/// Adds so many rows with a bad label, the first of which is in the status that begins at `other[at]`.
+#[cube]
+pub(super) fn add_status(status: &mut [u32], rows: u32, other: &[u32], at: usize) {
+    if rows > 0 {
         if status[0] == 0 {
-            status[1] = other_status[1];
+            status[1] = other[at + 1];
+            status[2] = other[at + 2];
+            status[3] = other[at + 3];
         }
-        status[0] += other_status[0];
+        status[0] += rows;
     }
 }
 

@@ -9,4 +9,6 @@ mod launch;
 mod plane;
 mod unit;
 
+#[cfg(feature = "burn")]
+pub(crate) use launch::STATUS_FIELDS;
 pub use launch::{ClassSums, Options};

@@ -15,7 +15,7 @@ use crate::loss::arriving::Arriving;
 use crate::loss::reduce::{self, Reduced};
 use crate::loss::{LossOptions, LossOutput, Saved, Upstream};
 use crate::operand::{F32, Labels, U32, empty};
-use crate::tiles::{Chunks, LogitChunk, Tile};
+use crate::tiles::{Chunks, GradientChunk, Tile};
 
 /// The operands, never modified.
 #[derive(Clone, Debug)]
@@ -135,8 +135,9 @@ pub(crate) fn backward_from(
 /// is minimized.
 ///
 /// On a CPU it saves the second computation of the logits, as long as their exponentials find a place to wait in: a bounded workspace,
-/// a chunk of rows at a time, or the memory of `dW`. On a GPU it does so in f32 multiply-adds, for as many classes as a bounded
-/// workspace holds at once. The gradients agree with those of the two calls to f32's rounding, not to the bit.
+/// a chunk of rows at a time, or the memory of `dW`. On a GPU it does so for a small step, and, if the scale is positive, in f32
+/// multiply-adds, for the classes that a bounded workspace holds at once where those are a quarter of all or more. The results agree
+/// with those of the two calls to f32's rounding, not to the bit.
 /// `examples/step.rs` is a whole program around it.
 ///
 /// # Errors
@@ -346,7 +347,7 @@ impl<'a> Call<'a> {
         Ok(Some((self.output(results), gradients)))
     }
 
-    fn gpu_forward(&self, chunks: &Chunks, kept: Option<&LogitChunk>) -> LossOutput {
+    fn gpu_forward(&self, chunks: &Chunks, kept: Option<&GradientChunk>) -> LossOutput {
         let rows = self.row_results();
         tiled::launch_forward(self, chunks, kept, &rows);
         let reduced = reduce::launch(
@@ -364,7 +365,7 @@ impl<'a> Call<'a> {
     fn gpu_backward(
         &self,
         chunks: &Chunks,
-        kept: Option<LogitChunk>,
+        kept: Option<GradientChunk>,
         saved: &Saved,
         arriving: &Arriving,
         wanted: Wanted,
@@ -381,18 +382,19 @@ impl<'a> Call<'a> {
         arriving: &Arriving,
         wanted: Wanted,
     ) -> (LossOutput, Gradients) {
-        let chunks = tiled::forward_chunks(self, tile);
         if !wanted.any() {
+            let chunks = tiled::forward_chunks(self, tile);
             return (self.gpu_forward(&chunks, None), Gradients::default());
         }
         if self.options.scale <= 0.0 {
             // The two passes have embeddings of different signs.
-            let output = self.gpu_forward(&chunks, None);
+            let output = self.gpu_forward(&tiled::forward_chunks(self, tile), None);
             let chunks = tiled::backward_chunks(self, tile);
             let gradients = self.gpu_backward(&chunks, None, &output.saved(), arriving, wanted);
             return (output, gradients);
         }
-        let kept = chunks.kept();
+        let chunks = tiled::forward_chunks(self, tile);
+        let kept = chunks.keep_first();
         let output = self.gpu_forward(&chunks, kept.as_ref());
         let gradients = self.gpu_backward(&chunks, kept, &output.saved(), arriving, wanted);
         (output, gradients)

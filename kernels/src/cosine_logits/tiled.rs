@@ -9,7 +9,7 @@ use crate::Gradients;
 use crate::blueprint::{PLANE_UNITS, cubes_for};
 use crate::operand::{RowStrides, Strided, address_type, whole};
 use crate::tiles::{
-    Backward, ChunkShape, Chunks, Lies, LogitChunk, Tile, column_of, place, result_of, row_of,
+    Backward, ChunkShape, Chunks, GradientChunk, Lies, Tile, column_of, place, result_of, row_of,
 };
 
 pub(super) fn launch_forward(call: &Call, tile: Tile, logits: &TensorHandle, scale: f32) {
@@ -56,7 +56,7 @@ pub(super) fn launch_backward(
         factors,
         gradients,
     };
-    backward.run(None, |LogitChunk { chunk, logits }, _| {
+    backward.run(None, |GradientChunk { chunk, values }, _| {
         let elements = sizes.heads * sizes.rows_padded * chunk.padded;
         // SAFETY: `Strided` proved the upstream, the copy has whole tiles.
         unsafe {
@@ -67,7 +67,7 @@ pub(super) fn launch_backward(
                 address_type(&[upstream.elements()]),
                 upstream.buffer_arg(1),
                 upstream.strides_arg(1),
-                BufferArg::from_raw_parts(logits.clone(), elements),
+                BufferArg::from_raw_parts(values.clone(), elements),
                 sizes.rows,
                 sizes.rows_padded,
                 chunk.first,

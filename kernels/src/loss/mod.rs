@@ -190,6 +190,8 @@ impl LossOutput {
             ElemType::Int(_) => i64::from_bytes(&labels).get(row).copied(),
             _ => u32::from_bytes(&labels).get(row).map(|&l| l.into()),
         };
+        let label =
+            label.ok_or_else(|| Error::Device(format!("there is no label of row {row}")))?;
         Err(Error::Label {
             row,
             label,

@@ -42,6 +42,23 @@ pub(crate) fn target_of<I: Int>(label: I, rule: &LabelRule) -> u32 {
     target
 }
 
+/// A label's 64 bits, low half first.
+#[cube]
+pub(crate) fn halves<I: Int>(label: I) -> (u32, u32) {
+    let mut high = 0u32.runtime();
+    if I::size_bits().comptime() == 64 {
+        high = u32::cast_from(label >> I::new(32));
+    } else if label < I::new(0) {
+        high = u32::MAX;
+    }
+    (u32::cast_from(label), high)
+}
+
+/// The label of these [`halves`].
+pub(crate) fn joined(low: u32, high: u32) -> i64 {
+    (u64::from(high) << 32 | u64::from(low)) as i64
+}
+
 /// Whether a row takes part.
 #[cube]
 pub(crate) fn is_class(target: u32) -> bool {

@@ -39,10 +39,10 @@ pub(crate) struct Chunk {
 }
 
 /// A chunk of a backward pass.
-pub(crate) struct LogitChunk {
+pub(crate) struct GradientChunk {
     pub chunk: Chunk,
-    /// The place of its logit gradients: `[heads, rows_padded, chunk.padded]` of the packed dtype.
-    pub logits: Handle,
+    /// The place of its logit gradients, where their cosines may lie before: `[heads, rows_padded, chunk.padded]` of the packed dtype.
+    pub values: Handle,
 }
 
 impl<'a> Chunks<'a> {
@@ -112,10 +112,10 @@ impl<'a> Chunks<'a> {
     }
 
     /// Chunks for a forward pass, or for the rest of one that leaves the cosines of `kept`. The rest are a backward pass's, which has
-    /// room for one of them beside the kept one: in the place of its gradients.
+    /// room for one of them beside the kept one: in the place of the gradients of its weights.
     pub(crate) fn forward(
         &self,
-        kept: Option<&LogitChunk>,
+        kept: Option<&GradientChunk>,
     ) -> impl ExactSizeIterator<Item = Chunk> {
         let sizes = &self.problem.sizes;
         let (start, step) = match kept {
@@ -128,10 +128,10 @@ impl<'a> Chunks<'a> {
 
     /// The first chunk of a backward pass, for a forward pass before it to leave its cosines in. None where that kernel would spill
     /// registers (TF32), where logit gradients have too few digits for cosines (16 bits), or where the chunk is a small part of all.
-    pub(crate) fn kept(&self) -> Option<LogitChunk> {
+    pub(crate) fn keep_first(&self) -> Option<GradientChunk> {
         let few = self.problem.sizes.active.div_ceil(self.backward_step()) <= 4;
-        let keeps = self.tile.engine == Engine::Fma && self.tile.packed == F32;
-        (few && keeps).then(|| self.logit_chunk(0))
+        let exact = self.tile.engine == Engine::Fma && self.tile.packed == F32;
+        (few && exact).then(|| self.gradient_chunk(0))
     }
 
     /// Classes of a backward pass's chunk, at most.
@@ -145,12 +145,12 @@ impl<'a> Chunks<'a> {
         ))
     }
 
-    fn logit_chunk(&self, first: usize) -> LogitChunk {
+    fn gradient_chunk(&self, first: usize) -> GradientChunk {
         let sizes = &self.problem.sizes;
         let chunk = self.chunk(first, self.backward_step());
         let elements = sizes.heads * sizes.rows_padded * chunk.padded;
-        LogitChunk {
-            logits: self.client.empty(elements * self.size()),
+        GradientChunk {
+            values: self.client.empty(elements * self.size()),
             chunk,
         }
     }
@@ -171,10 +171,10 @@ impl<'a> Chunks<'a> {
         )
     }
 
-    pub(crate) fn logits_arg(&self, of: &LogitChunk) -> BufferArg {
+    pub(crate) fn values_arg(&self, of: &GradientChunk) -> BufferArg {
         let sizes = &self.problem.sizes;
         self.vectors(
-            &of.logits,
+            &of.values,
             sizes.heads * sizes.rows_padded * of.chunk.padded,
         )
     }
@@ -207,7 +207,7 @@ pub(crate) struct Backward<'a> {
 impl Backward<'_> {
     /// Runs; `fill` writes the logit gradients of a chunk, with zeros in the padding. It is told whether their cosines lie
     /// there, as they do in `kept`, the first chunk.
-    pub(crate) fn run(&self, kept: Option<LogitChunk>, fill: impl Fn(&LogitChunk, bool)) {
+    pub(crate) fn run(&self, mut kept: Option<GradientChunk>, fill: impl Fn(&GradientChunk, bool)) {
         let chunks = self.chunks;
         let sizes = &chunks.problem.sizes;
         let (heads, rows, dim) = (sizes.heads, sizes.rows_padded, sizes.dim_padded);
@@ -225,15 +225,14 @@ impl Backward<'_> {
             let sums = chunks.client.empty(parts * heads * rows * dim * float);
             (grad, sums, parts)
         });
-        let mut kept = kept;
         for first in (0..sizes.active).step_by(step) {
             let has_cosines = kept.is_some();
-            let of = kept.take().unwrap_or_else(|| chunks.logit_chunk(first));
+            let of = kept.take().unwrap_or_else(|| chunks.gradient_chunk(first));
             fill(&of, has_cosines);
             let chunk = &of.chunk;
             if let Some((_, sums, parts)) = &for_rows {
                 self.product(
-                    chunks.logits_arg(&of),
+                    chunks.values_arg(&of),
                     chunks.weights_arg(chunk),
                     sums,
                     *parts,
@@ -249,7 +248,7 @@ impl Backward<'_> {
                     .client
                     .empty(parts * heads * chunk.padded * dim * float);
                 self.product(
-                    chunks.logits_arg(&of),
+                    chunks.values_arg(&of),
                     chunks.embeddings_arg(),
                     &sums,
                     parts,

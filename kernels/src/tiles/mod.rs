@@ -22,7 +22,7 @@ mod pack;
 mod product;
 mod store;
 
-pub(crate) use chunks::{Backward, Chunk, Chunks, LogitChunk};
+pub(crate) use chunks::{Backward, Chunk, Chunks, GradientChunk};
 pub(crate) use logits::{ChunkShape, LogitTile};
 pub(crate) use pack::pack_chunk;
 pub(crate) use product::{Lies, Place, column_of, place, result_of, row_of};

@@ -131,7 +131,7 @@ fn products_run_on_tensor_cores_and_stream_sixteen_bytes_at_a_time() {
             ("class_means", Some("sum")) => 5,
             ("class_means", Some("merge")) => 4,
             ("cross_entropy", Some("forward" | "backward")) => 1,
-            (_, Some("from")) => 1, // from_cosines
+            ("cosine_cross_entropy", Some("from")) => 1, // from_cosines
             (_, Some("pack")) => 2,
             _ => 0,
         };
@@ -148,6 +148,11 @@ fn products_run_on_tensor_cores_and_stream_sixteen_bytes_at_a_time() {
             assert!(
                 products.count() >= 14,
                 "sm_{arch} has too few tensor-core kernels"
+            );
+            let keeps = |row: &Row| row.arch == arch && row.kernel.starts_with("from_cosines");
+            assert!(
+                rows.iter().any(keeps),
+                "no step on sm_{arch} keeps its cosines"
             );
         }
     }

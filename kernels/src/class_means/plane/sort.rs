@@ -10,8 +10,8 @@ use cubecl::prelude::*;
 use cubecl::server::Handle;
 
 use crate::blueprint::{PLANE_UNITS, cubes_for};
-use crate::class_means::launch::AccumulateCall;
-use crate::loss::target::{IGNORED, INVALID, LabelRule, is_class, label_rule, target_of};
+use crate::class_means::launch::{AccumulateCall, STATUS_FIELDS, add_status};
+use crate::loss::target::{IGNORED, INVALID, LabelRule, halves, is_class, label_rule, target_of};
 use crate::math::group::{Group, group_count, group_min};
 use crate::operand::whole;
 
@@ -39,7 +39,7 @@ pub(super) fn launch(call: &AccumulateCall) -> Sorted {
     let targets = words(rows);
     let ranks = words(rows);
     let histograms = words(blocks * classes);
-    let invalid = words(blocks * 2);
+    let invalid = words(blocks * STATUS_FIELDS);
     let totals = words(classes);
     let sorted = Sorted {
         order: words(rows),
@@ -57,7 +57,7 @@ pub(super) fn launch(call: &AccumulateCall) -> Sorted {
             BufferArg::from_raw_parts(targets.clone(), rows),
             BufferArg::from_raw_parts(ranks.clone(), rows),
             BufferArg::from_raw_parts(histograms.clone(), blocks * classes),
-            BufferArg::from_raw_parts(invalid.clone(), blocks * 2),
+            BufferArg::from_raw_parts(invalid.clone(), blocks * STATUS_FIELDS),
             rows,
             classes,
             block,
@@ -70,11 +70,12 @@ pub(super) fn launch(call: &AccumulateCall) -> Sorted {
             cubes_for(client, classes.div_ceil(PLANE_UNITS)),
             cube,
             BufferArg::from_raw_parts(histograms.clone(), blocks * classes),
-            BufferArg::from_raw_parts(invalid, blocks * 2),
+            BufferArg::from_raw_parts(invalid, blocks * STATUS_FIELDS),
             BufferArg::from_raw_parts(totals.clone(), classes),
             whole(&call.sums.counts, 1),
             whole(&call.sums.status, 1),
             blocks,
+            block,
             classes,
             call.sums.fresh,
             group,
@@ -112,7 +113,7 @@ fn rank<I: Int>(
     row_targets: &mut [u32], // [rows]
     ranks: &mut [u32],       // [rows]
     histograms: &mut [u32],  // [blocks, classes]
-    invalid: &mut [u32],     // [blocks, 2]: rows with a bad label, the first of them
+    invalid: &mut [u32],     // [blocks, STATUS_FIELDS]: the status of each block
     rows: usize,
     classes: usize,
     block: usize, // rows of a block, a multiple of the cube's units
@@ -135,16 +136,21 @@ fn rank<I: Int>(
     let mut targets = Shared::<[u32]>::new_slice(PLANE_UNITS);
     let mut my_invalid = 0u32.runtime();
     let mut my_first = INVALID.runtime();
+    let mut my_label = I::cast_from(0u32);
     for tile in 0..block / PLANE_UNITS {
         let row = first + tile * PLANE_UNITS + unit;
         let mut target = IGNORED.runtime();
         if row < rows {
-            target = target_of::<I>(labels[row], &rule);
+            let label = labels[row];
+            target = target_of::<I>(label, &rule);
             row_targets[row] = target;
-        }
-        if target == INVALID {
-            my_invalid += 1;
-            my_first = min(my_first, row as u32);
+            if target == INVALID {
+                if my_invalid == 0 {
+                    my_first = row as u32;
+                    my_label = label;
+                }
+                my_invalid += 1;
+            }
         }
         targets[unit] = target;
         sync_cube();
@@ -173,9 +179,15 @@ fn rank<I: Int>(
     }
     let all_invalid = group_count(my_invalid, group);
     let all_first = group_min(my_first, group);
+    let status = CUBE_POS * STATUS_FIELDS;
     if unit == 0 {
-        invalid[CUBE_POS * 2] = all_invalid;
-        invalid[CUBE_POS * 2 + 1] = all_first;
+        invalid[status] = all_invalid;
+        invalid[status + 1] = all_first;
+    }
+    if my_invalid > 0 && my_first == all_first {
+        let (low, high) = halves::<I>(my_label);
+        invalid[status + 2] = low;
+        invalid[status + 3] = high;
     }
 }
 
@@ -183,11 +195,12 @@ fn rank<I: Int>(
 #[cube(launch_unchecked)]
 fn offsets(
     histograms: &mut [u32], // [blocks, classes]
-    invalid: &[u32],        // [blocks, 2]
+    invalid: &[u32],        // [blocks, STATUS_FIELDS]
     totals: &mut [u32],     // [classes]
     counts: &mut [u32],     // [classes]
-    status: &mut [u32],     // [2]
+    status: &mut [u32],     // [STATUS_FIELDS]
     blocks: usize,
+    block_rows: usize,
     classes: usize,
     #[comptime] fresh: bool,
     #[comptime] group: Group,
@@ -224,8 +237,8 @@ fn offsets(
     let mut my_first = INVALID.runtime();
     let mut block = UNIT_POS as usize;
     while block < blocks {
-        my_invalid += invalid[block * 2];
-        my_first = min(my_first, invalid[block * 2 + 1]);
+        my_invalid += invalid[block * STATUS_FIELDS];
+        my_first = min(my_first, invalid[block * STATUS_FIELDS + 1]);
         block += PLANE_UNITS;
     }
     let all_invalid = group_count(my_invalid, group);
@@ -234,10 +247,8 @@ fn offsets(
         status[0] = 0;
     }
     if ABSOLUTE_POS == 0 && all_invalid > 0 {
-        if status[0] == 0 {
-            status[1] = first;
-        }
-        status[0] += all_invalid;
+        let block = first as usize / block_rows;
+        add_status(status, all_invalid, invalid, block * STATUS_FIELDS);
     }
 }
 

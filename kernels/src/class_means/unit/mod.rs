@@ -8,7 +8,7 @@ use cubecl::prelude::*;
 
 use super::launch::AccumulateCall;
 use crate::error::Error;
-use crate::loss::target::{INVALID, LabelRule, is_class, target_of};
+use crate::loss::target::{INVALID, LabelRule, halves, is_class, target_of};
 use crate::math::norm::{SIDE_BY_SIDE, add_squares, inverse_norm, norm_of};
 
 /// Elements of a head's sums, at most, that stay in a core's cache with their carries and the rows that pass: 256 KiB.
@@ -97,14 +97,18 @@ fn classify<I: Int>(
     }
     let mut good = 0u32.runtime();
     for row in 0..rows {
-        let target = target_of::<I>(labels[row], rule);
+        let label = labels[row];
+        let target = target_of::<I>(label, rule);
         targets[row] = target;
         if is_class(target) {
             histogram[target as usize] += 1;
             good += 1;
         } else if target == INVALID {
             if status[0] == 0 {
+                let (low, high) = halves::<I>(label);
                 status[1] = row as u32;
+                status[2] = low;
+                status[3] = high;
             }
             status[0] += 1;
         }

@@ -2,7 +2,7 @@
 
 use cubecl::prelude::*;
 
-use super::super::launch::{Call, Options};
+use super::super::launch::Call;
 use super::rows::Rows;
 use crate::Gradients;
 use crate::blueprint::{PLANE_UNITS, cubes_for};
@@ -10,7 +10,7 @@ use crate::math::group::{Group, group_max};
 use crate::math::lanes::iota;
 use crate::math::online_softmax::{FLOOR, logit_gradient};
 use crate::tiles::{
-    Backward, ChunkShape, Chunks, Lies, LogitChunk, Tile, column_of, place, result_of, row_of,
+    Backward, ChunkShape, Chunks, GradientChunk, Lies, Tile, column_of, place, result_of, row_of,
     store_tile,
 };
 
@@ -26,7 +26,7 @@ pub(in crate::cosine_cross_entropy) fn backward_chunks<'a>(
 pub(in crate::cosine_cross_entropy) fn launch_backward(
     call: &Call,
     chunks: &Chunks,
-    kept: Option<LogitChunk>,
+    kept: Option<GradientChunk>,
     rows: &Rows,
     gradients: &Gradients,
 ) {
@@ -60,10 +60,10 @@ pub(in crate::cosine_cross_entropy) fn launch_backward(
         factors,
         gradients,
     };
-    let Options { scale, loss, .. } = call.options;
-    backward.run(kept, |of: &LogitChunk, has_cosines: bool| {
+    let options = call.options;
+    backward.run(kept, |of: &GradientChunk, has_cosines: bool| {
         let elements = sizes.heads * sizes.rows_padded * of.chunk.padded;
-        // SAFETY: operands, rows and gradients are whole tiles.
+        // SAFETY: operands, rows and gradients are whole tiles; only f32 has cosines.
         unsafe {
             if has_cosines {
                 let (cubes, units) = call.blueprint.elementwise(client, elements / tile.vector);
@@ -74,10 +74,10 @@ pub(in crate::cosine_cross_entropy) fn launch_backward(
                     tile.vector,
                     rows.state_arg(),
                     rows.targets_arg(),
-                    chunks.logits_arg(of),
+                    chunks.values_arg(of),
                     chunks.shape_arg(&of.chunk),
-                    *scale,
-                    loss.label_smoothing,
+                    options.scale,
+                    options.loss.label_smoothing,
                 );
             } else {
                 logit_gradients::launch_unchecked(
@@ -89,10 +89,10 @@ pub(in crate::cosine_cross_entropy) fn launch_backward(
                     chunks.weights_arg(&of.chunk),
                     rows.state_arg(),
                     rows.targets_arg(),
-                    chunks.logits_arg(of),
+                    chunks.values_arg(of),
                     chunks.shape_arg(&of.chunk),
-                    *scale,
-                    loss.label_smoothing,
+                    options.scale,
+                    options.loss.label_smoothing,
                     tile,
                     dtype,
                 );
@@ -150,7 +150,7 @@ fn relative(
 fn from_cosines<N: Size>(
     state: &[f32],                 // [heads, 2, rows_padded]
     targets: &[u32],               // [rows_padded]
-    logits: &mut [Vector<f32, N>], // [heads, rows_padded, classes]
+    values: &mut [Vector<f32, N>], // [heads, rows_padded, classes]
     shape: ChunkShape,
     scale: f32,
     smoothing: f32,
@@ -165,7 +165,7 @@ fn from_cosines<N: Size>(
         let lse = state[head * 2 * shape.rows_padded + row];
         let arriving = state[(head * 2 + 1) * shape.rows_padded + row];
         // Rounded as it was when lse was: `max` keeps a compiler from contracting.
-        let logit = max(logits[at] * Vector::new(scale), Vector::new(FLOOR));
+        let logit = max(values[at] * Vector::new(scale), Vector::new(FLOOR));
         let gradient = logit_gradient::<N>(
             logit,
             Vector::new(lse),
@@ -175,7 +175,7 @@ fn from_cosines<N: Size>(
             smoothing,
         );
         let is_there = class.less_than(&Vector::new(shape.active as u32));
-        logits[at] = select_many(is_there, gradient, Vector::new(0.0));
+        values[at] = select_many(is_there, gradient, Vector::new(0.0));
         at += CUBE_COUNT * CUBE_DIM as usize;
     }
 }

@@ -13,7 +13,7 @@ use crate::math::group::{Group, group_softmax, member};
 use crate::math::online_softmax::{FLOOR, RowSoftmax};
 use crate::operand::whole;
 use crate::tiles::{
-    Chunk, ChunkShape, Chunks, Lies, LogitChunk, LogitTile, Tile, column_of, place, result_of,
+    Chunk, ChunkShape, Chunks, GradientChunk, Lies, LogitTile, Tile, column_of, place, result_of,
     row_of, store_tile,
 };
 
@@ -35,7 +35,7 @@ pub(in crate::cosine_cross_entropy) fn forward_chunks<'a>(
 pub(in crate::cosine_cross_entropy) fn launch_forward(
     call: &Call,
     chunks: &Chunks,
-    kept: Option<&LogitChunk>,
+    kept: Option<&GradientChunk>,
     results: &RowResults,
 ) {
     let client = call.client;
@@ -78,12 +78,12 @@ pub(in crate::cosine_cross_entropy) fn launch_forward(
         )
     };
     let one_vector = client.empty(tile.vector * tile.packed.size());
-    let launch = |at: usize, chunk: &Chunk, kept: Option<&LogitChunk>| {
+    let launch = |at: usize, chunk: &Chunk, cosines: Option<&GradientChunk>| {
         let [softmax, totals, best, of_target] = parts_args();
         // SAFETY: the operands are packed in whole tiles; of all `parts` parts these are some. What is kept is of this chunk.
         unsafe {
-            let cosines = match kept {
-                Some(kept) => chunks.logits_arg(kept),
+            let cosines_arg = match cosines {
+                Some(place) => chunks.values_arg(place),
                 None => BufferArg::from_raw_parts(one_vector.clone(), 1),
             };
             forward::launch_unchecked(
@@ -94,7 +94,7 @@ pub(in crate::cosine_cross_entropy) fn launch_forward(
                 chunks.embeddings_arg(),
                 chunks.weights_arg(chunk),
                 call.labels.buffer_arg(),
-                cosines,
+                cosines_arg,
                 softmax,
                 totals,
                 best,
@@ -107,7 +107,7 @@ pub(in crate::cosine_cross_entropy) fn launch_forward(
                 scale,
                 tile,
                 smooth,
-                kept.is_some(),
+                cosines.is_some(),
                 tile.packed,
                 call.labels.dtype(),
             );

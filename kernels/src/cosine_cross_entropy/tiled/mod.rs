@@ -9,8 +9,8 @@
 //! bounded workspace, which two products take to the operands: `8·H·N·D·K` operations with the forward pass. A row's
 //! upstream gradient is divided by its head's largest finite one before it is rounded, and multiplied back in f32.
 //!
-//! Both at once, in f32 multiply-adds: the cosines of the first chunk stay where its logit gradients will be, which makes
-//! `6·H·N·D·K` operations of it where that chunk has all classes.
+//! Both at once, in f32 multiply-adds and with a positive scale: the cosines of the first chunk stay where its logit gradients will
+//! be, which makes `6·H·N·D·K` operations of it where that chunk has all classes.
 
 mod backward;
 mod forward;

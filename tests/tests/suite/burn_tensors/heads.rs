@@ -210,7 +210,7 @@ fn bad_labels_and_shapes_over_batches_are_told() {
         means.check(),
         Err(Error::Label {
             row: 1,
-            label: None,
+            label: 9,
             active: 4,
             rows: 3
         })
@@ -359,7 +359,7 @@ fn what_does_not_fit_is_refused_at_the_call() {
         loss.heads.check(),
         Err(Error::Label {
             row: 4,
-            label: Some(9),
+            label: 9,
             active: 4,
             rows: 1
         })
@@ -373,7 +373,7 @@ fn what_does_not_fit_is_refused_at_the_call() {
         means.check(),
         Err(Error::Label {
             row: 1,
-            label: Some(-1),
+            label: -1,
             active: 4,
             rows: 2
         })

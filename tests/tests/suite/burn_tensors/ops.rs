@@ -223,7 +223,7 @@ fn a_label_is_judged_before_it_is_narrowed() {
         loss.expect("shapes fit").check(),
         Err(Error::Label {
             row: 4,
-            label: Some(1 << 32),
+            label: 1 << 32,
             active: 5,
             rows: 1
         })

@@ -4,7 +4,7 @@ use protohead::class_means::ClassSums;
 use protohead::cosine_cross_entropy::{Inputs, Options, forward};
 use protohead::{Error, LossOptions, LossOutput, LossValues, Reduction, Upstream, cross_entropy};
 use protohead_tests::devices::{Run, fused_runs, runs};
-use protohead_tests::problem::download;
+use protohead_tests::problem::{LabelDtype, download};
 
 use super::{floats, inputs};
 use crate::support::{labels, step};
@@ -19,7 +19,7 @@ fn reported_and_ignored(run: &Run, bad: &LossOutput, ignored: &LossOutput) {
     let client = run.client;
     let error = Error::Label {
         row: 1,
-        label: Some(3),
+        label: 3,
         active: 3,
         rows: 2,
     };
@@ -118,7 +118,7 @@ fn a_bad_label_leaves_class_means_untouched_and_is_reported() {
             sums.read_counts(client),
             Err(Error::Label {
                 row: 0,
-                label: None,
+                label: 7,
                 active: 3,
                 rows: 3
             }),
@@ -133,6 +133,61 @@ fn a_bad_label_leaves_class_means_untouched_and_is_reported() {
             sums.merge(client, &other),
             Err(Error::MixedSums { normalized: true })
         );
+    }
+}
+
+/// The first of several batches, of blocks of rows that are sorted apart, and of states that are merged; rows are streamed or sorted.
+#[test]
+fn the_first_bad_label_of_class_means_is_told_in_every_dtype() {
+    const ROWS: usize = 5000;
+    for (run, classes) in runs()
+        .into_iter()
+        .flat_map(|run| [3, 40_000].map(|classes| (run, classes)))
+    {
+        let client = run.client;
+        let options = protohead::class_means::Options {
+            strategy: run.strategy,
+            ..Default::default()
+        };
+        for (dtype, first, later) in [
+            (LabelDtype::I32, i64::from(i32::MIN), -1),
+            (LabelDtype::I32, i64::from(i32::MAX), -1),
+            (LabelDtype::I64, -(1 << 40) - 3, 1 << 33),
+            (LabelDtype::I64, (1 << 40) + 1, i64::MIN),
+            (LabelDtype::U32, i64::from(u32::MAX), 40_000),
+        ] {
+            let mut sums = ClassSums::new(client, 1, classes, 2, &options).expect("valid");
+            let add = |sums: &mut ClassSums, bad: &[(usize, i64)]| {
+                let mut rows = vec![1; ROWS];
+                for &(row, label) in bad {
+                    rows[row] = label;
+                }
+                let rows = dtype.upload(client, &rows);
+                sums.accumulate(client, &floats(client, &[1, ROWS, 2]), &rows)
+                    .expect("the host sees nothing wrong");
+            };
+            let told = |row, rows| {
+                Err(Error::Label {
+                    row,
+                    label: first,
+                    active: classes,
+                    rows,
+                })
+            };
+            add(&mut sums, &[]);
+            assert!(sums.read_counts(client).is_ok(), "on {run}");
+            add(&mut sums, &[(3333, first), (3334, later), (4999, later)]);
+            assert_eq!(sums.read_counts(client), told(3333, 3), "on {run}");
+            add(&mut sums, &[(0, later)]);
+            assert_eq!(sums.read_counts(client), told(3333, 4), "on {run}");
+            let mut merged = ClassSums::new(client, 1, classes, 2, &options).expect("valid");
+            merged.merge(client, &sums).expect("alike");
+            assert_eq!(merged.read_counts(client), told(3333, 4), "on {run}");
+            let mut other = ClassSums::new(client, 1, classes, 2, &options).expect("valid");
+            add(&mut other, &[(7, later)]);
+            merged.merge(client, &other).expect("alike");
+            assert_eq!(merged.read_counts(client), told(3333, 5), "on {run}");
+        }
     }
 }
 
@@ -167,7 +222,7 @@ fn what_is_read_at_once_is_what_is_read_apart() {
             assert_eq!(output.read(client), Ok(apart), "on {run}");
             let bad = Error::Label {
                 row: 3,
-                label: Some(3),
+                label: 3,
                 active: 3,
                 rows: 1,
             };

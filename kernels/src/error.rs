@@ -86,13 +86,15 @@ pub enum Error {
         /// H
         heads: usize,
     },
-    /// A problem is too large for the 32-bit addressing of the kernels.
-    #[error("{operand} needs {elements} elements, more than 32-bit addresses reach")]
+    /// A problem is too large for the 32-bit addressing of the kernels, or for a buffer of the device.
+    #[error("{operand} needs {elements} elements, where {most} are possible")]
     TooLarge {
         /// The tensor's name.
         operand: &'static str,
         /// Its elements.
         elements: u128,
+        /// The most that there may be.
+        most: u128,
     },
     /// A forced variant cannot run on this device.
     #[error(

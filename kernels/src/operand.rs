@@ -84,12 +84,7 @@ impl Strided {
             });
         }
         // Gradients are as large, whatever the strides are.
-        if count(&shape) > isize::MAX as u128 / 8 {
-            return Err(Error::TooLarge {
-                operand,
-                elements: count(&shape),
-            });
-        }
+        at_most(operand, count(&shape), isize::MAX as u128 / 8)?;
         let elements = elements_of(tensor);
         let last = shape.iter().zip(&strides).fold(0u128, |last, (&n, &s)| {
             last.saturating_add((n as u128 - 1) * s as u128)
@@ -392,8 +387,27 @@ pub(crate) fn addressed(
 
 /// Refuses what 32-bit indices cannot reach.
 pub(crate) fn addressable(operand: &'static str, elements: u128) -> Result<(), Error> {
-    if elements > u128::from(u32::MAX) {
-        return Err(Error::TooLarge { operand, elements });
+    at_most(operand, elements, u128::from(u32::MAX))
+}
+
+/// Refuses what no buffer of the device holds, in f32. CubeCL would find it out after the launch, and leave what a later launch
+/// writes as if it were whole.
+pub(crate) fn allocatable(
+    client: &Client,
+    operand: &'static str,
+    elements: u128,
+) -> Result<(), Error> {
+    let bytes = u128::from(client.properties().memory.max_page_size);
+    at_most(operand, elements, bytes / size_of::<f32>() as u128)
+}
+
+fn at_most(operand: &'static str, elements: u128, most: u128) -> Result<(), Error> {
+    if elements > most {
+        return Err(Error::TooLarge {
+            operand,
+            elements,
+            most,
+        });
     }
     Ok(())
 }

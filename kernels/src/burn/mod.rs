@@ -26,11 +26,12 @@ use burn::backend::Dispatch;
 use burn::backend::cubecl::dtype_to_elem_type;
 use burn::backend::tensor::FloatTensor;
 use burn::tensor::{DType, Device, Int, Tensor};
+use cubecl::client::Client;
 use cubecl::ir::ElemType;
 
 use crate::cosine_logits::{active_classes, same_dtype};
 use crate::loss::target::joined;
-use crate::operand::{addressable, count};
+use crate::operand::{addressable, allocatable, count};
 use crate::{
     Error, LossOptions, Reduction, Strategy, cosine_cross_entropy as fused,
     cosine_logits as logits_op, cross_entropy as cross_entropy_op,
@@ -293,12 +294,12 @@ pub fn reconstruction(
     ))
 }
 
-/// Refuses devices that are not CubeCL's.
-fn cube_device(device: &Device) -> Result<(), Error> {
+/// The client of a device, which must be CubeCL's.
+fn cube_device(device: &Device) -> Result<Client, Error> {
     let plain = device.clone().without_autodiff();
     match plain.as_dispatch() {
         #[cfg(any(feature = "cpu", feature = "cuda", feature = "wgpu"))]
-        burn::backend::DispatchDevice::Cube(_) => Ok(()),
+        burn::backend::DispatchDevice::Cube(device) => Ok(device.client()),
         #[allow(unreachable_patterns)] // where only CubeCL devices are in the build
         other => Err(Error::Place {
             operand: "an operand",
@@ -340,7 +341,7 @@ fn head_operands(
     scale: f32,
     active: Option<usize>,
 ) -> Result<usize, Error> {
-    cube_device(&embeddings.device())?;
+    let client = cube_device(&embeddings.device())?;
     let [heads, rows, dim] = embeddings.dims();
     sized("embeddings", &embeddings.dims())?;
     sized("class weights", &weights.dims())?;
@@ -350,8 +351,9 @@ fn head_operands(
     float_dtype("class weights", weights)?;
     // No tile is longer than this on any side.
     let padded = |count: usize| count.next_multiple_of(128) as u128;
-    let packed = heads as u128 * (padded(rows) + padded(active)) * padded(dim);
-    addressable("the packed operands", packed)?;
+    let packed = |rows: usize| heads as u128 * padded(rows) * padded(dim);
+    addressable("the packed operands", packed(rows) + packed(active))?;
+    allocatable(&client, "the packed embeddings", packed(rows))?;
     Ok(active)
 }
 
@@ -411,7 +413,8 @@ mod tests {
             sized("class weights", &[1, 17_000_000, 256]),
             Err(Error::TooLarge {
                 operand: "class weights",
-                elements: 4_352_000_000
+                elements: 4_352_000_000,
+                most: u32::MAX.into()
             })
         );
         assert_eq!(sized("class weights", &[1, 16_000_000, 256]), Ok(()));

@@ -8,7 +8,7 @@ use cubecl::std::tensor::TensorHandle;
 use crate::blueprint::Blueprint;
 use crate::error::Error;
 use crate::gradients::{Gradients, Wanted};
-use crate::operand::{Strided, addressable, addressed, count, empty_beside};
+use crate::operand::{Strided, addressable, addressed, allocatable, count, empty_beside};
 
 /// Embeddings and class weights that belong together.
 pub(crate) struct CosineProblem {
@@ -87,6 +87,10 @@ impl CosineProblem {
         };
         let packed = count(&[heads, packed_rows, sizes.dim_padded]);
         addressable("the packed operands", packed)?;
+        if chunked {
+            // And their gradient's sums, which are f32; what has a class axis comes in chunks.
+            allocatable(client, "the packed embeddings", packed)?;
+        }
         Ok(Self {
             embeddings,
             weights,

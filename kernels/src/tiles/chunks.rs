@@ -74,13 +74,15 @@ impl<'a> Chunks<'a> {
         }
     }
 
-    /// How many classes a chunk has at most, if each takes `bytes`.
-    fn step(&self, bytes: usize) -> usize {
+    /// How many classes a chunk has at most, if each takes `bytes`, and `in_one` of them in the largest buffer.
+    fn step(&self, bytes: usize, in_one: usize) -> usize {
         let side = self.tile.side;
+        let page = self.client.properties().memory.max_page_size;
+        let page = usize::try_from(page).unwrap_or(usize::MAX);
         // Several tiles, so that the last chunk can have fewer than there are parts.
         let fitting = match self.tile.stands_in {
             true => 3,
-            false => tiles_at_once(bytes, side),
+            false => tiles_at_once(bytes, in_one, page, side),
         };
         (fitting * side).min(self.problem.sizes.active_padded)
     }
@@ -120,7 +122,10 @@ impl<'a> Chunks<'a> {
         let sizes = &self.problem.sizes;
         let (start, step) = match kept {
             Some(kept) => (kept.chunk.classes, self.backward_step()),
-            None => (0, self.step(sizes.heads * sizes.dim_padded * self.size())),
+            None => {
+                let bytes = sizes.heads * sizes.dim_padded * self.size();
+                (0, self.step(bytes, bytes))
+            }
         };
         let firsts: Vec<usize> = (start..sizes.active).step_by(step).collect();
         firsts.into_iter().map(move |first| self.chunk(first, step))
@@ -137,12 +142,13 @@ impl<'a> Chunks<'a> {
     /// Classes of a backward pass's chunk, at most.
     fn backward_step(&self) -> usize {
         let sizes = &self.problem.sizes;
-        self.step(bytes_of_class(
+        let (bytes, in_one) = bytes_of_class(
             sizes.heads,
             sizes.rows_padded,
             sizes.dim_padded,
             self.size(),
-        ))
+        );
+        self.step(bytes, in_one)
     }
 
     fn gradient_chunk(&self, first: usize) -> GradientChunk {
@@ -185,14 +191,20 @@ impl<'a> Chunks<'a> {
     }
 }
 
-/// How many tiles of `side` classes a chunk has at most, where each class takes `bytes`.
-fn tiles_at_once(bytes: usize, side: usize) -> usize {
-    (WORKSPACE / bytes / side).max(1)
+/// How many tiles of `side` classes a chunk has at most, where each class takes `bytes`, and `in_one` of them in a buffer of at most
+/// `page`.
+fn tiles_at_once(bytes: usize, in_one: usize, page: usize, side: usize) -> usize {
+    ((WORKSPACE / bytes).min(page / in_one) / side).max(1)
 }
 
-/// Bytes that a backward pass needs for each class of a chunk: its logit gradients, packed weights and their gradient.
-fn bytes_of_class(heads: usize, rows: usize, dim: usize, size: usize) -> usize {
-    heads * (rows * size + dim * (size + size_of::<f32>()))
+/// Bytes that a backward pass needs for each class of a chunk, its logit gradients, packed weights and their gradient; and those of
+/// the largest of the three.
+fn bytes_of_class(heads: usize, rows: usize, dim: usize, size: usize) -> (usize, usize) {
+    let (logits, sums) = (rows * size, dim * size_of::<f32>());
+    (
+        heads * (logits + dim * size + sums),
+        heads * logits.max(sums),
+    )
 }
 
 /// A backward pass.
@@ -431,24 +443,24 @@ fn product<E: Float, N: Size>(
 mod tests {
     use super::*;
 
-    /// Else the fused op would allocate what grows with rows times classes.
+    /// Else the fused op would allocate what grows with rows times classes, or more than WebGPU's 128 MiB at once.
     #[test]
-    fn a_chunk_fits_the_workspace_or_is_a_single_tile() {
+    fn a_chunk_fits_the_workspace_and_its_buffers_a_page_or_it_is_a_single_tile() {
         for heads in [1, 3, 16] {
             for rows in [64, 1024, 65_536, 1 << 20] {
                 for dim in [64, 512, 4096] {
                     for (side, size) in [(64, 4), (128, 4), (128, 2)] {
-                        let of_class = bytes_of_class(heads, rows, dim, size);
-                        let tiles = tiles_at_once(of_class, side);
-                        let bytes = tiles * side * of_class;
-                        assert!(
-                            bytes <= WORKSPACE || tiles == 1,
-                            "{heads} x {rows} x {dim}: {bytes}"
-                        );
-                        assert!(
-                            bytes + side * of_class > WORKSPACE,
-                            "{heads} x {rows} x {dim} has room for another tile"
-                        );
+                        for page in [128 << 20, 1 << 40] {
+                            let (of_class, in_one) = bytes_of_class(heads, rows, dim, size);
+                            let tiles = tiles_at_once(of_class, in_one, page, side);
+                            let fits = |tiles: usize| {
+                                tiles * side * of_class <= WORKSPACE
+                                    && tiles * side * in_one <= page
+                            };
+                            let what = format!("{heads} x {rows} x {dim}, pages of {page}");
+                            assert!(fits(tiles) || tiles == 1, "{what}: {tiles} tiles");
+                            assert!(!fits(tiles + 1), "{what} has room for another tile");
+                        }
                     }
                 }
             }

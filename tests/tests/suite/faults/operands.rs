@@ -5,11 +5,11 @@ use cubecl::std::tensor::TensorHandle;
 use protohead::class_means::ClassSums;
 use protohead::cosine_cross_entropy::{Inputs, Options, backward, forward};
 use protohead::{
-    Error, Gradients, LossOptions, LossOutput, Reduction, Strategy, Upstream, Wanted,
+    Error, Gradients, LossOptions, LossOutput, Reduction, Strategy, Upstream, Variant, Wanted,
     cosine_logits, cross_entropy, reconstruction,
 };
-use protohead_tests::devices::devices;
-use protohead_tests::problem::Dtype;
+use protohead_tests::devices::{all_runs, devices};
+use protohead_tests::problem::{Dtype, download};
 
 use super::{floats, inputs, labels};
 
@@ -209,15 +209,15 @@ fn a_stride_of_zero_does_not_wrap_a_size() {
             [1, usize::MAX, 64],
         ] {
             for &variant in &device.variants {
-                let inputs = protohead::cosine_logits::Inputs {
+                let inputs = cosine_logits::Inputs {
                     embeddings: of(shape),
                     weights: of([shape[0], 2, shape[2]]),
                 };
-                let options = protohead::cosine_logits::Options {
+                let options = cosine_logits::Options {
                     strategy: Strategy::Forced(variant),
                     ..Default::default()
                 };
-                let refused = protohead::cosine_logits::forward(client, &inputs, &options);
+                let refused = cosine_logits::forward(client, &inputs, &options);
                 let refused = refused.map(|_| ()).expect_err("must be refused");
                 assert!(
                     matches!(
@@ -229,6 +229,41 @@ fn a_stride_of_zero_does_not_wrap_a_size() {
                 );
             }
         }
+    }
+}
+
+/// Software Vulkan has buffers of 128 MiB, as much as WebGPU guarantees; others have what takes too long to fill.
+#[test]
+fn rows_whose_packed_copy_no_buffer_of_the_device_holds_are_refused() {
+    for run in all_runs() {
+        let page = run.client.properties().memory.max_page_size;
+        if page > 1 << 30 || run.strategy == Strategy::Forced(Variant::Small) {
+            continue;
+        }
+        // Packed, a row has 64 columns.
+        let most = page as usize / 64 / 4;
+        let of = |rows: usize| {
+            let inputs = cosine_logits::Inputs {
+                embeddings: floats(run.client, &[1, rows, 2]),
+                weights: floats(run.client, &[1, 1, 2]),
+            };
+            let options = cosine_logits::Options {
+                strategy: run.strategy,
+                ..Default::default()
+            };
+            let logits = cosine_logits::forward(run.client, &inputs, &options)?;
+            Ok(download(run.client, &logits).len())
+        };
+        assert_eq!(of(most), Ok(most), "on {run}");
+        assert_eq!(
+            of(most + 64),
+            Err(Error::TooLarge {
+                operand: "the packed embeddings",
+                elements: (most as u128 + 64) * 64,
+                most: u128::from(page) / 4,
+            }),
+            "on {run}"
+        );
     }
 }
 

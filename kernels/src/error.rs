@@ -87,7 +87,7 @@ pub enum Error {
         heads: usize,
     },
     /// A problem is too large for the 32-bit addressing of the kernels, or for a buffer of the device.
-    #[error("{operand} needs {elements} elements, where {most} are possible")]
+    #[error("{operand}: {elements} elements are more than the {most} that fit")]
     TooLarge {
         /// The tensor's name.
         operand: &'static str,

@@ -370,7 +370,7 @@ impl<'a> Call<'a> {
         arriving: &Arriving,
         wanted: Wanted,
     ) -> Gradients {
-        let rows = tiled::gather_rows(self, saved, arriving);
+        let rows = tiled::gather_rows(self, chunks.tile.packed, saved, arriving);
         let gradients = self.gradients(wanted);
         tiled::launch_backward(self, chunks, kept, &rows, &gradients);
         gradients

@@ -1,12 +1,11 @@
-//! Logit gradients of a chunk of classes, and what undoes their scaling.
+//! Logit gradients of a chunk of classes.
 
 use cubecl::prelude::*;
 
 use super::super::launch::Call;
 use super::rows::Rows;
 use crate::Gradients;
-use crate::blueprint::{PLANE_UNITS, cubes_for};
-use crate::math::group::{Group, group_max};
+use crate::blueprint::cubes_for;
 use crate::math::lanes::iota;
 use crate::math::online_softmax::{FLOOR, logit_gradient};
 use crate::tiles::{
@@ -33,31 +32,9 @@ pub(in crate::cosine_cross_entropy) fn launch_backward(
     let client = call.client;
     let tile = chunks.tile;
     let sizes = &call.problem.sizes;
-    let dtype = tile.packed;
-    // Softmax probabilities of many classes would be subnormal in f16: its exponents are used from the top.
-    let unit: f32 = match dtype {
-        F16 => 4096.0,
-        _ => 1.0,
-    };
-    let factors = client.empty(sizes.heads * size_of::<f32>());
-    // SAFETY: `Rows` has [heads, 2, rows_padded] numbers, the factors are [heads].
-    unsafe {
-        relative::launch_unchecked(
-            client,
-            cubes_for(client, sizes.heads),
-            CubeDim::new_1d(PLANE_UNITS as u32),
-            rows.state_arg(),
-            BufferArg::from_raw_parts(factors.clone(), sizes.heads),
-            sizes.heads,
-            sizes.rows_padded,
-            call.options.scale / unit,
-            unit,
-            Group::cube(&call.blueprint),
-        );
-    }
     let backward = Backward {
         chunks,
-        factors,
+        factors: rows.factors.clone(),
         gradients,
     };
     let options = call.options;
@@ -94,55 +71,11 @@ pub(in crate::cosine_cross_entropy) fn launch_backward(
                     options.scale,
                     options.loss.label_smoothing,
                     tile,
-                    dtype,
+                    tile.packed,
                 );
             }
         }
     });
-}
-
-const F16: ElemType = ElemType::Float(cubecl::ir::FloatKind::F16);
-
-/// A cube divides a head's arriving gradients by the largest finite one, and gives the factor that undoes it.
-#[cube(launch_unchecked)]
-fn relative(
-    state: &mut [f32],   // [heads, 2, rows_padded]: lse, then the gradient that arrives
-    factors: &mut [f32], // [heads]
-    heads: usize,
-    rows_padded: usize,
-    scale: f32,
-    unit: f32,
-    #[comptime] group: Group,
-) {
-    let head = CUBE_POS;
-    if head >= heads {
-        terminate!();
-    }
-    let first = (head * 2 + 1) * rows_padded;
-    let mut largest = 0.0f32.runtime();
-    let mut row = UNIT_POS as usize;
-    while row < rows_padded {
-        let size = state[first + row].abs();
-        // An infinite one is its own row's matter.
-        if size <= f32::MAX {
-            largest = max(largest, size);
-        }
-        row += PLANE_UNITS;
-    }
-    let largest = group_max(largest, group);
-    let mut inverse = 0.0f32.runtime();
-    // What is next to nothing has no inverse, and counts as nothing.
-    if largest > 0.0 && unit / largest <= f32::MAX {
-        inverse = unit / largest;
-    }
-    row = UNIT_POS as usize;
-    while row < rows_padded {
-        state[first + row] *= inverse;
-        row += PLANE_UNITS;
-    }
-    if UNIT_POS == 0 {
-        factors[head] = largest * scale;
-    }
 }
 
 /// A chunk's cosines become its logit gradients, a vector of classes at a time.

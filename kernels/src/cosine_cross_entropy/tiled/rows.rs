@@ -1,6 +1,7 @@
-//! What a backward pass needs to know of each row: `lse`, the gradient that arrives, and the target,
-//! padded to whole tiles with rows that take no part.
+//! What a backward pass needs to know of each row: `lse`, the gradient that arrives, and the target, padded to whole tiles with rows
+//! that take no part; and what undoes the scaling of the gradients that arrive.
 
+use cubecl::ir::FloatKind;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
@@ -9,12 +10,15 @@ use crate::blueprint::{PLANE_UNITS, cubes_for};
 use crate::loss::arriving::{Arrives, Arriving, arriving_at, share_of_row};
 use crate::loss::target::{IGNORED, LabelRule, label_rule, target_of};
 use crate::loss::{Reduction, Saved};
+use crate::math::group::{Group, group_max};
 use crate::operand::whole;
 
 /// The padded rows on the device.
 pub(in crate::cosine_cross_entropy) struct Rows {
-    state: Handle,   // f32, [heads, 2, rows_padded]: lse, then the gradient that arrives
+    state: Handle, // f32, [heads, 2, rows_padded]: lse, then the gradient that arrives, over the head's largest finite one
     targets: Handle, // u32, [rows_padded]
+    /// f32, [heads]: what gradients of cosines are multiplied with in the end.
+    pub(super) factors: Handle,
     heads: usize,
     rows_padded: usize,
 }
@@ -34,6 +38,7 @@ impl Rows {
 /// Gathers the rows of `call`, whose forward pass left `saved`.
 pub(in crate::cosine_cross_entropy) fn gather_rows(
     call: &Call,
+    packed: ElemType,
     saved: &Saved,
     arriving: &Arriving,
 ) -> Rows {
@@ -44,14 +49,20 @@ pub(in crate::cosine_cross_entropy) fn gather_rows(
     let out = Rows {
         state: client.empty(heads * 2 * rows_padded * size_of::<f32>()),
         targets: client.empty(rows_padded * size_of::<u32>()),
+        factors: client.empty(heads * size_of::<f32>()),
         heads,
         rows_padded,
+    };
+    // Softmax probabilities of many classes would be subnormal in f16: its exponents are used from the top.
+    let unit: f32 = match packed {
+        F16 => 4096.0,
+        _ => 1.0,
     };
     // SAFETY: every buffer has the length of its comment; the kernel stays below rows and rows_padded.
     unsafe {
         gather::launch_unchecked(
             client,
-            cubes_for(client, rows_padded.div_ceil(PLANE_UNITS)),
+            cubes_for(client, heads),
             CubeDim::new_1d(PLANE_UNITS as u32),
             whole(&saved.lse, 1),
             call.labels.buffer_arg(),
@@ -59,19 +70,26 @@ pub(in crate::cosine_cross_entropy) fn gather_rows(
             arriving.buffer_arg(&saved.lse.handle),
             out.state_arg(),
             out.targets_arg(),
+            BufferArg::from_raw_parts(out.factors.clone(), heads),
             heads,
             sizes.rows,
             rows_padded,
             label_rule(call.labels.dtype(), sizes.active, loss.ignore_index),
             arriving.everywhere,
+            call.options.scale / unit,
+            unit,
             arriving.arrives,
             loss.reduction == Reduction::Mean,
+            Group::cube(&call.blueprint),
             call.labels.dtype(),
         );
     }
     out
 }
 
+const F16: ElemType = ElemType::Float(FloatKind::F16);
+
+/// A cube gathers the rows of a head, and divides what arrives by the largest finite gradient.
 #[cube(launch_unchecked)]
 fn gather<I: Int>(
     lse: &[f32],         // [heads, rows]
@@ -80,35 +98,62 @@ fn gather<I: Int>(
     gradient: &[f32],    // [heads] or [heads, rows], if it does not arrive everywhere
     state: &mut [f32],   // [heads, 2, rows_padded]
     targets: &mut [u32], // [rows_padded]
+    factors: &mut [f32], // [heads]
     heads: usize,
     rows: usize,
     rows_padded: usize,
     rule: LabelRule,
     everywhere: f32,
+    scale: f32,
+    unit: f32,
     #[comptime] arrives: Arrives,
     #[comptime] mean: bool,
+    #[comptime] group: Group,
     #[define(I)] _label: ElemType,
 ) {
+    let head = CUBE_POS;
+    if head >= heads {
+        terminate!();
+    }
     let share = share_of_row(status[0], mean);
-    let mut row = ABSOLUTE_POS;
+    let of_lse = head * 2 * rows_padded;
+    let of_arriving = of_lse + rows_padded;
+    let mut largest = 0.0f32.runtime();
+    let mut row = UNIT_POS as usize;
     while row < rows_padded {
         let mut target = IGNORED.runtime();
+        let mut row_lse = 0.0f32.runtime();
+        let mut arrived = 0.0f32.runtime();
         if row < rows {
             target = target_of::<I>(labels[row], &rule);
+            row_lse = lse[head * rows + row];
+            arrived = arriving_at(
+                everywhere, gradient, head, row, rows, target, share, arrives,
+            );
         }
-        targets[row] = target;
-        for head in 0..heads {
-            let mut row_lse = 0.0f32.runtime();
-            let mut arrived = 0.0f32.runtime();
-            if row < rows {
-                row_lse = lse[head * rows + row];
-                arrived = arriving_at(
-                    everywhere, gradient, head, row, rows, target, share, arrives,
-                );
-            }
-            state[head * 2 * rows_padded + row] = row_lse;
-            state[(head * 2 + 1) * rows_padded + row] = arrived;
+        if head == 0 {
+            targets[row] = target;
         }
-        row += CUBE_COUNT * CUBE_DIM as usize;
+        state[of_lse + row] = row_lse;
+        state[of_arriving + row] = arrived;
+        // An infinite one is its own row's matter.
+        if arrived.abs() <= f32::MAX {
+            largest = max(largest, arrived.abs());
+        }
+        row += PLANE_UNITS;
+    }
+    let largest = group_max(largest, group);
+    let mut inverse = 0.0f32.runtime();
+    // What is next to nothing has no inverse, and counts as nothing.
+    if largest > 0.0 && unit / largest <= f32::MAX {
+        inverse = unit / largest;
+    }
+    row = UNIT_POS as usize;
+    while row < rows_padded {
+        state[of_arriving + row] *= inverse;
+        row += PLANE_UNITS;
+    }
+    if UNIT_POS == 0 {
+        factors[head] = largest * scale;
     }
 }

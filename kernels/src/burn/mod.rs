@@ -341,19 +341,13 @@ fn head_operands(
     scale: f32,
     active: Option<usize>,
 ) -> Result<usize, Error> {
-    let client = cube_device(&embeddings.device())?;
-    let [heads, rows, dim] = embeddings.dims();
+    cube_device(&embeddings.device())?;
     sized("embeddings", &embeddings.dims())?;
     sized("class weights", &weights.dims())?;
     let active = active_classes(embeddings.dims(), weights.dims(), scale, active)?;
     together("class weights", &weights.device(), &embeddings.device())?;
     float_dtype("embeddings", embeddings)?;
     float_dtype("class weights", weights)?;
-    // No tile is longer than this on any side.
-    let padded = |count: usize| count.next_multiple_of(128) as u128;
-    let packed = |rows: usize| heads as u128 * padded(rows) * padded(dim);
-    addressable("the packed operands", packed(rows) + packed(active))?;
-    allocatable(&client, "the packed embeddings", packed(rows))?;
     Ok(active)
 }
 
@@ -365,6 +359,13 @@ fn product_operands(
     active: Option<usize>,
 ) -> Result<usize, Error> {
     let active = head_operands(embeddings, weights, scale, active)?;
+    let client = cube_device(&embeddings.device())?;
+    let [heads, rows, dim] = embeddings.dims();
+    // No tile is longer than this on any side.
+    let padded = |count: usize| count.next_multiple_of(128) as u128;
+    let packed = |rows: usize| heads as u128 * padded(rows) * padded(dim);
+    addressable("the packed operands", packed(rows) + packed(active))?;
+    allocatable(&client, "the packed embeddings", packed(rows))?;
     same_dtype(
         float_dtype("class weights", weights)?,
         float_dtype("embeddings", embeddings)?,

@@ -29,6 +29,7 @@ use burn::tensor::{DType, Device, Int, Tensor};
 use cubecl::client::Client;
 use cubecl::ir::ElemType;
 
+use crate::blueprint::Blueprint;
 use crate::cosine_logits::{active_classes, same_dtype};
 use crate::loss::target::joined;
 use crate::operand::{addressable, allocatable, count};
@@ -53,7 +54,7 @@ pub struct CrossEntropy<const D: usize> {
 /// Labels, and what the device found in them.
 #[derive(Clone, Debug)]
 struct Judged {
-    /// Absent if they came in batches.
+    /// Absent of class sums, whose status has the bad label.
     labels: Option<Tensor<1, Int>>,
     /// Of a loss or of class sums, as the device wrote it.
     status: Tensor<1, Int>,
@@ -189,7 +190,13 @@ fn fused_loss<const D: usize>(
     options: &fused::Options,
 ) -> Result<CrossEntropy<D>, Error> {
     let [heads, rows, _] = embeddings.dims();
-    let active = product_operands(&embeddings, &weights, options.scale, options.active)?;
+    let active = product_operands(
+        &embeddings,
+        &weights,
+        options.scale,
+        options.active,
+        options.allow_tf32,
+    )?;
     unweighted(&options.loss, heads)?;
     row_labels(&labels, rows, &embeddings.device())?;
     let results = <Dispatch as ProtoheadOps>::protohead_fused(
@@ -242,7 +249,13 @@ pub fn cosine_logits(
     weights: Tensor<3>,
     options: &logits_op::Options,
 ) -> Result<Tensor<3>, Error> {
-    let active = product_operands(&embeddings, &weights, options.scale, options.active)?;
+    let active = product_operands(
+        &embeddings,
+        &weights,
+        options.scale,
+        options.active,
+        options.allow_tf32,
+    )?;
     let [heads, rows, _] = embeddings.dims();
     sized("logits", &[heads, rows, active])?;
     Ok(Tensor::from_dispatch(
@@ -357,6 +370,7 @@ fn product_operands(
     weights: &Tensor<3>,
     scale: f32,
     active: Option<usize>,
+    allow_tf32: bool,
 ) -> Result<usize, Error> {
     let active = head_operands(embeddings, weights, scale, active)?;
     let client = cube_device(&embeddings.device())?;
@@ -365,11 +379,14 @@ fn product_operands(
     let padded = |count: usize| count.next_multiple_of(128) as u128;
     let packed = |rows: usize| heads as u128 * padded(rows) * padded(dim);
     addressable("the packed operands", packed(rows) + packed(active))?;
-    allocatable(&client, "the packed embeddings", packed(rows))?;
-    same_dtype(
-        float_dtype("class weights", weights)?,
-        float_dtype("embeddings", embeddings)?,
-    )?;
+    let dtype = float_dtype("embeddings", embeddings)?;
+    same_dtype(float_dtype("class weights", weights)?, dtype)?;
+    let blueprint = Blueprint::of_product(&client, Strategy::Inferred, dtype, allow_tf32)?;
+    if let Some(tile) = blueprint.product {
+        let padded = |count: usize| count.next_multiple_of(tile.side);
+        let packed = count(&[heads, padded(rows), padded(dim)]);
+        allocatable(&client, "the packed embeddings", packed)?;
+    }
     Ok(active)
 }
 

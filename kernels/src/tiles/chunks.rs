@@ -80,10 +80,8 @@ impl<'a> Chunks<'a> {
         let page = self.client.properties().memory.max_page_size;
         let page = usize::try_from(page).unwrap_or(usize::MAX);
         // Several tiles, so that the last chunk can have fewer than there are parts.
-        let fitting = match self.tile.stands_in {
-            true => 3,
-            false => tiles_at_once(bytes, in_one, page, side),
-        };
+        let most = if self.tile.stands_in { 3 } else { usize::MAX };
+        let fitting = tiles_at_once(bytes, in_one, page, side).min(most);
         (fitting * side).min(self.problem.sizes.active_padded)
     }
 

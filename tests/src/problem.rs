@@ -421,7 +421,8 @@ impl Problem {
 }
 
 impl LabelDtype {
-    fn elem(self) -> ElemType {
+    /// As CubeCL calls it.
+    pub fn elem(self) -> ElemType {
         match self {
             LabelDtype::I32 => ElemType::Int(IntKind::I32),
             LabelDtype::I64 => ElemType::Int(IntKind::I64),

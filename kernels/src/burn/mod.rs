@@ -3,7 +3,7 @@
 //!
 //! They run on CubeCL's devices (with the crate's features `cpu`, `cuda` and `wgpu`), under Burn's fusion with the feature
 //! `fusion`, which has to be on where Burn's is. Shapes and options are checked at the call and returned as an [`Error`]; the
-//! operands have fewer than 2³² elements together, the padding that kernels add included. Labels are data on the device: a row whose
+//! operands of a product have fewer than 2³² elements together, the padding that kernels add included. Labels are data on the device: a row whose
 //! label is no class counts as ignored, and only [`CrossEntropy::check`] and [`ClassMeans::check`] tell. The strategy of options is
 //! ignored: the device picks the variant. Of the results only losses, logits and reconstruction are differentiable.
 //!
@@ -221,7 +221,7 @@ pub fn cross_entropy_by_row(
     labels: Tensor<1, Int>,
     options: &cross_entropy_op::Options,
 ) -> Result<CrossEntropy<2>, Error> {
-    cube_device(&logits.device())?;
+    cube_client(&logits.device())?;
     let [heads, rows, active] = logits.dims();
     sized("logits", &logits.dims())?;
     // What a backward pass knows of each row.
@@ -279,7 +279,7 @@ pub fn reconstruction(
     first: Tensor<2>,
     second: Tensor<2>,
 ) -> Result<Tensor<1>, Error> {
-    cube_device(&whole.device())?;
+    cube_client(&whole.device())?;
     for (operand, part) in [("first part", &first), ("second part", &second)] {
         if part.dims() != whole.dims() {
             return Err(Error::Shape {
@@ -308,7 +308,7 @@ pub fn reconstruction(
 }
 
 /// The client of a device, which must be CubeCL's.
-fn cube_device(device: &Device) -> Result<Client, Error> {
+fn cube_client(device: &Device) -> Result<Client, Error> {
     let plain = device.clone().without_autodiff();
     match plain.as_dispatch() {
         #[cfg(any(feature = "cpu", feature = "cuda", feature = "wgpu"))]
@@ -354,7 +354,7 @@ fn head_operands(
     scale: f32,
     active: Option<usize>,
 ) -> Result<usize, Error> {
-    cube_device(&embeddings.device())?;
+    cube_client(&embeddings.device())?;
     sized("embeddings", &embeddings.dims())?;
     sized("class weights", &weights.dims())?;
     let active = active_classes(embeddings.dims(), weights.dims(), scale, active)?;
@@ -373,19 +373,22 @@ fn product_operands(
     allow_tf32: bool,
 ) -> Result<usize, Error> {
     let active = head_operands(embeddings, weights, scale, active)?;
-    let client = cube_device(&embeddings.device())?;
     let [heads, rows, dim] = embeddings.dims();
+    let packed = |rows: usize, side: usize| {
+        let padded = |count: usize| count.next_multiple_of(side);
+        count(&[heads, padded(rows), padded(dim)])
+    };
     // No tile is longer than this on any side.
-    let padded = |count: usize| count.next_multiple_of(128) as u128;
-    let packed = |rows: usize| heads as u128 * padded(rows) * padded(dim);
-    addressable("the packed operands", packed(rows) + packed(active))?;
+    addressable(
+        "the packed operands",
+        packed(rows, 128) + packed(active, 128),
+    )?;
     let dtype = float_dtype("embeddings", embeddings)?;
     same_dtype(float_dtype("class weights", weights)?, dtype)?;
+    let client = cube_client(&embeddings.device())?;
     let blueprint = Blueprint::of_product(&client, Strategy::Inferred, dtype, allow_tf32)?;
     if let Some(tile) = blueprint.product {
-        let padded = |count: usize| count.next_multiple_of(tile.side);
-        let packed = count(&[heads, padded(rows), padded(dim)]);
-        allocatable(&client, "the packed embeddings", packed)?;
+        allocatable(&client, "the packed embeddings", packed(rows, tile.side))?;
     }
     Ok(active)
 }

@@ -5,7 +5,8 @@ use burn::tensor::{DType, Shape};
 
 use super::ops::MaybeGradMetadata;
 use super::sums::State;
-use crate::class_means::STATUS_FIELDS;
+use crate::class_means::SUMS_STATUS_FIELDS;
+use crate::loss::reduce::STATUS_FIELDS;
 use crate::{Reduction, cosine_cross_entropy as fused, cosine_logits as logits, cross_entropy};
 
 pub(super) fn fused_spec(
@@ -77,7 +78,7 @@ pub(super) fn loss_spec(
         TensorSpec::new(loss, DType::F32),
         TensorSpec::new(by_row.clone(), DType::F32),
         TensorSpec::new(by_row, DType::U32),
-        TensorSpec::new(Shape::new([3]), DType::U32),
+        TensorSpec::new(Shape::new([STATUS_FIELDS]), DType::U32),
     )
 }
 
@@ -105,7 +106,7 @@ pub(super) fn class_sums_spec(
     _status: &TensorSpec,
     _state: &State,
 ) -> TensorSpec {
-    TensorSpec::new(Shape::new([STATUS_FIELDS]), DType::U32)
+    TensorSpec::new(Shape::new([SUMS_STATUS_FIELDS]), DType::U32)
 }
 
 pub(super) fn class_means_spec(
@@ -113,7 +114,7 @@ pub(super) fn class_means_spec(
     _status: &TensorSpec,
     state: &State,
 ) -> (TensorSpec, TensorSpec, TensorSpec, TensorSpec) {
-    let status = || TensorSpec::new(Shape::new([STATUS_FIELDS]), DType::U32);
+    let status = || TensorSpec::new(Shape::new([SUMS_STATUS_FIELDS]), DType::U32);
     (
         weights.clone(),
         TensorSpec::new(Shape::new([state.active]), DType::U32),

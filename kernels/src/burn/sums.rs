@@ -6,8 +6,8 @@ use burn::backend::Dispatch;
 use burn::tensor::{Device, Int, Tensor};
 
 use super::ops::ProtoheadOps;
-use super::{Judged, cube_device, float_dtype, head_operands, row_labels, sized, together};
-use crate::class_means::STATUS_FIELDS;
+use super::{Judged, cube_client, float_dtype, head_operands, row_labels, sized, together};
+use crate::class_means::SUMS_STATUS_FIELDS;
 use crate::{Error, Strategy, class_means as means};
 
 /// Sums of rows by class, over batches: [`class_means::ClassSums`](crate::class_means::ClassSums) on Burn tensors. Not [`Clone`], since
@@ -61,7 +61,7 @@ impl ClassSums {
         options: &means::Options,
         device: &Device,
     ) -> Result<Self, Error> {
-        cube_device(device)?;
+        cube_client(device)?;
         sized("class sums", &[heads, active, dim])?;
         Ok(Self {
             state: State {
@@ -75,7 +75,7 @@ impl ClassSums {
                 },
             },
             // Without autodiff, whatever the device: the means follow the weights.
-            status: Tensor::zeros([STATUS_FIELDS], &device.clone().without_autodiff()),
+            status: Tensor::zeros([SUMS_STATUS_FIELDS], &device.clone().without_autodiff()),
         })
     }
 

@@ -40,7 +40,7 @@ impl Default for Options {
 }
 
 /// Of a state's status: rows with a bad label, the first of them in its batch, its label in [`halves`](crate::loss::target::halves).
-pub(crate) const STATUS_FIELDS: usize = 4;
+pub(crate) const SUMS_STATUS_FIELDS: usize = 4;
 
 /// Sums and counts of rows by class, on the device. Not [`Clone`], since a copy would share the buffers. To be used from one thread,
 /// since CubeCL orders what one thread does.
@@ -69,7 +69,7 @@ pub struct ClassSums {
     pub(super) sums: TensorHandle,    // f32, [lanes, heads, classes, dim]
     pub(super) carries: TensorHandle, // f32, of the same shape: what rounding has taken, to be subtracted
     pub(super) counts: TensorHandle,  // u32, [classes]
-    pub(super) status: TensorHandle,  // u32, [STATUS_FIELDS]
+    pub(super) status: TensorHandle,  // u32, [SUMS_STATUS_FIELDS]
     pub(super) options: Options,
     /// Rows that came so far, whether or not they had a class.
     pub(super) rows: usize,
@@ -108,7 +108,7 @@ impl ClassSums {
             sums: empty(client, shape, F32),
             carries: empty(client, shape, F32),
             counts: empty(client, [classes], U32),
-            status: empty(client, [STATUS_FIELDS], U32),
+            status: empty(client, [SUMS_STATUS_FIELDS], U32),
             options: options.clone(),
             rows: 0,
             fresh: true,
@@ -404,10 +404,10 @@ fn add_counts(
         counts[class] = count;
         class += CUBE_COUNT * CUBE_DIM as usize;
     }
-    if comptime!(fresh) && ABSOLUTE_POS == 0 {
-        status[0] = 0;
-    }
     if ABSOLUTE_POS == 0 {
+        if comptime!(fresh) {
+            status[0] = 0;
+        }
         add_status(status, other_status[0], other_status, 0usize);
     }
 }

@@ -10,5 +10,5 @@ mod plane;
 mod unit;
 
 #[cfg(feature = "burn")]
-pub(crate) use launch::STATUS_FIELDS;
+pub(crate) use launch::SUMS_STATUS_FIELDS;
 pub use launch::{ClassSums, Options};

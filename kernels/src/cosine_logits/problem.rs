@@ -88,7 +88,7 @@ impl CosineProblem {
         let packed = count(&[heads, packed_rows, sizes.dim_padded]);
         addressable("the packed operands", packed)?;
         if chunked {
-            // And their gradient's sums, which are f32; what has a class axis comes in chunks.
+            // The sums of their gradient are as many, in f32. What has a class axis comes in chunks.
             allocatable(client, "the packed embeddings", packed)?;
         }
         Ok(Self {

@@ -16,13 +16,15 @@
 //! Where a GPU without tensor cores is forced to cmma, `Fma` stands in on operands of the caller's dtype: that is how the variant is
 //! checked there, all but the instruction.
 
+mod backward;
 mod chunks;
 mod logits;
 mod pack;
 mod product;
 mod store;
 
-pub(crate) use chunks::{Backward, Chunk, Chunks, GradientChunk};
+pub(crate) use backward::Backward;
+pub(crate) use chunks::{Chunk, Chunks, GradientChunk};
 pub(crate) use logits::{ChunkShape, LogitTile};
 pub(crate) use pack::pack_chunk;
 pub(crate) use product::{Lies, Place, column_of, place, result_of, row_of};

@@ -10,7 +10,7 @@ use cubecl::prelude::*;
 use cubecl::server::Handle;
 
 use crate::blueprint::{PLANE_UNITS, cubes_for};
-use crate::class_means::launch::{AccumulateCall, STATUS_FIELDS, add_status};
+use crate::class_means::launch::{AccumulateCall, SUMS_STATUS_FIELDS, add_status};
 use crate::loss::target::{IGNORED, INVALID, LabelRule, halves, is_class, label_rule, target_of};
 use crate::math::group::{Group, group_count, group_min};
 use crate::operand::whole;
@@ -39,7 +39,7 @@ pub(super) fn launch(call: &AccumulateCall) -> Sorted {
     let targets = words(rows);
     let ranks = words(rows);
     let histograms = words(blocks * classes);
-    let invalid = words(blocks * STATUS_FIELDS);
+    let invalid = words(blocks * SUMS_STATUS_FIELDS);
     let totals = words(classes);
     let sorted = Sorted {
         order: words(rows),
@@ -57,7 +57,7 @@ pub(super) fn launch(call: &AccumulateCall) -> Sorted {
             BufferArg::from_raw_parts(targets.clone(), rows),
             BufferArg::from_raw_parts(ranks.clone(), rows),
             BufferArg::from_raw_parts(histograms.clone(), blocks * classes),
-            BufferArg::from_raw_parts(invalid.clone(), blocks * STATUS_FIELDS),
+            BufferArg::from_raw_parts(invalid.clone(), blocks * SUMS_STATUS_FIELDS),
             rows,
             classes,
             block,
@@ -70,7 +70,7 @@ pub(super) fn launch(call: &AccumulateCall) -> Sorted {
             cubes_for(client, classes.div_ceil(PLANE_UNITS)),
             cube,
             BufferArg::from_raw_parts(histograms.clone(), blocks * classes),
-            BufferArg::from_raw_parts(invalid, blocks * STATUS_FIELDS),
+            BufferArg::from_raw_parts(invalid, blocks * SUMS_STATUS_FIELDS),
             BufferArg::from_raw_parts(totals.clone(), classes),
             whole(&call.sums.counts, 1),
             whole(&call.sums.status, 1),
@@ -113,7 +113,7 @@ fn rank<I: Int>(
     row_targets: &mut [u32], // [rows]
     ranks: &mut [u32],       // [rows]
     histograms: &mut [u32],  // [blocks, classes]
-    invalid: &mut [u32],     // [blocks, STATUS_FIELDS]: the status of each block
+    invalid: &mut [u32],     // [blocks, SUMS_STATUS_FIELDS]: the status of each block
     rows: usize,
     classes: usize,
     block: usize, // rows of a block, a multiple of the cube's units
@@ -179,7 +179,7 @@ fn rank<I: Int>(
     }
     let all_invalid = group_count(my_invalid, group);
     let all_first = group_min(my_first, group);
-    let status = CUBE_POS * STATUS_FIELDS;
+    let status = CUBE_POS * SUMS_STATUS_FIELDS;
     if unit == 0 {
         invalid[status] = all_invalid;
         invalid[status + 1] = all_first;
@@ -195,10 +195,10 @@ fn rank<I: Int>(
 #[cube(launch_unchecked)]
 fn offsets(
     histograms: &mut [u32], // [blocks, classes]
-    invalid: &[u32],        // [blocks, STATUS_FIELDS]
+    invalid: &[u32],        // [blocks, SUMS_STATUS_FIELDS]
     totals: &mut [u32],     // [classes]
     counts: &mut [u32],     // [classes]
-    status: &mut [u32],     // [STATUS_FIELDS]
+    status: &mut [u32],     // [SUMS_STATUS_FIELDS]
     blocks: usize,
     block_rows: usize,
     classes: usize,
@@ -237,8 +237,8 @@ fn offsets(
     let mut my_first = INVALID.runtime();
     let mut block = UNIT_POS as usize;
     while block < blocks {
-        my_invalid += invalid[block * STATUS_FIELDS];
-        my_first = min(my_first, invalid[block * STATUS_FIELDS + 1]);
+        my_invalid += invalid[block * SUMS_STATUS_FIELDS];
+        my_first = min(my_first, invalid[block * SUMS_STATUS_FIELDS + 1]);
         block += PLANE_UNITS;
     }
     let all_invalid = group_count(my_invalid, group);
@@ -248,7 +248,7 @@ fn offsets(
     }
     if ABSOLUTE_POS == 0 && all_invalid > 0 {
         let block = first as usize / block_rows;
-        add_status(status, all_invalid, invalid, block * STATUS_FIELDS);
+        add_status(status, all_invalid, invalid, block * SUMS_STATUS_FIELDS);
     }
 }
 

@@ -81,7 +81,7 @@ fn accumulate<F: Float, I: Int, N: Size>(
     sums: &mut [Vector<f32, N>],    // [lanes, heads, classes, columns]
     carries: &mut [Vector<f32, N>], // [lanes, heads, classes, columns]
     counts: &mut [u32],             // [classes]
-    status: &mut [u32],             // [STATUS_FIELDS]
+    status: &mut [u32],             // [SUMS_STATUS_FIELDS]
     heads: usize,
     rows: usize,
     columns: usize, // vectors of a row

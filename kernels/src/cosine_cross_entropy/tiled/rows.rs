@@ -54,7 +54,7 @@ pub(in crate::cosine_cross_entropy) fn gather_rows(
         rows_padded,
     };
     // Softmax probabilities of many classes would be subnormal in f16: its exponents are used from the top.
-    let unit: f32 = match packed {
+    let largest: f32 = match packed {
         F16 => 4096.0,
         _ => 1.0,
     };
@@ -76,8 +76,8 @@ pub(in crate::cosine_cross_entropy) fn gather_rows(
             rows_padded,
             label_rule(call.labels.dtype(), sizes.active, loss.ignore_index),
             arriving.everywhere,
-            call.options.scale / unit,
-            unit,
+            call.options.scale / largest,
+            largest,
             arriving.arrives,
             loss.reduction == Reduction::Mean,
             Group::cube(&call.blueprint),
@@ -104,8 +104,8 @@ fn gather<I: Int>(
     rows_padded: usize,
     rule: LabelRule,
     everywhere: f32,
-    scale: f32,
-    unit: f32,
+    factor: f32,  // of what a head's largest gradient was
+    becomes: f32, // what it becomes
     #[comptime] arrives: Arrives,
     #[comptime] mean: bool,
     #[comptime] group: Group,
@@ -145,8 +145,8 @@ fn gather<I: Int>(
     let largest = group_max(largest, group);
     let mut inverse = 0.0f32.runtime();
     // What is next to nothing has no inverse, and counts as nothing.
-    if largest > 0.0 && unit / largest <= f32::MAX {
-        inverse = unit / largest;
+    if largest > 0.0 && becomes / largest <= f32::MAX {
+        inverse = becomes / largest;
     }
     row = UNIT_POS as usize;
     while row < rows_padded {
@@ -154,6 +154,6 @@ fn gather<I: Int>(
         row += PLANE_UNITS;
     }
     if UNIT_POS == 0 {
-        factors[head] = largest * scale;
+        factors[head] = largest * factor;
     }
 }

@@ -199,9 +199,9 @@ fn bad_labels_and_shapes_over_batches_are_told() {
     let device = Device::cpu();
     let module = heads(&device.clone().autodiff(), &numbers(90, 2)).valid();
     let mut sums = ClassSums::new(3, 4, 6, &Default::default(), &device).expect("valid");
-    for values in [vec![0, 1, 2], vec![3, 9, -1], vec![0, 0, 7]] {
-        let values: Vec<i32> = values;
-        let labels: Tensor<1, Int> = Tensor::from_data(TensorData::new(values, [3]), &device);
+    for values in [vec![0, 1, 2], vec![3, -9 << 40, -1], vec![0, 0, 7]] {
+        let values = TensorData::new::<i64, _>(values, [3]);
+        let labels: Tensor<1, Int> = Tensor::from_data(values, (&device, DType::I64));
         let rows = tensor(&numbers(3 * 3 * 6, 1), [3, 3, 6], &device);
         sums.accumulate(rows, labels).expect("shapes fit");
     }
@@ -210,7 +210,7 @@ fn bad_labels_and_shapes_over_batches_are_told() {
         means.check(),
         Err(Error::Label {
             row: 1,
-            label: 9,
+            label: -9 << 40,
             active: 4,
             rows: 3
         })

@@ -10,7 +10,7 @@
 //! | variant | engine | instruction | packed operands |
 //! |---|---|---|---|
 //! | cmma | `Mma` | `ldmatrix`, `mma.sync.m16n8k16` | f16, bf16 |
-//! | cmma | `Tf32` | `mma.sync.m16n8k8` | f32, rounded to TF32, where the caller allows it |
+//! | cmma | `Tf32` | `mma.sync.m16n8k8` | TF32, of f32 operands, where the caller allows it |
 //! | plane | `Fma` | multiply-adds, on any device | f32 |
 //!
 //! Where a GPU without tensor cores is forced to cmma, `Fma` stands in on operands of the caller's dtype: that is how the variant is
@@ -46,7 +46,7 @@ pub(crate) const PLANES_DOWN: usize = 2;
 pub(crate) enum Engine {
     /// Tensor cores on 16-bit operands.
     Mma,
-    /// Tensor cores on f32 operands rounded to TF32.
+    /// Tensor cores on TF32.
     Tf32,
     /// Multiply-adds.
     Fma,
@@ -97,7 +97,12 @@ impl Tile {
         } else {
             return None;
         };
-        let tile = Self::new(client, engine, dtype);
+        let packed = match engine {
+            // As wide as f32: rounded once, where it is packed, and not wherever it is read.
+            Engine::Tf32 => ElemType::Float(FloatKind::TF32),
+            _ => dtype,
+        };
+        let tile = Self::new(client, engine, packed);
         let whole_planes = properties.hardware.plane_size_max as usize == PLANE;
         (whole_planes && tile.fits(client)).then_some(tile)
     }
@@ -136,6 +141,10 @@ impl Tile {
         // Only CUDA and HIP know, and have shared memory for large tiles.
         let is_known = hardware.num_streaming_multiprocessors.is_some()
             && hardware.max_shared_memory_size >= 56 << 10;
+        Self::with_vectors(engine, packed, widest, is_known)
+    }
+
+    fn with_vectors(engine: Engine, packed: ElemType, widest: usize, is_known: bool) -> Self {
         let (side, across, depth, pad, vector) = match engine {
             Engine::Mma => (128, 2, 32, 8, widest),
             Engine::Tf32 => (128, 2, 16, 4, widest),

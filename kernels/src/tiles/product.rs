@@ -178,9 +178,10 @@ fn fetch<E: Float, N: Size>(
     #[comptime] lies: Lies,
     #[comptime] tile: Tile,
 ) {
+    let first = first_brought(UNIT_POS as usize, lies, tile);
     #[unroll]
     for p in 0..comptime!(tile.brought()) {
-        let v = UNIT_POS as usize + p * comptime!(tile.units());
+        let v = first + p * comptime!(tile.units());
         if brings(v, p, tile) {
             match comptime!(lies) {
                 Lies::Rows => {
@@ -194,6 +195,20 @@ fn fetch<E: Float, N: Size>(
                 }
             }
         }
+    }
+}
+
+/// The first vector of a slab that a unit brings; the others are as many further as there are units.
+#[cube]
+fn first_brought(unit: usize, #[comptime] lies: Lies, #[comptime] tile: Tile) -> usize {
+    if comptime!(tile.engine == Engine::Fma || lies == Lies::Columns) {
+        unit
+    } else {
+        // Eight units write 128 bytes at once, two rows of a stage. Neighbouring rows, 80 bytes apart, share banks; of four rows the
+        // first and the last but one beyond do not: bits 0 and 2 of the row change places.
+        let across = comptime!(tile.depth / tile.vector);
+        let row = unit / across;
+        unit ^ ((row ^ (row / 4)) % 2 * comptime!(5 * across))
     }
 }
 
@@ -216,24 +231,22 @@ fn stash<E: Float, N: Size>(
     #[comptime] lies: Lies,
     #[comptime] tile: Tile,
 ) {
-    let across = match comptime!(lies) {
-        Lies::Rows => comptime!(tile.depth / tile.vector),
-        Lies::Columns => comptime!(tile.side / tile.vector),
-    };
-    let pitch = comptime!(tile.pitch(lies));
+    let first = first_brought(UNIT_POS as usize, lies, tile);
     #[unroll]
     for p in 0..comptime!(tile.brought()) {
-        let v = UNIT_POS as usize + p * comptime!(tile.units());
+        let v = first + p * comptime!(tile.units());
         if brings(v, p, tile) {
             if comptime!(tile.engine == Engine::Fma && lies == Lies::Rows) {
                 // A step's elements next to each other.
+                let across = comptime!(tile.depth / tile.vector);
+                let pitch = comptime!(tile.pitch(lies));
                 #[unroll]
                 for lane in 0..comptime!(tile.vector) {
                     let step = v % across * comptime!(tile.vector) + lane;
                     stages[start + step * pitch + v / across] = from[p].extract(lane);
                 }
             } else {
-                let to = start + v / across * pitch + v % across * comptime!(tile.vector);
+                let to = start + stashed(v, lies, tile);
                 if comptime!(tile.views) {
                     let vectors = stages.as_vectorized_mut().with_vector_size_mut::<N>();
                     vectors[to / comptime!(tile.vector)] = from[p];
@@ -246,6 +259,16 @@ fn stash<E: Float, N: Size>(
             }
         }
     }
+}
+
+/// Where vector `v` of a slab begins in its stage, of rows as the matrix has them.
+#[cube]
+fn stashed(v: usize, #[comptime] lies: Lies, #[comptime] tile: Tile) -> usize {
+    let across = match comptime!(lies) {
+        Lies::Rows => comptime!(tile.depth / tile.vector),
+        Lies::Columns => comptime!(tile.side / tile.vector),
+    };
+    v / across * comptime!(tile.pitch(lies)) + v % across * comptime!(tile.vector)
 }
 
 /// Where element `(row, k)` of a tile is in its stage.
@@ -486,6 +509,83 @@ fn fours<E: Float>(
         #[unroll]
         for number in 0..count {
             into[number] = f32::cast_from(stages[start + of_four(unit, number)]);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use cubecl::ir::{ElemType, FloatKind};
+
+    use super::*;
+
+    /// The tiles of tensor cores, in both ways to lie.
+    fn stages() -> impl Iterator<Item = (Tile, Lies)> {
+        let kinds = [
+            (Engine::Mma, FloatKind::BF16),
+            (Engine::Tf32, FloatKind::TF32),
+        ];
+        kinds.into_iter().flat_map(|(engine, kind)| {
+            let packed = ElemType::Float(kind);
+            let tile = Tile::with_vectors(engine, packed, 16 / packed.size(), true);
+            [Lies::Rows, Lies::Columns].map(|lies| (tile, lies))
+        })
+    }
+
+    fn brought_by(unit: usize, tile: Tile, lies: Lies) -> impl Iterator<Item = usize> {
+        let first = first_brought(unit, lies, tile);
+        (0..tile.brought()).map(move |p| first + p * tile.units())
+    }
+
+    /// The four banks of the 16 bytes from an element on.
+    fn banks(element: usize, tile: Tile) -> [usize; 4] {
+        let first = element * tile.packed.size() / 4;
+        [0, 1, 2, 3].map(|word| (first + word) % 32)
+    }
+
+    fn all_banks_once(elements: impl Iterator<Item = usize>, tile: Tile) -> bool {
+        let mut used: Vec<_> = elements.flat_map(|element| banks(element, tile)).collect();
+        used.sort();
+        used == Vec::from_iter(0..32)
+    }
+
+    #[test]
+    fn every_vector_is_brought_once() {
+        for (tile, lies) in stages() {
+            let mut all: Vec<_> = (0..tile.units())
+                .flat_map(|unit| brought_by(unit, tile, lies))
+                .collect();
+            all.sort();
+            assert_eq!(all, Vec::from_iter(0..tile.vectors()), "{tile:?} {lies:?}");
+        }
+    }
+
+    /// A GPU writes and reads 16 bytes of eight units at a time, as long as they are in different banks.
+    #[test]
+    fn eight_units_write_to_all_banks() {
+        for (tile, lies) in stages() {
+            for first in (0..tile.units()).step_by(8) {
+                for p in 0..tile.brought() {
+                    let of_unit = |unit| brought_by(unit, tile, lies).nth(p).unwrap();
+                    let eight = (first..first + 8).map(|unit| stashed(of_unit(unit), lies, tile));
+                    assert!(all_banks_once(eight, tile), "{tile:?} {lies:?} {first} {p}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn ldmatrix_reads_eight_rows_from_all_banks() {
+        for (tile, lies) in stages().filter(|(tile, _)| tile.engine == Engine::Mma) {
+            for row in (0..tile.side).step_by(8) {
+                for k in (0..tile.depth).step_by(8) {
+                    let eight = (0..8).map(|of_eight| match lies {
+                        Lies::Rows => staged(0, row + of_eight, k, lies, tile),
+                        Lies::Columns => staged(0, row, k + of_eight, lies, tile),
+                    });
+                    assert!(all_banks_once(eight, tile), "{tile:?} {lies:?} {row} {k}");
+                }
+            }
         }
     }
 }

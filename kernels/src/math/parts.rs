@@ -1,4 +1,4 @@
-//! Long sums in parts, where too few cubes of a GPU would have anything to do.
+//! Long work in parts, where too few cubes of a GPU would have anything to do.
 
 use cubecl::client::Client;
 use cubecl::prelude::*;
@@ -11,18 +11,22 @@ const PARTS: usize = 1 << 23;
 
 /// In how many parts a GPU's cubes sum what fewer cubes than it has room for would sum alone: `owners` cubes, each of `steps`
 /// steps, into `elements` sums. The parts are added in their order.
-///
-/// As few as leave less than a tenth of the GPU's time unused, if it runs two cubes on a multiprocessor at a time.
 pub(crate) fn parts_of_sums(
     client: &Client,
     owners: usize,
     steps: usize,
     elements: usize,
 ) -> usize {
+    parts_that_fill(client, owners, steps.min(PARTS / elements))
+}
+
+/// In how many parts, `most` at most, the work of each of `owners` cubes is done: as few as leave less than a tenth of the GPU's time
+/// unused, if it runs two cubes on a multiprocessor at a time.
+pub(crate) fn parts_that_fill(client: &Client, owners: usize, most: usize) -> usize {
     // Where it is not known, as of a small GPU.
     let processors = client.properties().hardware.num_streaming_multiprocessors;
     let slots = 2 * processors.unwrap_or(16) as usize;
-    let most = (4 * slots / owners).min(PARTS / elements).clamp(1, steps);
+    let most = (4 * slots / owners).min(most).max(1);
     let used = |parts: usize| {
         let cubes = parts * owners;
         cubes as f64 / cubes.next_multiple_of(slots) as f64

@@ -220,16 +220,18 @@ fn product<E: Float, N: Size>(
         tile,
     );
     let at = place(tile);
+    let pairs = dim / 2;
+    let to = (head_of_part * count + first) * pairs + column / 2;
     #[unroll]
     for r in 0..comptime!(tile.rows()) {
-        let row = head_of_part * count + first + row_of(&at, r, tile);
+        let row = to + row_of(&at, r, tile) * pairs;
         // All of a row's are read before any is written: one way to memory and back, not one each.
         let mut before = Array::<Vector<f32, Const<2>>>::new(comptime!(tile.wide()));
         #[unroll]
         for j in 0..comptime!(tile.wide()) {
             before[j] = Vector::<f32, Const<2>>::new(0.0);
             if overwrite == 0 {
-                before[j] = out[(row * dim + column + column_of(&at, comptime!(2 * j), tile)) / 2];
+                before[j] = out[row + column_of(&at, comptime!(2 * j), tile) / 2];
             }
         }
         #[unroll]
@@ -237,8 +239,7 @@ fn product<E: Float, N: Size>(
             let mut sum = Vector::<f32, Const<2>>::empty();
             sum.insert(0usize, results[comptime!(result_of(r, 2 * j, tile))]);
             sum.insert(1usize, results[comptime!(result_of(r, 2 * j + 1, tile))]);
-            out[(row * dim + column + column_of(&at, comptime!(2 * j), tile)) / 2] =
-                sum + before[j];
+            out[row + column_of(&at, comptime!(2 * j), tile) / 2] = sum + before[j];
         }
     }
 }

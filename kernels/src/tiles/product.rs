@@ -35,16 +35,27 @@ pub(crate) struct Place {
 
 #[cube]
 pub(crate) fn place(#[comptime] tile: Tile) -> Place {
-    let unit = UNIT_POS as usize;
+    place_of(UNIT_POS as usize, tile)
+}
+
+#[cube]
+fn place_of(unit: usize, #[comptime] tile: Tile) -> Place {
     let plane_row = unit / comptime!(PLANE * tile.across);
     let plane_column = unit / PLANE % tile.across;
     let lane = unit % PLANE;
+    let (of_eight, of_four) = if comptime!(tile.engine == Engine::Fma) {
+        // A GPU reads 16 bytes of sixteen units at once, not of eight, if every two want the same: neighbours do of rows, and units
+        // two apart of columns.
+        (lane / 2 % 8, lane / 16 * 2 + lane % 2)
+    } else {
+        (lane / 4, lane % 4)
+    };
     Place {
         plane_row,
         plane_column,
         lane,
-        group: plane_row * 8 + lane / 4,
-        member: plane_column * 4 + lane % 4,
+        group: plane_row * 8 + of_eight,
+        member: plane_column * 4 + of_four,
     }
 }
 
@@ -515,21 +526,72 @@ fn fours<E: Float>(
 
 #[cfg(test)]
 mod tests {
+    use std::collections::{HashMap, HashSet};
+
     use cubecl::ir::{ElemType, FloatKind};
 
     use super::*;
 
+    fn tiles() -> [Tile; 4] {
+        let tile = |engine, kind: FloatKind, is_known| {
+            let packed = ElemType::Float(kind);
+            Tile::with_vectors(engine, packed, 16 / packed.size(), is_known)
+        };
+        [
+            tile(Engine::Mma, FloatKind::BF16, true),
+            tile(Engine::Tf32, FloatKind::TF32, true),
+            tile(Engine::Fma, FloatKind::F32, true),
+            tile(Engine::Fma, FloatKind::F32, false),
+        ]
+    }
+
     /// The tiles of tensor cores, in both ways to lie.
     fn stages() -> impl Iterator<Item = (Tile, Lies)> {
-        let kinds = [
-            (Engine::Mma, FloatKind::BF16),
-            (Engine::Tf32, FloatKind::TF32),
-        ];
-        kinds.into_iter().flat_map(|(engine, kind)| {
-            let packed = ElemType::Float(kind);
-            let tile = Tile::with_vectors(engine, packed, 16 / packed.size(), true);
-            [Lies::Rows, Lies::Columns].map(|lies| (tile, lies))
-        })
+        let on_tensor_cores = tiles()
+            .into_iter()
+            .filter(|tile| tile.engine != Engine::Fma);
+        on_tensor_cores.flat_map(|tile| [Lies::Rows, Lies::Columns].map(|lies| (tile, lies)))
+    }
+
+    #[test]
+    fn every_result_has_one_owner_and_a_group_shares_its_rows() {
+        for tile in tiles() {
+            let mut owned = HashSet::new();
+            let mut rows_of_groups = HashMap::new();
+            for unit in 0..tile.units() {
+                let at = place_of(unit, tile);
+                let rows: Vec<_> = (0..tile.rows()).map(|r| row_of(&at, r, tile)).collect();
+                for &row in &rows {
+                    let columns = (0..tile.columns()).map(|c| column_of(&at, c, tile));
+                    assert!(
+                        columns
+                            .into_iter()
+                            .all(|column| owned.insert((row, column)))
+                    );
+                }
+                let of_group = rows_of_groups
+                    .entry(at.group)
+                    .or_insert_with(|| rows.clone());
+                assert_eq!(*of_group, rows, "{tile:?}, unit {unit}");
+                assert!(at.member < tile.sharing());
+            }
+            assert_eq!(owned.len(), tile.side * tile.side, "{tile:?}");
+            assert_eq!(rows_of_groups.len() * tile.sharing(), tile.units());
+        }
+    }
+
+    #[test]
+    fn every_two_units_read_the_same_for_multiply_adds() {
+        for tile in tiles()
+            .into_iter()
+            .filter(|tile| tile.engine == Engine::Fma)
+        {
+            for unit in 0..tile.units() {
+                let at = place_of(unit, tile);
+                assert_eq!(at.group, place_of(unit ^ 1, tile).group);
+                assert_eq!(at.member, place_of(unit ^ 2, tile).member);
+            }
+        }
     }
 
     fn brought_by(unit: usize, tile: Tile, lies: Lies) -> impl Iterator<Item = usize> {

@@ -69,6 +69,13 @@ fn store_fragments<E: Float, N: Size>(
     let mine = UNIT_POS as usize / PLANE * comptime!(16 * pitch);
     let across = comptime!(width / tile.vector);
     let (first_row, first_column) = place_of_plane(&at, tile);
+    // Written a pair at a time, and read back a vector at a time; the rest of an index is known when this is compiled.
+    let pair = mine / 2 + at.lane / 4 * comptime!(pitch / 2) + at.lane % 4;
+    let read = mine / vector + at.lane / across * comptime!(pitch / tile.vector) + at.lane % across;
+    let stride = stride / vector;
+    let write = (first + first_column) / vector
+        + (first_row + at.lane / across) * stride
+        + at.lane % across;
     #[unroll]
     for i in 0..comptime!(tile.tall()) {
         {
@@ -77,16 +84,14 @@ fn store_fragments<E: Float, N: Size>(
             for half in 0..2usize {
                 #[unroll]
                 for j in 0..comptime!(tile.wide()) {
-                    let mut pair = Vector::<f32, Const<2>>::empty();
+                    let mut both = Vector::<f32, Const<2>>::empty();
                     #[unroll]
                     for odd in 0..2usize {
                         let from = comptime!(result_of(2 * i + half, 2 * j + odd, tile));
-                        pair.insert(odd, results[from]);
+                        both.insert(odd, results[from]);
                     }
-                    let row = at.lane / 4 + comptime!(8 * half);
-                    let column = at.lane % 4 * 2 + comptime!(8 * j);
-                    pairs[(mine + row * pitch + column) / 2] =
-                        Vector::<E, Const<2>>::cast_from(pair);
+                    pairs[pair + comptime!(half * 4 * pitch + 4 * j)] =
+                        Vector::<E, Const<2>>::cast_from(both);
                 }
             }
         }
@@ -95,10 +100,9 @@ fn store_fragments<E: Float, N: Size>(
             let vectors = stage.as_vectorized().with_vector_size::<N>();
             #[unroll]
             for turn in 0..comptime!(16 * width / tile.vector / PLANE) {
-                let v = at.lane + comptime!(turn * PLANE);
-                let row = first_row + comptime!(16 * i) + v / across;
-                let from = mine / vector + v / across * comptime!(pitch / tile.vector) + v % across;
-                to[(first + row * stride + first_column) / vector + v % across] = vectors[from];
+                let rows = comptime!(turn * PLANE / across);
+                to[write + comptime!(16 * i + rows) * stride] =
+                    vectors[read + comptime!(rows * pitch / tile.vector)];
             }
         }
         sync_plane();

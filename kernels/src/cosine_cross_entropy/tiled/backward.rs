@@ -7,7 +7,7 @@ use super::rows::Rows;
 use crate::Gradients;
 use crate::blueprint::cubes_for;
 use crate::math::lanes::iota;
-use crate::math::online_softmax::{FLOOR, logit_gradient};
+use crate::math::online_softmax::logit_gradient;
 use crate::tiles::{
     Backward, ChunkShape, Chunks, GradientChunk, Lies, Tile, column_of, place, result_of, row_of,
     store_tile,
@@ -97,8 +97,8 @@ fn from_cosines<N: Size>(
         let class = Vector::<u32, N>::new(first) + iota::<N>();
         let lse = state[head * 2 * shape.rows_padded + row];
         let arriving = state[(head * 2 + 1) * shape.rows_padded + row];
-        // Rounded as it was when lse was: `max` keeps a compiler from contracting.
-        let logit = max(values[at] * Vector::new(scale), Vector::new(FLOOR));
+        // Rounded as it was when lse was: compilers contract a sum of a product, not of this.
+        let logit = fma(values[at], Vector::new(scale), Vector::new(0.0));
         let gradient = logit_gradient::<N>(
             logit,
             Vector::new(lse),
@@ -159,13 +159,14 @@ fn logit_gradients<E: Float, N: Size>(
                 results[comptime!(result_of(r, c, tile))] = 0.0;
             }
         } else {
+            let of_uniform = -(arriving * uniform);
             #[unroll]
             for c in 0..columns {
                 let from = comptime!(result_of(r, c, tile));
-                // Rounded as it was when lse was: `max` keeps a compiler from contracting.
-                let logit = max(results[from] * scale, FLOOR);
+                // Rounded as it was when lse was: compilers contract a sum of a product, not of this.
+                let logit = fma(results[from], scale, 0.0);
                 let p = (logit - lse).exp();
-                results[from] = arriving * (p - uniform);
+                results[from] = fma(arriving, p, of_uniform);
             }
             let target = targets[row] - first_class as u32;
             if target < comptime!(tile.side as u32) {

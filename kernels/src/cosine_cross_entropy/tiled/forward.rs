@@ -11,6 +11,7 @@ use crate::blueprint::{PLANE_UNITS, cubes_for};
 use crate::loss::target::{IGNORED, LabelRule, is_class, label_rule, target_of};
 use crate::math::group::{Group, group_softmax, member};
 use crate::math::online_softmax::{FLOOR, RowSoftmax};
+use crate::math::parts::parts_that_fill;
 use crate::operand::whole;
 use crate::tiles::{
     Chunk, ChunkShape, Chunks, GradientChunk, Lies, LogitTile, Tile, column_of, place, result_of,
@@ -43,13 +44,10 @@ pub(in crate::cosine_cross_entropy) fn launch_forward(
     let sizes = &call.problem.sizes;
     let scale = call.options.scale.abs().max(1e-30);
     let row_tiles = sizes.heads * sizes.rows_padded / tile.side;
-    // Enough cubes that every multiprocessor has two, and few enough that merging is little of their work.
-    let processors = client.properties().hardware.num_streaming_multiprocessors;
-    let wanted = 2 * processors.unwrap_or(1) as usize;
     let rest = chunks.forward(kept);
     let count = rest.len() + usize::from(kept.is_some());
-    let splits_of = |padded: usize| (wanted / row_tiles).clamp(1, padded / tile.side);
-    let parts_of_chunk = splits_of(sizes.active_padded.div_ceil(count));
+    let tiles_of_chunk = sizes.active_padded / tile.side / count;
+    let parts_of_chunk = parts_that_fill(client, row_tiles, tiles_of_chunk);
     let parts = parts_of_chunk * count;
     let elements = sizes.heads * sizes.rows * parts;
     let float = size_of::<f32>();

@@ -4,7 +4,7 @@ use cubecl::client::Client;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
-use super::{Engine, Tile, pack_chunk};
+use super::{Tile, pack_chunk};
 use crate::blueprint::Blueprint;
 use crate::cosine_logits::CosineProblem;
 use crate::operand::F32;
@@ -125,11 +125,11 @@ impl<'a> Chunks<'a> {
         firsts.into_iter().map(move |first| self.chunk(first, step))
     }
 
-    /// The first chunk of a backward pass, for a forward pass before it to leave its cosines in. None where that kernel would spill
-    /// registers (TF32), where logit gradients have too few digits for cosines (16 bits), or where the chunk is a small part of all.
+    /// The first chunk of a backward pass, for a forward pass before it to leave its cosines in. None where logit gradients have too few
+    /// digits for cosines (16 bits and TF32), or where the chunk is a small part of all.
     pub(crate) fn keep_first(&self) -> Option<GradientChunk> {
         let few = self.problem.sizes.active.div_ceil(self.backward_step()) <= 4;
-        let exact = self.tile.engine == Engine::Fma && self.tile.packed == F32;
+        let exact = self.tile.packed == F32;
         (few && exact).then(|| self.gradient_chunk(0))
     }
 

@@ -10,7 +10,7 @@
 //! | variant | engine | instruction | packed operands |
 //! |---|---|---|---|
 //! | cmma | `Mma` | `ldmatrix`, `mma.sync.m16n8k16` | f16, bf16 |
-//! | cmma | `Tf32` | `mma.sync.m16n8k8` | TF32, of f32 operands, where the caller allows it |
+//! | cmma | `Tf32` | `ldmatrix` of rows, `mma.sync.m16n8k8` | TF32, of f32 operands, where the caller allows it |
 //! | plane | `Fma` | multiply-adds, on any device | f32 |
 //!
 //! Where a GPU without tensor cores is forced to cmma, `Fma` stands in on operands of the caller's dtype: that is how the variant is
@@ -90,9 +90,11 @@ impl Tile {
                     && (mma.m, mma.n, mma.k) == (16, 8, k)
             })
         };
+        let of_tf32 = multiplies(ElemType::Float(FloatKind::TF32), 8);
         let engine = if features.ldmatrix.contains(&dtype) && multiplies(dtype, 16) {
             Engine::Mma
-        } else if allow_tf32 && dtype == F32 && multiplies(ElemType::Float(FloatKind::TF32), 8) {
+        } else if allow_tf32 && dtype == F32 && of_tf32 && !features.ldmatrix.is_empty() {
+            // Which moves words, whatever they are.
             Engine::Tf32
         } else {
             return None;
@@ -174,6 +176,11 @@ impl Tile {
     /// Units of a cube.
     pub(crate) fn units(&self) -> usize {
         PLANE * PLANES_DOWN * self.across
+    }
+
+    /// Elements of 16 bytes.
+    pub(crate) fn piece(&self) -> usize {
+        16 / self.packed.size()
     }
 
     /// Fragments of 16 rows that a plane owns.

@@ -138,17 +138,7 @@ pub(crate) fn tile_product<E: Float, N: Size>(
         let left_stage = slab % 2 * comptime!(tile.stage(left_lies));
         let right_stage = slab % 2 * comptime!(tile.stage(right_lies));
         match comptime!(tile.engine) {
-            Engine::Mma => multiply_mma(
-                results,
-                &*left_stages,
-                left_stage,
-                &*right_stages,
-                right_stage,
-                left_lies,
-                right_lies,
-                tile,
-            ),
-            Engine::Tf32 => multiply_tf32(
+            Engine::Mma | Engine::Tf32 => multiply_fragments(
                 results,
                 &*left_stages,
                 left_stage,
@@ -298,10 +288,9 @@ fn staged(
     }
 }
 
-/// Eight by eight elements at a time: `ldmatrix` gives a unit two neighbours of a row, transposed where the tile lies in
-/// columns, which is how `mma.m16n8k16` wants its fragments (PTX ISA, "Matrix fragments for mma.m16n8k16").
+/// `mma.m16n8k16` of 16 bits, or `mma.m16n8k8` of TF32: fragments are two pieces of 16 bytes deep.
 #[cube]
-fn multiply_mma<E: Float>(
+fn multiply_fragments<E: Float>(
     results: &mut Array<f32>,
     left: &[E],
     left_stage: usize,
@@ -312,46 +301,37 @@ fn multiply_mma<E: Float>(
     #[comptime] tile: Tile,
 ) {
     let at = place(tile);
-    let mma = MmaDefinition::<E, E, f32>::new(16usize, 8usize, 16usize);
+    let deep = comptime!(2 * tile.piece());
+    let mma = MmaDefinition::<E, E, f32>::new(16usize, 8usize, deep);
     let size!(NA) = mma.vector_size(MatrixIdent::A);
     let size!(NC) = mma.vector_size(MatrixIdent::Accumulator);
-    let lane_row = at.lane % 8;
     let (first_row, first_column) = place_of_plane(&at, tile);
     #[unroll]
-    for step in 0..comptime!(tile.depth / 16) {
-        let k = step * 16;
+    for step in 0..comptime!(tile.depth / deep) {
+        let k = step * deep;
         let mut rights = Sequence::<Array<Vector<E, NA>>>::new();
         #[unroll]
         for pair in 0..comptime!(tile.wide() / 2) {
-            // Matrices in order: columns 0-7 at k 0-7, at k 8-15, then columns 8-15 likewise.
-            let column = first_column + pair * 16 + at.lane / 16 * 8;
-            let deep = k + at.lane / 8 % 2 * 8;
-            let from = match comptime!(right_lies) {
-                Lies::Rows => staged(right_stage, column + lane_row, deep, right_lies, tile),
-                Lies::Columns => staged(right_stage, column, deep + lane_row, right_lies, tile),
-            };
-            rights.push(mma.load_matrix::<E, NA>(
-                &right[from..from + 8],
-                MatrixIdent::B,
-                4usize,
-                comptime!(right_lies == Lies::Columns),
+            let column = first_column + pair * 16;
+            let of = MatrixIdent::B;
+            rights.push(fragments::<E, NA>(
+                &mma,
+                of,
+                right,
+                right_stage,
+                column,
+                k,
+                at.lane,
+                right_lies,
+                tile,
             ));
         }
         #[unroll]
         for i in 0..comptime!(tile.tall()) {
-            // Matrices in order: rows 0-7 at k 0-7, rows 8-15 at k 0-7, then both at k 8-15.
-            let row = first_row + i * 16 + at.lane / 8 % 2 * 8;
-            let deep = k + at.lane / 16 * 8;
-            let from = match comptime!(left_lies) {
-                Lies::Rows => staged(left_stage, row + lane_row, deep, left_lies, tile),
-                Lies::Columns => staged(left_stage, row, deep + lane_row, left_lies, tile),
-            };
-            let lefts = mma.load_matrix::<E, NA>(
-                &left[from..from + 8],
-                MatrixIdent::A,
-                4usize,
-                comptime!(left_lies == Lies::Columns),
-            );
+            let row = first_row + i * 16;
+            let of = MatrixIdent::A;
+            let lefts =
+                fragments::<E, NA>(&mma, of, left, left_stage, row, k, at.lane, left_lies, tile);
             #[unroll]
             for j in 0..comptime!(tile.wide()) {
                 let pair = rights.index(comptime!(j / 2));
@@ -363,6 +343,56 @@ fn multiply_mma<E: Float>(
                 scatter::<NC>(results, &sums, comptime!((i * tile.wide() + j) * 4));
             }
         }
+    }
+}
+
+/// Four matrices of eight rows by a piece of 16 bytes, two down and two deep, of which a unit has a word each: a fragment of the left
+/// operand, or two of the right one (PTX ISA, "Matrix fragments for mma"). `ldmatrix` transposes 16 bits only; TF32 that lies in
+/// columns is read as scalars.
+#[cube]
+fn fragments<E: Float, NA: Size>(
+    mma: &MmaDefinition<E, E, f32>,
+    #[comptime] of: MatrixIdent,
+    stages: &[E],
+    start: usize,
+    row: usize,
+    k: usize,
+    lane: usize,
+    #[comptime] lies: Lies,
+    #[comptime] tile: Tile,
+) -> Array<Vector<E, NA>> {
+    let piece = comptime!(tile.piece());
+    // Of the left operand the second matrix is down, of the right one it is deep.
+    let of_left = comptime!(of == MatrixIdent::A);
+    if comptime!(lies == Lies::Rows || tile.engine == Engine::Mma) {
+        let (second, third) = (lane / 8 % 2, lane / 16);
+        let (down, deep) = if of_left {
+            (second, third)
+        } else {
+            (third, second)
+        };
+        let (row, k) = (row + down * 8, k + deep * piece);
+        let from = match comptime!(lies) {
+            Lies::Rows => staged(start, row + lane % 8, k, lies, tile),
+            Lies::Columns => staged(start, row, k + lane % 8, lies, tile),
+        };
+        let transposes = comptime!(lies == Lies::Columns);
+        mma.load_matrix::<E, NA>(&stages[from..from + piece], of, 4usize, transposes)
+    } else {
+        let mut words = Array::<Vector<E, NA>>::new(4usize);
+        #[unroll]
+        for word in 0..4usize {
+            let (second, third) = comptime!((word % 2, word / 2));
+            let (down, deep) = comptime!(if of_left {
+                (second, third)
+            } else {
+                (third, second)
+            });
+            let (row, k) = (row + lane / 4 + down * 8, k + lane % 4 + deep * piece);
+            let from = staged(start, row, k, lies, tile);
+            words[word] = Vector::<E, NA>::cast_from(stages[from]);
+        }
+        words
     }
 }
 
@@ -389,64 +419,6 @@ fn scatter<NC: Size>(
     for half in 0..2usize {
         results[comptime!(first + 2 * half)] = sums[half].extract(0usize);
         results[comptime!(first + 2 * half + 1)] = sums[half].extract(1usize);
-    }
-}
-
-/// `mma.m16n8k8` on f32 rounded to TF32; fragments are read as scalars, since `ldmatrix` transposes 16 bits only.
-#[cube]
-fn multiply_tf32<E: Float>(
-    results: &mut Array<f32>,
-    left: &[E],
-    left_stage: usize,
-    right: &[E],
-    right_stage: usize,
-    #[comptime] left_lies: Lies,
-    #[comptime] right_lies: Lies,
-    #[comptime] tile: Tile,
-) {
-    let at = place(tile);
-    let mma = MmaDefinition::<tf32, tf32, f32>::new(16usize, 8usize, 8usize);
-    let size!(NA) = mma.vector_size(MatrixIdent::A);
-    let size!(NC) = mma.vector_size(MatrixIdent::Accumulator);
-    let (first_row, first_column) = place_of_plane(&at, tile);
-    let first_row = first_row + at.lane / 4;
-    let first_column = first_column + at.lane / 4;
-    #[unroll]
-    for step in 0..comptime!(tile.depth / 8) {
-        let k = step * 8 + at.lane % 4;
-        let mut rights = Sequence::<Array<Vector<tf32, NA>>>::new();
-        #[unroll]
-        for j in 0..comptime!(tile.wide()) {
-            let mut fragment = Array::<Vector<tf32, NA>>::new(2usize);
-            #[unroll]
-            for e in 0..2usize {
-                let from = staged(
-                    right_stage,
-                    first_column + j * 8,
-                    k + e * 4,
-                    right_lies,
-                    tile,
-                );
-                fragment[e] = Vector::<tf32, NA>::cast_from(right[from]);
-            }
-            rights.push(fragment);
-        }
-        #[unroll]
-        for i in 0..comptime!(tile.tall()) {
-            let mut lefts = Array::<Vector<tf32, NA>>::new(4usize);
-            #[unroll]
-            for e in 0..4usize {
-                let row = first_row + comptime!(i * 16 + e % 2 * 8);
-                let from = staged(left_stage, row, k + comptime!(e / 2 * 4), left_lies, tile);
-                lefts[e] = Vector::<tf32, NA>::cast_from(left[from]);
-            }
-            #[unroll]
-            for j in 0..comptime!(tile.wide()) {
-                let sums = gather::<NC>(&*results, comptime!((i * tile.wide() + j) * 4));
-                let sums = mma.execute(&lefts, rights.index(j), &sums);
-                scatter::<NC>(results, &sums, comptime!((i * tile.wide() + j) * 4));
-            }
-        }
     }
 }
 
@@ -638,9 +610,11 @@ mod tests {
 
     #[test]
     fn ldmatrix_reads_eight_rows_from_all_banks() {
-        for (tile, lies) in stages().filter(|(tile, _)| tile.engine == Engine::Mma) {
+        for (tile, lies) in
+            stages().filter(|(tile, lies)| tile.engine == Engine::Mma || *lies == Lies::Rows)
+        {
             for row in (0..tile.side).step_by(8) {
-                for k in (0..tile.depth).step_by(8) {
+                for k in (0..tile.depth).step_by(tile.piece()) {
                     let eight = (0..8).map(|of_eight| match lies {
                         Lies::Rows => staged(0, row + of_eight, k, lies, tile),
                         Lies::Columns => staged(0, row, k + of_eight, lies, tile),

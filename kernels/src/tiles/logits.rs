@@ -2,7 +2,8 @@
 
 use cubecl::prelude::*;
 
-use super::product::{Lies, Source, tile_product};
+use super::product::tile_product;
+use super::stage::{Lies, Source};
 use super::{Chunk, Chunks, Tile};
 
 /// The sizes of a problem and of a chunk of its classes.

@@ -18,16 +18,20 @@
 
 mod backward;
 mod chunks;
+mod fragments;
 mod logits;
 mod pack;
 mod product;
+mod results;
+mod stage;
 mod store;
 
 pub(crate) use backward::Backward;
 pub(crate) use chunks::{Chunk, Chunks, GradientChunk};
 pub(crate) use logits::{ChunkShape, LogitTile};
 pub(crate) use pack::pack_chunk;
-pub(crate) use product::{Lies, Place, column_of, place, result_of, row_of};
+pub(crate) use results::{Place, column_of, place, result_of, row_of};
+pub(crate) use stage::Lies;
 pub(crate) use store::store_tile;
 
 use cubecl::client::Client;
@@ -106,7 +110,8 @@ impl Tile {
         };
         let tile = Self::new(client, engine, packed);
         let whole_planes = properties.hardware.plane_size_max as usize == PLANE;
-        (whole_planes && tile.fits(client)).then_some(tile)
+        let whole_vectors = tile.vector == tile.piece();
+        (whole_planes && whole_vectors && tile.fits(client)).then_some(tile)
     }
 
     /// The tile of multiply-adds in f32, on any GPU that has room for it.
@@ -256,4 +261,18 @@ impl Tile {
             + 4 * size_of::<f32>() * self.units() * (self.stowed() + 1)
             + size_of::<u32>() * self.side
     }
+}
+
+#[cfg(test)]
+fn of_every_engine() -> [Tile; 4] {
+    let tile = |engine, kind: FloatKind, is_known| {
+        let packed = ElemType::Float(kind);
+        Tile::with_vectors(engine, packed, 16 / packed.size(), is_known)
+    };
+    [
+        tile(Engine::Mma, FloatKind::BF16, true),
+        tile(Engine::Tf32, FloatKind::TF32, true),
+        tile(Engine::Fma, FloatKind::F32, true),
+        tile(Engine::Fma, FloatKind::F32, false),
+    ]
 }

@@ -2,7 +2,7 @@
 
 use cubecl::prelude::*;
 
-use super::product::{column_of, place, place_of_plane, result_of, row_of};
+use super::results::{column_of, place, place_of_plane, result_of, row_of};
 use super::{Engine, PLANE, Tile};
 
 /// Rounds the results of a tile into rows of `stride` elements from `first` on. The stage must be free, and have room for two slabs.

@@ -82,7 +82,7 @@ fn fragments<E: Float, NA: Size>(
 ) -> Array<Vector<E, NA>> {
     let of_left = comptime!(of == MatrixIdent::A);
     if comptime!(loads_matrices(lies, tile)) {
-        let from = start + row_of_lane(row, k, lane, of_left, lies, tile);
+        let from = row_of_lane(start, row, k, lane, of_left, lies, tile);
         let transposes = comptime!(lies == Lies::Columns);
         let to = from + comptime!(tile.piece());
         mma.load_matrix::<E, NA>(&stages[from..to], of, 4usize, transposes)
@@ -90,7 +90,7 @@ fn fragments<E: Float, NA: Size>(
         let mut words = Array::<Vector<E, NA>>::new(4usize);
         #[unroll]
         for word in 0..4usize {
-            let from = start + word_of_lane(row, k, lane, word, of_left, lies, tile);
+            let from = word_of_lane(start, row, k, lane, word, of_left, lies, tile);
             words[word] = Vector::<E, NA>::cast_from(stages[from]);
         }
         words
@@ -106,6 +106,7 @@ fn loads_matrices(lies: Lies, tile: Tile) -> bool {
 /// left operand and deep in the right one.
 #[cube]
 fn row_of_lane(
+    start: usize,
     row: usize,
     k: usize,
     lane: usize,
@@ -121,14 +122,15 @@ fn row_of_lane(
     };
     let (row, k) = (row + down * 8, k + deep * comptime!(tile.piece()));
     match comptime!(lies) {
-        Lies::Rows => staged(0, row + lane % 8, k, lies, tile),
-        Lies::Columns => staged(0, row, k + lane % 8, lies, tile),
+        Lies::Rows => staged(start, row + lane % 8, k, lies, tile),
+        Lies::Columns => staged(start, row, k + lane % 8, lies, tile),
     }
 }
 
 /// Where a lane's element of the matrix `word` is, in TF32.
 #[cube]
 fn word_of_lane(
+    start: usize,
     row: usize,
     k: usize,
     lane: usize,
@@ -143,7 +145,7 @@ fn word_of_lane(
         (word / 2, word % 2)
     });
     let (row, k) = (row + down * 8, k + deep * comptime!(tile.piece()));
-    staged(0, row + lane / 4, k + lane % 4, lies, tile)
+    staged(start, row + lane / 4, k + lane % 4, lies, tile)
 }
 
 #[cube]
@@ -224,10 +226,10 @@ mod tests {
                 };
                 for e in 0..word {
                     let column = lane % 4 * word + e;
-                    let address = |lane| row_of_lane(row, k, lane, of_left, lies, tile);
+                    let address = |lane| row_of_lane(0, row, k, lane, of_left, lies, tile);
                     let from = match lies {
                         _ if !loads_matrices(lies, tile) => {
-                            word_of_lane(row, k, lane, matrix, of_left, lies, tile)
+                            word_of_lane(0, row, k, lane, matrix, of_left, lies, tile)
                         }
                         Lies::Rows => address(matrix * 8 + lane / 4) + column,
                         Lies::Columns => address(matrix * 8 + column) + lane / 4,

@@ -38,6 +38,8 @@ pub struct Row {
     pub mma: usize,
     /// Fragment loads in the text.
     pub ldmatrix: usize,
+    /// Those of them that transpose.
+    pub transposed: usize,
     /// Loads of 16 bytes from global memory in the text.
     pub wide_loads: usize,
     /// Loads from global memory in the text.
@@ -351,6 +353,7 @@ fn row(op: &str, dtype: FloatKind, compiled: &Compiled, ptxas: Option<&Path>) ->
         assembled: ptxas.map(|ptxas| assemble(ptxas, compiled)),
         mma: count("mma.sync."),
         ldmatrix: count("ldmatrix.sync."),
+        transposed: count("ldmatrix.sync.aligned.m8n8.x4.trans."),
         wide_loads: loads(&compiled.ptx).filter(|line| is_wide(line)).count(),
         loads: loads(&compiled.ptx).count(),
         fma: count("fma.rn.f32"),

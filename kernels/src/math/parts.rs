@@ -10,30 +10,36 @@ use crate::blueprint::{PLANE_UNITS, cubes_for};
 const PARTS: usize = 1 << 23;
 
 /// In how many parts a GPU's cubes sum what fewer cubes than it has room for would sum alone: `owners` cubes, each of `steps`
-/// steps, into `elements` sums. The parts are added in their order.
+/// steps, into `elements` sums. Four steps are worth a part of their own; the parts are added in their order.
 pub(crate) fn parts_of_sums(
     client: &Client,
     owners: usize,
     steps: usize,
     elements: usize,
 ) -> usize {
-    parts_that_fill(client, owners, steps.min(PARTS / elements))
+    let most = steps.div_ceil(4).min(PARTS / elements);
+    parts_that_fill(slots(client), owners, steps, most)
 }
 
-/// In how many parts, `most` at most, the work of each of `owners` cubes is done: as few as leave less than a tenth of the GPU's time
-/// unused, if it runs two cubes on a multiprocessor at a time.
-pub(crate) fn parts_that_fill(client: &Client, owners: usize, most: usize) -> usize {
+/// Cubes that a GPU runs at a time: two on a multiprocessor, or one of those that take more registers, in half as many slots.
+pub(crate) fn slots(client: &Client) -> usize {
     // Where it is not known, as of a small GPU.
     let processors = client.properties().hardware.num_streaming_multiprocessors;
-    let slots = 2 * processors.unwrap_or(16) as usize;
+    2 * processors.unwrap_or(16) as usize
+}
+
+/// In how many parts, `most` at most, each of `owners` does its work of `steps`: as few as leave less than a twentieth of the time of
+/// all slots unused, or else as little as can be.
+pub(crate) fn parts_that_fill(slots: usize, owners: usize, steps: usize, most: usize) -> usize {
     let most = (4 * slots / owners).min(most).max(1);
     let used = |parts: usize| {
-        let cubes = parts * owners;
-        cubes as f64 / cubes.next_multiple_of(slots) as f64
+        // Cubes run in waves, and a wave takes as long as the longest part.
+        let time = (parts * owners).div_ceil(slots) * steps.div_ceil(parts);
+        (owners * steps) as f64 / (slots * time) as f64
     };
     let best = (1..=most).map(used).fold(0.0, f64::max);
     (1..=most)
-        .find(|&parts| used(parts) >= best.min(0.9))
+        .find(|&parts| used(parts) >= best.min(0.95))
         .unwrap_or(1)
 }
 
@@ -66,5 +72,39 @@ fn add(sums: &mut [Vector<f32, Const<4>>], vectors: usize, parts: usize) {
             sum += sums[at + part * vectors];
         }
         sums[at] = sum;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::parts_that_fill;
+
+    /// On 132 multiprocessors: tiles of rows and of classes of the benches' shapes, and some that divide badly.
+    #[test]
+    fn parts_fill_the_gpu_and_are_about_equal() {
+        for (owners, steps, parts) in [
+            (4, 782, 66),   // 12 tiles each; 60 parts would fill 240 of 264 slots, but take 14
+            (16, 16, 16),   // one tile each
+            (192, 79, 4),   // 768 cubes in three waves
+            (24, 79, 10),   // eight tiles, as in 11 parts
+            (32, 782, 8),   // 256 cubes
+            (264, 100, 1),  // filled as they are
+            (1000, 100, 1), // almost
+        ] {
+            let found = parts_that_fill(264, owners, steps, steps);
+            assert_eq!(found, parts, "{owners} owners of {steps} steps");
+        }
+    }
+
+    #[test]
+    fn there_are_no_more_parts_than_steps_or_than_asked_for() {
+        for owners in [1, 7, 100, 300, 5000] {
+            for steps in [1, 2, 5, 33] {
+                for most in [0, 1, 3, steps] {
+                    let parts = parts_that_fill(32, owners, steps, most);
+                    assert!((1..=most.max(1)).contains(&parts));
+                }
+            }
+        }
     }
 }

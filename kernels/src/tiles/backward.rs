@@ -34,9 +34,8 @@ impl Backward<'_> {
         let parts_of = |count: usize, reduced: usize| {
             let elements = heads * count * dim;
             let owners = elements / chunks.tile.side / chunks.tile.side;
-            // Steps that are worth a part of their own.
-            let steps = (reduced / chunks.tile.depth).div_ceil(4);
-            parts_of_sums(chunks.client, owners, steps, elements)
+            let slabs = reduced / chunks.tile.depth;
+            parts_of_sums(chunks.client, owners, slabs, elements)
         };
         let for_rows = self.gradients.embeddings.as_ref().map(|grad| {
             let parts = parts_of(rows, step);

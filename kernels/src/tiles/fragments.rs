@@ -32,10 +32,9 @@ pub(super) fn multiply_fragments<E: Float>(
         #[unroll]
         for pair in 0..comptime!(tile.wide() / 2) {
             let column = first_column + pair * 16;
-            let of = MatrixIdent::B;
             rights.push(fragments::<E, NA>(
                 &mma,
-                of,
+                false,
                 right,
                 right_stage,
                 column,
@@ -48,15 +47,15 @@ pub(super) fn multiply_fragments<E: Float>(
         #[unroll]
         for i in 0..comptime!(tile.tall()) {
             let row = first_row + i * 16;
-            let of = MatrixIdent::A;
-            let lefts =
-                fragments::<E, NA>(&mma, of, left, left_stage, row, k, at.lane, left_lies, tile);
+            let lefts = fragments::<E, NA>(
+                &mma, true, left, left_stage, row, k, at.lane, left_lies, tile,
+            );
             #[unroll]
             for j in 0..comptime!(tile.wide()) {
                 let pair = rights.index(comptime!(j / 2));
                 let mut both = Array::<Vector<E, NA>>::new(2usize);
-                both[0] = pair[comptime!(j % 2 * 2)];
-                both[1] = pair[comptime!(j % 2 * 2 + 1)];
+                both[0] = pair[comptime!(matrix_of_column(j, 0))];
+                both[1] = pair[comptime!(matrix_of_column(j, 1))];
                 let sums = gather::<NC>(&*results, comptime!((i * tile.wide() + j) * 4));
                 let sums = mma.execute(&lefts, &both, &sums);
                 scatter::<NC>(results, &sums, comptime!((i * tile.wide() + j) * 4));
@@ -71,7 +70,7 @@ pub(super) fn multiply_fragments<E: Float>(
 #[cube]
 fn fragments<E: Float, NA: Size>(
     mma: &MmaDefinition<E, E, f32>,
-    #[comptime] of: MatrixIdent,
+    #[comptime] of_left: bool,
     stages: &[E],
     start: usize,
     row: usize,
@@ -80,17 +79,21 @@ fn fragments<E: Float, NA: Size>(
     #[comptime] lies: Lies,
     #[comptime] tile: Tile,
 ) -> Array<Vector<E, NA>> {
-    let of_left = comptime!(of == MatrixIdent::A);
+    let ident = comptime!(if of_left {
+        MatrixIdent::A
+    } else {
+        MatrixIdent::B
+    });
     if comptime!(loads_matrices(lies, tile)) {
-        let from = row_of_lane(start, row, k, lane, of_left, lies, tile);
+        let from = address_of_lane(start, row, k, lane, of_left, lies, tile);
         let transposes = comptime!(lies == Lies::Columns);
         let to = from + comptime!(tile.piece());
-        mma.load_matrix::<E, NA>(&stages[from..to], of, 4usize, transposes)
+        mma.load_matrix::<E, NA>(&stages[from..to], ident, 4usize, transposes)
     } else {
         let mut words = Array::<Vector<E, NA>>::new(4usize);
         #[unroll]
         for word in 0..4usize {
-            let from = word_of_lane(start, row, k, lane, word, of_left, lies, tile);
+            let from = element_of_lane(start, row, k, lane, word, of_left, lies, tile);
             words[word] = Vector::<E, NA>::cast_from(stages[from]);
         }
         words
@@ -102,10 +105,15 @@ fn loads_matrices(lies: Lies, tile: Tile) -> bool {
     lies == Lies::Rows || tile.engine == Engine::Mma
 }
 
-/// Where the 16 bytes are whose address a lane gives to `ldmatrix`: of the four matrices, eight lanes' each, the second is down in the
-/// left operand and deep in the right one.
+/// The matrix that has column fragment `j` of its pair, at the first or the second depth.
+fn matrix_of_column(j: usize, depth: usize) -> usize {
+    j % 2 * 2 + depth
+}
+
+/// The address that a lane gives to `ldmatrix`, which takes those of a matrix from eight lanes in turn. The second matrix is the one
+/// below in the left operand, and the next in depth in the right one.
 #[cube]
-fn row_of_lane(
+fn address_of_lane(
     start: usize,
     row: usize,
     k: usize,
@@ -127,9 +135,9 @@ fn row_of_lane(
     }
 }
 
-/// Where a lane's element of the matrix `word` is, in TF32.
+/// Where a lane's element of matrix `word` is, in TF32.
 #[cube]
-fn word_of_lane(
+fn element_of_lane(
     start: usize,
     row: usize,
     k: usize,
@@ -181,9 +189,9 @@ mod tests {
     use super::super::{PLANE, of_every_engine};
     use super::*;
 
-    /// An element of either operand: small, so that sums are exact.
+    /// An element of either operand: small and whole, so that sums are exact.
     fn element(row: usize, k: usize) -> f32 {
-        ((row * 7 + k * 5 + row * k) % 11) as f32 - 5.0
+        ((row * 7 + k * 5 + row * k) % 97) as f32 - 48.0
     }
 
     /// A slab in shared memory, as the units bring it.
@@ -204,44 +212,38 @@ mod tests {
         stage
     }
 
-    /// Four matrices of eight rows, of which each lane gets a word (PTX ISA, "ldmatrix"), put together again as mma reads them: two down
-    /// and two deep.
-    fn sixteen_rows(
+    /// Four matrices of eight rows by 16 bytes, of which each lane gets a word: a neighbour or two of row `lane / 4` (PTX ISA, "ldmatrix").
+    fn matrices(
         stage: &[f32],
         row: usize,
         k: usize,
         of_left: bool,
         lies: Lies,
         tile: Tile,
-    ) -> Vec<Vec<f32>> {
+    ) -> Vec<Vec<Vec<f32>>> {
         let piece = tile.piece();
-        let word = piece / 4;
-        let mut rows = vec![vec![f32::NAN; 2 * piece]; 16];
+        let mut matrices = vec![vec![vec![f32::NAN; piece]; 8]; 4];
+        let address = |lane| address_of_lane(0, row, k, lane, of_left, lies, tile);
         for lane in 0..PLANE {
             for matrix in 0..4 {
-                let (second, third) = (matrix % 2, matrix / 2);
-                let (down, deep) = match of_left {
-                    true => (second, third),
-                    false => (third, second),
-                };
-                for e in 0..word {
-                    let column = lane % 4 * word + e;
-                    let address = |lane| row_of_lane(0, row, k, lane, of_left, lies, tile);
+                for e in 0..piece / 4 {
+                    let column = lane % 4 * (piece / 4) + e;
                     let from = match lies {
                         _ if !loads_matrices(lies, tile) => {
-                            word_of_lane(0, row, k, lane, matrix, of_left, lies, tile)
+                            element_of_lane(0, row, k, lane, matrix, of_left, lies, tile)
                         }
                         Lies::Rows => address(matrix * 8 + lane / 4) + column,
                         Lies::Columns => address(matrix * 8 + column) + lane / 4,
                     };
-                    rows[down * 8 + lane / 4][deep * piece + column] = stage[from];
+                    matrices[matrix][lane / 4][column] = stage[from];
                 }
             }
         }
-        rows
+        matrices
     }
 
-    /// What tensor cores do, on the addresses that the kernel gives them: nothing else of this variant needs an NVIDIA GPU.
+    /// What tensor cores do, on the addresses that the kernel gives them. That its text has these instructions, transposed or not, is for
+    /// the compile proof; only their execution needs an NVIDIA GPU.
     #[test]
     fn emulated_tensor_cores_multiply_two_tiles() {
         for tile in of_every_engine()
@@ -275,15 +277,19 @@ mod tests {
         let mut results = vec![0.0; tile.results()];
         for k in (0..tile.depth).step_by(deep) {
             for i in 0..tile.tall() {
-                let rows = sixteen_rows(left, first_row + i * 16, k, true, left_lies, tile);
+                let lefts = matrices(left, first_row + i * 16, k, true, left_lies, tile);
                 for j in 0..tile.wide() {
                     let pair = first_column + j / 2 * 16;
-                    let columns = sixteen_rows(right, pair, k, false, right_lies, tile);
+                    let rights = matrices(right, pair, k, false, right_lies, tile);
                     for result in 0..4 {
-                        let row = &rows[at.lane / 4 + result / 2 * 8];
-                        let column = &columns[j % 2 * 8 + at.lane % 4 * 2 + result % 2];
-                        let product: f32 = row.iter().zip(column).map(|(a, b)| a * b).sum();
-                        results[(i * tile.wide() + j) * 4 + result] += product;
+                        // Of the left fragment the second matrix is below, and the third is deeper.
+                        let product = |depth: usize| -> f32 {
+                            let row = &lefts[result / 2 + 2 * depth][at.lane / 4];
+                            let column =
+                                &rights[matrix_of_column(j, depth)][at.lane % 4 * 2 + result % 2];
+                            row.iter().zip(column).map(|(a, b)| a * b).sum()
+                        };
+                        results[(i * tile.wide() + j) * 4 + result] += product(0) + product(1);
                     }
                 }
             }

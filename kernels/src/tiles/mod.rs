@@ -14,7 +14,7 @@
 //! | plane | `Fma` | multiply-adds, on any device | f32 |
 //!
 //! Where a GPU without tensor cores is forced to cmma, `Fma` stands in on operands of the caller's dtype: that is how the variant is
-//! checked there, all but the instruction.
+//! checked there, all but how fragments move and multiply.
 
 mod backward;
 mod chunks;
@@ -98,13 +98,14 @@ impl Tile {
         let engine = if features.ldmatrix.contains(&dtype) && multiplies(dtype, 16) {
             Engine::Mma
         } else if allow_tf32 && dtype == F32 && of_tf32 && !features.ldmatrix.is_empty() {
-            // Which moves words, whatever they are.
+            // `ldmatrix` is listed for 16 bits only, but moves any words.
             Engine::Tf32
         } else {
             return None;
         };
         let packed = match engine {
-            // As wide as f32: rounded once, where it is packed, and not wherever it is read.
+            // As wide as f32, and rounded once, where it is packed, not wherever it is read. CubeCL lists TF32 for conversions only, and
+            // stores it as f32.
             Engine::Tf32 => ElemType::Float(FloatKind::TF32),
             _ => dtype,
         };

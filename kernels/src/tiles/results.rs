@@ -26,9 +26,9 @@ pub(super) fn place_of(unit: usize, #[comptime] tile: Tile) -> Place {
     let plane_row = unit / comptime!(PLANE * tile.across);
     let plane_column = unit / PLANE % tile.across;
     let lane = unit % PLANE;
-    let (of_eight, of_four) = if comptime!(tile.engine == Engine::Fma) {
-        // A GPU reads 16 bytes of sixteen units at once, not of eight, if every two want the same: neighbours do of rows, and units
-        // two apart of columns.
+    let (group, member) = if comptime!(tile.engine == Engine::Fma) {
+        // NVIDIA GPUs read 16 bytes for sixteen units at once instead of eight, if units come in pairs that want the same: neighbours
+        // (for rows) or units two apart (for columns).
         (lane / 2 % 8, lane / 16 * 2 + lane % 2)
     } else {
         (lane / 4, lane % 4)
@@ -37,8 +37,8 @@ pub(super) fn place_of(unit: usize, #[comptime] tile: Tile) -> Place {
         plane_row,
         plane_column,
         lane,
-        group: plane_row * 8 + of_eight,
-        member: plane_column * 4 + of_four,
+        group: plane_row * 8 + group,
+        member: plane_column * 4 + member,
     }
 }
 

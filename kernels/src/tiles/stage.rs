@@ -50,7 +50,7 @@ pub(super) fn fetch<E: Float, N: Size>(
     }
 }
 
-/// The first vector of a slab that a unit brings; the others are as many further as there are units.
+/// The first vector of a slab that a unit brings; the next ones follow at a distance of `tile.units()`.
 #[cube]
 pub(super) fn first_brought(unit: usize, #[comptime] lies: Lies, #[comptime] tile: Tile) -> usize {
     if comptime!(tile.engine == Engine::Fma || lies == Lies::Columns) {

@@ -1,5 +1,6 @@
 //! The compile proof: what the library launches on NVIDIA GPUs compiles, assembles, fits and does not spill.
 
+use std::collections::HashSet;
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
@@ -118,9 +119,16 @@ fn products_run_on_tensor_cores_and_stream_sixteen_bytes_at_a_time() {
         let product = multiplies_tiles(row);
         if (inferred && row.dtype != "f32" || row.op.ends_with("TF32")) && product {
             assert!(row.mma > 0, "{of} has no tensor-core product");
-            // TF32 that lies in columns cannot be transposed on the way, and the weights' gradients have both operands so.
-            let in_columns = row.op.ends_with("TF32") && row.kernel.starts_with("product_");
-            assert!(row.ldmatrix > 0 || in_columns, "{of} has no ldmatrix");
+            // Fragments of a slab: sixteen. Those of operands that lie in columns are transposed, which TF32 cannot be, so that it has
+            // scalars for them: the right operand of a product for gradients, and both of the weights'.
+            let tf32 = row.op.ends_with("TF32");
+            let fragments: &[_] = match (row.kernel.starts_with("product_"), tf32) {
+                (false, _) => &[(16, 0)],
+                (true, false) => &[(16, 8), (16, 16)],
+                (true, true) => &[(8, 0), (0, 0)],
+            };
+            let has = (row.ldmatrix, row.transposed);
+            assert!(fragments.contains(&has), "{of} has {has:?} of ldmatrix");
             assert!(row.wide_loads >= 8, "{of} streams its tiles in small loads");
         }
         // What streams rows: at least one load of 16 bytes a loop over each operand.
@@ -148,6 +156,14 @@ fn products_run_on_tensor_cores_and_stream_sixteen_bytes_at_a_time() {
                 products.count() >= 14,
                 "sm_{arch} has too few tensor-core kernels"
             );
+            // Products for the embeddings and for the weights, of three dtypes.
+            let products = rows.iter().filter(|row| {
+                row.arch == arch && row.mma > 0 && row.kernel.starts_with("product_")
+            });
+            let kinds: HashSet<_> = products
+                .map(|row| (&row.op, &row.dtype, row.ldmatrix, row.transposed))
+                .collect();
+            assert_eq!(kinds.len(), 6, "sm_{arch}: {kinds:?}");
             let keeps = |row: &Row| row.arch == arch && row.kernel.starts_with("from_cosines");
             assert!(
                 rows.iter().any(keeps),

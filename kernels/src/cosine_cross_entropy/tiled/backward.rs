@@ -7,10 +7,10 @@ use super::rows::Rows;
 use crate::Gradients;
 use crate::blueprint::cubes_for;
 use crate::math::lanes::iota;
-use crate::math::online_softmax::logit_gradient;
+use crate::math::online_softmax::{FLOOR, logit_gradient};
 use crate::tiles::{
-    Backward, ChunkShape, Chunks, GradientChunk, Lies, Tile, column_of, place, result_of, row_of,
-    store_tile,
+    Backward, ChunkShape, Chunks, Engine, GradientChunk, Lies, Tile, column_of, place, result_of,
+    row_of, store_tile,
 };
 
 /// The operands of a backward pass.
@@ -97,8 +97,8 @@ fn from_cosines<N: Size>(
         let class = Vector::<u32, N>::new(first) + iota::<N>();
         let lse = state[head * 2 * shape.rows_padded + row];
         let arriving = state[(head * 2 + 1) * shape.rows_padded + row];
-        // Rounded as it was when lse was: compilers contract a sum of a product, not of this.
-        let logit = fma(values[at], Vector::new(scale), Vector::new(0.0));
+        // Rounded as it was when lse was: `max` keeps a compiler from contracting.
+        let logit = max(values[at] * Vector::new(scale), Vector::new(FLOOR));
         let gradient = logit_gradient::<N>(
             logit,
             Vector::new(lse),
@@ -159,14 +159,11 @@ fn logit_gradients<E: Float, N: Size>(
                 results[comptime!(result_of(r, c, tile))] = 0.0;
             }
         } else {
-            let of_uniform = -(arriving * uniform);
             #[unroll]
             for c in 0..columns {
                 let from = comptime!(result_of(r, c, tile));
-                // Rounded as it was when lse was: compilers contract a sum of a product, not of this.
-                let logit = fma(results[from], scale, 0.0);
-                let p = (logit - lse).exp();
-                results[from] = fma(arriving, p, of_uniform);
+                results[from] =
+                    of_another_class(results[from], scale, lse, arriving, uniform, tile);
             }
             let target = targets[row] - first_class as u32;
             if target < comptime!(tile.side as u32) {
@@ -201,4 +198,27 @@ fn logit_gradients<E: Float, N: Size>(
         &mut left_stages,
         tile,
     );
+}
+
+/// `arriving · (e^(scale · cosine − lse) − uniform)`, the gradient of a logit whose class is not the target. The logit is rounded as it
+/// was when lse was.
+#[cube]
+fn of_another_class(
+    cosine: f32,
+    scale: f32,
+    lse: f32,
+    arriving: f32,
+    uniform: f32,
+    #[comptime] tile: Tile,
+) -> f32 {
+    if comptime!(tile.engine == Engine::Fma) {
+        // `max` keeps a compiler from contracting.
+        let logit = max(cosine * scale, FLOOR);
+        arriving * ((logit - lse).exp() - uniform)
+    } else {
+        // Two instructions less for each of a unit's 128 results, rounded to 16 bits or TF32 in the end. CubeCL's compiler for NVIDIA keeps
+        // this `fma`; others might see the product in it.
+        let logit = fma(cosine, scale, 0.0);
+        fma(arriving, (logit - lse).exp(), -(arriving * uniform))
+    }
 }

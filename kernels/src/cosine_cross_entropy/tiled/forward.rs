@@ -11,7 +11,7 @@ use crate::blueprint::{PLANE_UNITS, cubes_for};
 use crate::loss::target::{IGNORED, LabelRule, is_class, label_rule, target_of};
 use crate::math::group::{Group, group_softmax, member};
 use crate::math::online_softmax::{FLOOR, RowSoftmax};
-use crate::math::parts::parts_that_fill;
+use crate::math::parts::{parts_that_fill, slots};
 use crate::operand::whole;
 use crate::tiles::{
     Chunk, ChunkShape, Chunks, GradientChunk, Lies, LogitTile, Tile, column_of, place, result_of,
@@ -47,7 +47,7 @@ pub(in crate::cosine_cross_entropy) fn launch_forward(
     let rest = chunks.forward(kept);
     let count = rest.len() + usize::from(kept.is_some());
     let tiles_of_chunk = sizes.active_padded / tile.side / count;
-    let parts_of_chunk = parts_that_fill(client, row_tiles, tiles_of_chunk);
+    let parts_of_chunk = parts_that_fill(slots(client), row_tiles, tiles_of_chunk, tiles_of_chunk);
     let parts = parts_of_chunk * count;
     let elements = sizes.heads * sizes.rows * parts;
     let float = size_of::<f32>();

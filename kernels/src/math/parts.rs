@@ -9,16 +9,19 @@ use crate::blueprint::{PLANE_UNITS, cubes_for};
 /// Floats that the parts of sums may take together: 32 MiB.
 const PARTS: usize = 1 << 23;
 
+/// Steps that beginning a part and writing its sums takes as long as, about: by count of instructions, not measured.
+const STEPS_OF_A_PART: usize = 4;
+
 /// In how many parts a GPU's cubes sum what fewer cubes than it has room for would sum alone: `owners` cubes, each of `steps`
-/// steps, into `elements` sums. Four steps are worth a part of their own; the parts are added in their order.
+/// steps, into `elements` sums. The parts are added in their order.
 pub(crate) fn parts_of_sums(
     client: &Client,
     owners: usize,
     steps: usize,
     elements: usize,
 ) -> usize {
-    let most = steps.div_ceil(4).min(PARTS / elements);
-    parts_that_fill(slots(client), owners, steps, most)
+    let most = steps.div_ceil(STEPS_OF_A_PART).min(PARTS / elements);
+    parts_that_fill(slots(client), owners, steps, STEPS_OF_A_PART, most)
 }
 
 /// Cubes that a GPU runs at a time: two on a multiprocessor, or one of those that take more registers, in half as many slots.
@@ -28,18 +31,21 @@ pub(crate) fn slots(client: &Client) -> usize {
     2 * processors.unwrap_or(16) as usize
 }
 
-/// In how many parts, `most` at most, each of `owners` does its work of `steps`: as few as leave less than a twentieth of the time of
-/// all slots unused, or else as little as can be.
-pub(crate) fn parts_that_fill(slots: usize, owners: usize, steps: usize, most: usize) -> usize {
+/// In how many parts, `most` at most, each of `owners` does its work of `steps`, if a part takes `own` steps besides: as few as take
+/// little longer than the number that takes least.
+pub(crate) fn parts_that_fill(
+    slots: usize,
+    owners: usize,
+    steps: usize,
+    own: usize,
+    most: usize,
+) -> usize {
     let most = (4 * slots / owners).min(most).max(1);
-    let used = |parts: usize| {
-        // Cubes run in waves, and a wave takes as long as the longest part.
-        let time = (parts * owners).div_ceil(slots) * steps.div_ceil(parts);
-        (owners * steps) as f64 / (slots * time) as f64
-    };
-    let best = (1..=most).map(used).fold(0.0, f64::max);
+    // Cubes run in waves, and a wave takes as long as the longest part.
+    let time = |parts: usize| (parts * owners).div_ceil(slots) * (steps.div_ceil(parts) + own);
+    let least = (1..=most).map(time).min().unwrap_or(0);
     (1..=most)
-        .find(|&parts| used(parts) >= best.min(0.95))
+        .find(|&parts| time(parts) * 20 <= least * 21)
         .unwrap_or(1)
 }
 
@@ -91,9 +97,16 @@ mod tests {
             (264, 100, 1),  // filled as they are
             (1000, 100, 1), // almost
         ] {
-            let found = parts_that_fill(264, owners, steps, steps);
+            let found = parts_that_fill(264, owners, steps, 0, steps);
             assert_eq!(found, parts, "{owners} owners of {steps} steps");
         }
+    }
+
+    /// Three waves of four steps fill 32 slots best, but begin and end 32 parts.
+    #[test]
+    fn what_a_part_takes_besides_its_steps_counts() {
+        assert_eq!(parts_that_fill(32, 3, 128, 0, 32), 32);
+        assert_eq!(parts_that_fill(32, 3, 128, 4, 32), 10);
     }
 
     #[test]
@@ -101,7 +114,7 @@ mod tests {
         for owners in [1, 7, 100, 300, 5000] {
             for steps in [1, 2, 5, 33] {
                 for most in [0, 1, 3, steps] {
-                    let parts = parts_that_fill(32, owners, steps, most);
+                    let parts = parts_that_fill(32, owners, steps, 1, most);
                     assert!((1..=most.max(1)).contains(&parts));
                 }
             }

@@ -10,7 +10,7 @@ use cubecl::prelude::CubeElement;
 use cubecl::std::tensor::TensorHandle;
 use half::{bf16, f16};
 use protohead::class_means::ClassSums;
-use protohead::{Gradients, Upstream, Wanted};
+use protohead::{Gradients, Strategy, Upstream, Variant, Wanted};
 use protohead::{
     class_means, cosine_cross_entropy as fused, cosine_logits, cross_entropy, reconstruction,
 };
@@ -176,9 +176,23 @@ fn operands(inputs: &fused::Inputs) -> [&TensorHandle; 3] {
     [&inputs.embeddings, &inputs.weights, &inputs.labels]
 }
 
+/// The variant of the fused op and the logits that `PROTOHEAD_VARIANT` names, of `wgmma` for operands of 16 bits; otherwise the inferred one.
+fn strategy(dtype: Dtype) -> Strategy {
+    let of_16_bits = matches!(dtype, Dtype::F16 | Dtype::Bf16);
+    match std::env::var("PROTOHEAD_VARIANT").as_deref() {
+        Err(_) => Strategy::Inferred,
+        Ok("plane") => Strategy::Forced(Variant::Plane),
+        Ok("cmma") => Strategy::Forced(Variant::Cmma),
+        Ok("wgmma") if of_16_bits => Strategy::Forced(Variant::Wgmma),
+        Ok("wgmma") => Strategy::Inferred,
+        Ok(other) => panic!("PROTOHEAD_VARIANT: {other} is none of plane, cmma, wgmma"),
+    }
+}
+
 fn options(shape: &Shape, dtype: Dtype) -> fused::Options {
     fused::Options {
         active: Some(shape.active),
+        strategy: strategy(dtype),
         allow_tf32: dtype == Dtype::Tf32,
         ..fused::Options::default()
     }
@@ -214,6 +228,7 @@ pub(crate) fn step(group: Group, shape: &Shape, data: &Data, dtype: Dtype) -> St
             };
             let options = cosine_logits::Options {
                 active: Some(active),
+                strategy: strategy(dtype),
                 ..cosine_logits::Options::default()
             };
             Step::new(

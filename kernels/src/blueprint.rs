@@ -27,6 +27,10 @@ pub enum Variant {
     /// A cube multiplies tiles on tensor cores: for ops with a product, where the device has them for the operands. Where it
     /// has none, the same in multiply-adds, for checking it; that is never inferred.
     Cmma,
+    /// Four planes multiply tiles together on Hopper's tensor cores: for ops with a product of f16 or bf16 operands, on NVIDIA GPUs of
+    /// compute capability 9.0; f32 operands are as in [`Cmma`](Self::Cmma). Compiled, assembled and emulated, but so far not run, so it is
+    /// never inferred.
+    Wgmma,
     /// Both passes in two launches, on a GPU: for `cosine_cross_entropy` whose operands fit in its caches.
     Small,
 }
@@ -96,14 +100,22 @@ impl Blueprint {
                 None => Tile::of_multiply_adds(client)?,
             },
             Strategy::Forced(Variant::Plane) => Tile::of_multiply_adds(client)?,
-            Strategy::Forced(Variant::Cmma) => match on_tensor_cores() {
-                Some(tile) => tile,
-                None => Tile::stand_in(client, dtype)?,
-            },
+            Strategy::Forced(Variant::Wgmma) if !Tile::is_hopper(client) => {
+                return Err(Error::NoHopper);
+            }
+            Strategy::Forced(Variant::Cmma | Variant::Wgmma) => {
+                let of_wgmma = || Tile::on_hopper(client, dtype);
+                let wanted = strategy == Strategy::Forced(Variant::Wgmma);
+                match wanted.then(of_wgmma).flatten().or_else(on_tensor_cores) {
+                    Some(tile) => tile,
+                    None => Tile::stand_in(client, dtype)?,
+                }
+            }
             _ => return Self::new(client, strategy),
         };
         let variant = match tile.engine {
             Engine::Fma if !tile.stands_in => Variant::Plane,
+            Engine::Wgmma => Variant::Wgmma,
             _ => Variant::Cmma,
         };
         Ok(Self {
@@ -180,6 +192,10 @@ impl Blueprint {
                 variant: "cmma",
                 have: "ops with a matrix product do",
             }),
+            Variant::Wgmma => Err(Error::NoSuchVariant {
+                variant: "wgmma",
+                have: "ops with a matrix product do",
+            }),
             Variant::Small => Err(Error::NoSuchVariant {
                 variant: "small",
                 have: "cosine_cross_entropy does",
@@ -199,7 +215,9 @@ impl Blueprint {
     pub(crate) fn vector(&self, dtype: ElemType) -> usize {
         match self.variant {
             Variant::Unit => self.lanes,
-            Variant::Plane | Variant::Cmma | Variant::Small => (16 / dtype.size()).min(self.lanes),
+            Variant::Plane | Variant::Cmma | Variant::Wgmma | Variant::Small => {
+                (16 / dtype.size()).min(self.lanes)
+            }
         }
     }
 

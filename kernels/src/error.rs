@@ -115,6 +115,11 @@ pub enum Error {
     /// The unit variant was forced on a device that is no CPU.
     #[error("the unit variant runs on CPU devices only")]
     NoCpu,
+    /// The wgmma variant was forced on a device that is no such GPU, or in a build without CUDA.
+    #[error(
+        "the wgmma variant runs on NVIDIA GPUs of compute capability 9.0 only, with the `cuda` feature"
+    )]
+    NoHopper,
     /// A variant was forced on an op that has no such.
     #[error("this op has no {variant} variant: {have}")]
     NoSuchVariant {

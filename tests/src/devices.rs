@@ -8,7 +8,14 @@ use protohead::{Strategy, Variant};
 
 use crate::problem::Dtype;
 
-const VARIANTS: [Variant; 4] = [Variant::Unit, Variant::Plane, Variant::Cmma, Variant::Small];
+/// Every variant.
+pub const VARIANTS: [Variant; 5] = [
+    Variant::Unit,
+    Variant::Plane,
+    Variant::Cmma,
+    Variant::Wgmma,
+    Variant::Small,
+];
 
 /// A device under test.
 pub struct Tested {
@@ -74,7 +81,7 @@ pub fn devices() -> &'static [Tested] {
         for variant in VARIANTS {
             let is_reached = found.iter().any(|d| d.variants.contains(&variant));
             assert!(
-                is_reached || !has_all,
+                is_reached || !has_all || variant == Variant::Wgmma, // no software GPU has it
                 "no device for {variant:?}: scripts/setup.sh --tests should have installed a software GPU"
             );
         }
@@ -125,7 +132,8 @@ pub fn say_agreed(op: &'static str, run: &Run, dtype: Dtype) {
 /// Every variant of every device, for ops without a product.
 pub fn runs() -> Vec<Run<'static>> {
     let mut runs = product_runs();
-    runs.retain(|run| run.strategy != Strategy::Forced(Variant::Cmma));
+    let of_products = [Variant::Cmma, Variant::Wgmma].map(Strategy::Forced);
+    runs.retain(|run| !of_products.contains(&run.strategy));
     runs
 }
 
@@ -170,11 +178,12 @@ impl Run<'_> {
         2.0 * units * 6e-8
     }
 
-    /// The unit roundoff of what the variant keeps between products: unit rows and logit gradients, which the cmma variant
-    /// rounds to the operands' dtype.
+    /// The unit roundoff of what the variant keeps between products: unit rows and logit gradients, which what runs on tensor
+    /// cores rounds to the operands' dtype.
     pub fn kept(&self, dtype: Dtype) -> f64 {
+        let rounds = [Variant::Cmma, Variant::Wgmma].map(Strategy::Forced);
         match dtype {
-            _ if self.strategy != Strategy::Forced(Variant::Cmma) => 0.0,
+            _ if !rounds.contains(&self.strategy) => 0.0,
             Dtype::F32 => 0.0,
             Dtype::F16 => f64::from(half::f16::EPSILON) / 2.0,
             Dtype::Bf16 => f64::from(half::bf16::EPSILON) / 2.0,

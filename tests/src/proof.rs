@@ -34,8 +34,12 @@ pub struct Row {
     pub shared: usize,
     /// What the assembler said, if there is one.
     pub assembled: Option<Assembled>,
-    /// Tensor-core products in the text.
+    /// Tensor-core products of a plane in the text,
     pub mma: usize,
+    /// and of four planes together.
+    pub wgmma: usize,
+    /// Copies of 16 bytes from global to shared memory in the text.
+    pub copies: usize,
     /// Fragment loads in the text.
     pub ldmatrix: usize,
     /// Those of them that transpose.
@@ -79,7 +83,7 @@ pub fn toolkit() -> Option<PathBuf> {
 /// Compiles everything. `CUDA_PATH` has to be set, since exponentials come from the toolkit's device library.
 ///
 /// # Panics
-/// If a kernel does not compile or assemble.
+/// If a kernel does not compile or assemble, or its `wgmma` one after the other.
 pub fn rows(architectures: &[u32]) -> Vec<Row> {
     let ptxas = toolkit()
         .map(|root| root.join("bin/ptxas"))
@@ -87,6 +91,10 @@ pub fn rows(architectures: &[u32]) -> Vec<Row> {
     let mut rows = Vec::new();
     for &arch in architectures {
         for (op, dtype, launch) in launches() {
+            let only_hopper = op.ends_with("wgmma");
+            if only_hopper && arch != 90 {
+                continue;
+            }
             for compiled in compiled_by(arch, |client| launch(client, dtype)) {
                 rows.push(row(op, dtype, &compiled, ptxas.as_deref()));
             }
@@ -112,9 +120,9 @@ pub const BEYOND_32_BITS: [(&str, &str, [&str; 2]); 2] = [
 
 type Launch = fn(&Client, FloatKind);
 
-/// Every op in every variant that inference picks on these devices, or that is their fallback.
+/// Every op in every variant that inference picks on these devices, that is their fallback, or that can be forced.
 fn launches() -> Vec<(&'static str, FloatKind, Launch)> {
-    let ops: [(&'static str, Launch); 11] = [
+    let ops: [(&'static str, Launch); 13] = [
         ("cosine_cross_entropy, small", small),
         ("cosine_cross_entropy", |client, dtype| {
             fused(client, dtype, Strategy::Inferred, false)
@@ -125,12 +133,22 @@ fn launches() -> Vec<(&'static str, FloatKind, Launch)> {
         ("cosine_cross_entropy, plane", |client, dtype| {
             fused(client, dtype, Strategy::Forced(Variant::Plane), false);
         }),
+        ("cosine_cross_entropy, wgmma", |client, dtype| {
+            fused(client, dtype, Strategy::Forced(Variant::Wgmma), false);
+        }),
         (BEYOND_32_BITS[0].0, many_classes),
         ("cosine_logits", |client, dtype| {
             logits(client, dtype, false)
         }),
         ("cosine_logits, TF32", |client, dtype| {
             logits(client, dtype, true)
+        }),
+        ("cosine_logits, wgmma", |client, dtype| {
+            let options = cosine_logits::Options {
+                strategy: Strategy::Forced(Variant::Wgmma),
+                ..Default::default()
+            };
+            logits_of(client, dtype, [2, 1024, 3000], &options);
         }),
         (BEYOND_32_BITS[1].0, many_logits),
         ("cross_entropy", on_logits),
@@ -140,8 +158,12 @@ fn launches() -> Vec<(&'static str, FloatKind, Launch)> {
     let mut launches = Vec::new();
     for (op, launch) in ops {
         for dtype in [FloatKind::F32, FloatKind::F16, FloatKind::BF16] {
-            let only_f32 = op.ends_with("TF32");
-            if !only_f32 || dtype == FloatKind::F32 {
+            let is_of = match op {
+                _ if op.ends_with("TF32") => dtype == FloatKind::F32,
+                _ if op.ends_with("wgmma") => dtype != FloatKind::F32,
+                _ => true,
+            };
+            if is_of {
                 launches.push((op, dtype, launch));
             }
         }
@@ -352,6 +374,8 @@ fn row(op: &str, dtype: FloatKind, compiled: &Compiled, ptxas: Option<&Path>) ->
         shared: compiled.shared,
         assembled: ptxas.map(|ptxas| assemble(ptxas, compiled)),
         mma: count("mma.sync."),
+        wgmma: count("wgmma.mma_async."),
+        copies: count("cp.async.cg.shared.global"),
         ldmatrix: count("ldmatrix.sync."),
         transposed: count("ldmatrix.sync.aligned.m8n8.x4.trans."),
         wide_loads: loads(&compiled.ptx).filter(|line| is_wide(line)).count(),
@@ -397,7 +421,10 @@ fn assemble(ptxas: &Path, compiled: &Compiled) -> Assembled {
         .output()
         .expect("ptxas starts");
     let said = String::from_utf8_lossy(&output.stderr) + String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success(), "{}: {said}", compiled.name);
+    let succeeded = output.status.success();
+    // As when something touches the sums of products that are on their way.
+    let overlaps = !said.contains("wgmma.mma_async instructions are serialized");
+    assert!(succeeded && overlaps, "{}: {said}", compiled.name);
     let before = |what: &str| -> u32 {
         said.split(what)
             .next()

@@ -7,6 +7,8 @@
 //! | `<group>/<shape>/<who> <calls>` | nanoseconds of so many calls on the operands of the line before, if it is the same, of which only the last is waited for; ours only |
 //! | `<group>/<shape>/<who> memory` | bytes reserved for the operands, and by a step besides, in a process that did nothing before; ours only |
 //! | `ceiling/fma`, `ceiling/copy` | nanoseconds, and operations or bytes |
+//!
+//! `PROTOHEAD_VARIANT` (`plane`, `cmma` or `wgmma`) forces the variant of ops with a product.
 
 use std::collections::HashSet;
 use std::io::{BufRead, Write, stdin, stdout};

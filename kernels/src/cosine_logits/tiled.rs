@@ -95,7 +95,7 @@ fn forward<E: Float, F: Float, N: Size>(
     if of.head >= shape.heads {
         terminate!();
     }
-    let stage = comptime!(2 * tile.stage(Lies::Rows));
+    let stage = comptime!(tile.stages() * tile.stage(Lies::Rows));
     let mut left_stages = Shared::<[E]>::new_aligned_slice(stage, 16usize);
     let mut right_stages = Shared::<[E]>::new_aligned_slice(stage, 16usize);
     let mut results = Array::<f32>::new(comptime!(tile.results()));

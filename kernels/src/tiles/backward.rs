@@ -203,9 +203,11 @@ fn product<E: Float, N: Size>(
         stride: dim / vector,
     };
     let mut left_stages =
-        Shared::<[E]>::new_aligned_slice(comptime!(2 * tile.stage(lies)), 16usize);
-    let mut right_stages =
-        Shared::<[E]>::new_aligned_slice(comptime!(2 * tile.stage(Lies::Columns)), 16usize);
+        Shared::<[E]>::new_aligned_slice(comptime!(tile.stages() * tile.stage(lies)), 16usize);
+    let mut right_stages = Shared::<[E]>::new_aligned_slice(
+        comptime!(tile.stages() * tile.stage(Lies::Columns)),
+        16usize,
+    );
     let mut results = Array::<f32>::new(comptime!(tile.results()));
     tile_product::<E, N>(
         &mut results,

@@ -185,32 +185,9 @@ fn scatter<NC: Size>(
 #[cfg(test)]
 mod tests {
     use super::super::results::{column_of, place_of, result_of, row_of};
-    use super::super::stage::{first_brought, stashed};
+    use super::super::stage::emulated::{element, stage};
     use super::super::{PLANE, of_every_engine};
     use super::*;
-
-    /// An element of either operand: small and whole, so that sums are exact.
-    fn element(row: usize, k: usize) -> f32 {
-        ((row * 7 + k * 5 + row * k) % 97) as f32 - 48.0
-    }
-
-    /// A slab in shared memory, as the units bring it.
-    fn stage(lies: Lies, tile: Tile) -> Vec<f32> {
-        let mut stage = vec![f32::NAN; tile.stage(lies)];
-        for unit in 0..tile.units() {
-            for p in 0..tile.brought() {
-                let v = first_brought(unit, lies, tile) + p * tile.units();
-                for lane in 0..tile.vector {
-                    let along = v * tile.vector + lane;
-                    stage[stashed(v, lies, tile) + lane] = match lies {
-                        Lies::Rows => element(along / tile.depth, along % tile.depth),
-                        Lies::Columns => element(along % tile.side, along / tile.side),
-                    };
-                }
-            }
-        }
-        stage
-    }
 
     /// Four matrices of eight rows by 16 bytes, of which each lane gets a word: a neighbour or two of row `lane / 4` (PTX ISA, "ldmatrix").
     fn matrices(
@@ -248,7 +225,7 @@ mod tests {
     fn emulated_tensor_cores_multiply_two_tiles() {
         for tile in of_every_engine()
             .into_iter()
-            .filter(|tile| tile.engine != Engine::Fma)
+            .filter(|tile| matches!(tile.engine, Engine::Mma | Engine::Tf32))
         {
             for left_lies in [Lies::Rows, Lies::Columns] {
                 for right_lies in [Lies::Rows, Lies::Columns] {

@@ -1,8 +1,9 @@
 //! Products of whole tiles on a GPU: the plane and the cmma variants of ops with a product, which differ in what multiplies.
 //!
 //! A cube multiplies two tiles of `side` rows that share a reduced axis. Both go through shared memory in
-//! slabs of `depth`, two stages of them: while the planes multiply one, the next waits in registers. Two planes lie along the rows
-//! and `across` along the columns; each owns its part of the results, in fragments of 16 × 8.
+//! slabs of `depth`, two stages of them: while the planes multiply one, the next waits in registers. With `wgmma` there are four
+//! stages, and later slabs are copied there meanwhile. `down` planes lie along the rows and `across` along the columns; each owns its
+//! part of the results, in fragments of 16 × 8.
 //!
 //! The operands are unit-norm rows, zero-padded to whole tiles, so no product looks at a bound; the
 //! class weights are packed a chunk of classes at a time, and so is everything that has a class axis. Sums are f32.
@@ -11,6 +12,7 @@
 //! |---|---|---|---|
 //! | cmma | `Mma` | `ldmatrix`, `mma.sync.m16n8k16` | f16, bf16 |
 //! | cmma | `Tf32` | `ldmatrix` of rows, `mma.sync.m16n8k8` | TF32, of f32 operands, where the caller allows it |
+//! | wgmma | `Wgmma` | `cp.async`, `wgmma.m64n128k16` | f16, bf16 |
 //! | plane | `Fma` | multiply-adds, on any device | f32 |
 //!
 //! Where a GPU without tensor cores is forced to cmma, `Fma` stands in on operands of the caller's dtype: that is how the variant is
@@ -22,9 +24,12 @@ mod fragments;
 mod logits;
 mod pack;
 mod product;
+#[cfg(feature = "cuda")]
+mod ptx;
 mod results;
 mod stage;
 mod store;
+mod warpgroup;
 
 pub(crate) use backward::Backward;
 pub(crate) use chunks::{Chunk, Chunks, GradientChunk};
@@ -42,14 +47,14 @@ use crate::operand::F32;
 
 /// Units of a plane. Fragments are laid out for this many.
 pub(crate) const PLANE: usize = 32;
-/// Planes along a tile's rows.
-pub(crate) const PLANES_DOWN: usize = 2;
 
 /// What multiplies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Engine {
     /// Tensor cores on 16-bit operands.
     Mma,
+    /// Hopper's tensor cores on 16-bit operands in shared memory.
+    Wgmma,
     /// Tensor cores on TF32.
     Tf32,
     /// Multiply-adds.
@@ -66,7 +71,9 @@ pub(crate) struct Tile {
     pub stands_in: bool,
     /// Rows of either tile.
     pub side: usize,
-    /// Planes along a tile's columns.
+    /// Planes along a tile's rows,
+    pub down: usize,
+    /// and along its columns.
     pub across: usize,
     /// Of the reduced axis, in one stage.
     pub depth: usize,
@@ -115,6 +122,12 @@ impl Tile {
         (whole_planes && whole_vectors && tile.fits(client)).then_some(tile)
     }
 
+    /// The tile of `wgmma` for operands of this dtype.
+    pub(crate) fn on_hopper(client: &Client, dtype: ElemType) -> Option<Self> {
+        let tile = Self::new(client, Engine::Wgmma, dtype);
+        (dtype.size() == 2 && tile.vector == tile.piece() && tile.fits(client)).then_some(tile)
+    }
+
     /// The tile of multiply-adds in f32, on any GPU that has room for it.
     pub(crate) fn of_multiply_adds(client: &Client) -> Result<Self, Error> {
         Self::new(client, Engine::Fma, F32).checked(client, "plane")
@@ -127,6 +140,11 @@ impl Tile {
             ..Self::new(client, Engine::Fma, dtype)
         };
         tile.checked(client, "cmma")
+    }
+
+    /// Whether the device has `wgmma`, of which CubeCL has no feature: it compiles for sm_90a there, the only target that has it.
+    pub(crate) fn is_hopper(client: &Client) -> bool {
+        cfg!(feature = "cuda") && client.properties().identity.fingerprint == "ptx_sm90"
     }
 
     fn checked(self, client: &Client, variant: &'static str) -> Result<Self, Error> {
@@ -153,18 +171,20 @@ impl Tile {
     }
 
     fn with_vectors(engine: Engine, packed: ElemType, widest: usize, is_known: bool) -> Self {
-        let (side, across, depth, pad, vector) = match engine {
-            Engine::Mma => (128, 2, 32, 8, widest),
-            Engine::Tf32 => (128, 2, 16, 4, widest),
+        let (side, down, across, depth, pad, vector) = match engine {
+            Engine::Mma => (128, 2, 2, 32, 8, widest),
+            Engine::Wgmma => (128, 4, 1, 32, 0, widest),
+            Engine::Tf32 => (128, 2, 2, 16, 4, widest),
             // Small tiles where nobody knows how many would keep the device busy.
-            Engine::Fma if is_known => (128, 4, 8, 4, widest.min(4)),
-            Engine::Fma => (64, 4, 8, 4, widest.min(4)),
+            Engine::Fma if is_known => (128, 2, 4, 8, 4, widest.min(4)),
+            Engine::Fma => (64, 2, 4, 8, 4, widest.min(4)),
         };
         Self {
             engine,
             packed,
             stands_in: false,
             side,
+            down,
             across,
             depth,
             vector,
@@ -181,7 +201,7 @@ impl Tile {
 
     /// Units of a cube.
     pub(crate) fn units(&self) -> usize {
-        PLANE * PLANES_DOWN * self.across
+        PLANE * self.down * self.across
     }
 
     /// Elements of 16 bytes.
@@ -191,7 +211,15 @@ impl Tile {
 
     /// Fragments of 16 rows that a plane owns.
     pub(crate) fn tall(&self) -> usize {
-        self.side / PLANES_DOWN / 16
+        self.side / self.down / 16
+    }
+
+    /// Rows from one of them to the next.
+    pub(crate) fn apart(&self) -> usize {
+        match self.engine {
+            Engine::Wgmma => warpgroup::ROWS,
+            _ => 16,
+        }
     }
 
     /// Fragments of 8 columns that a plane owns.
@@ -224,9 +252,14 @@ impl Tile {
         if self.results() < 64 { 0 } else { self.rows() }
     }
 
-    /// Elements from one row of a stage to the next.
+    /// Elements from one row of a stage to the next; from one column of pieces to the next for `wgmma`.
     pub(crate) fn pitch(&self, lies: Lies) -> usize {
         match lies {
+            // Eight pieces of a row, or of two, begin in different banks.
+            _ if self.engine == Engine::Wgmma => {
+                let apart = (8 / (self.side * self.depth / self.outer(lies) / self.piece())).max(1);
+                (self.outer(lies) + apart) * self.piece()
+            }
             // Either way a step's elements lie in a row; what brings rows writes columns, in different banks.
             _ if self.engine == Engine::Fma => self.side + self.pad,
             Lies::Rows => self.depth + self.pad,
@@ -239,9 +272,28 @@ impl Tile {
     /// Elements of a stage.
     pub(crate) fn stage(&self, lies: Lies) -> usize {
         match lies {
+            _ if self.engine == Engine::Wgmma => {
+                self.side * self.depth / self.outer(lies) / self.piece() * self.pitch(lies)
+            }
             _ if self.engine == Engine::Fma => self.depth * self.pitch(lies),
             Lies::Rows => self.side * self.pitch(lies),
             Lies::Columns => self.depth * self.pitch(lies),
+        }
+    }
+
+    /// Slabs in shared memory at a time.
+    pub(crate) fn stages(&self) -> usize {
+        match self.engine {
+            Engine::Wgmma => warpgroup::STAGES,
+            _ => 2,
+        }
+    }
+
+    /// Rows of the matrix in a slab.
+    pub(crate) fn outer(&self, lies: Lies) -> usize {
+        match lies {
+            Lies::Rows => self.side,
+            Lies::Columns => self.depth,
         }
     }
 
@@ -255,23 +307,26 @@ impl Tile {
         self.vectors().div_ceil(self.units())
     }
 
-    /// Shared memory of the hungriest kernel: two stages of two operands; the softmax of every row that is stowed, and of one that
+    /// Shared memory of the hungriest kernel: the stages of two operands; the softmax of every row that is stowed, and of one that
     /// is merged, four numbers each; targets.
     fn shared_bytes(&self) -> usize {
-        4 * self.stage(Lies::Rows).max(self.stage(Lies::Columns)) * self.packed.size()
+        2 * self.stages()
+            * self.stage(Lies::Rows).max(self.stage(Lies::Columns))
+            * self.packed.size()
             + 4 * size_of::<f32>() * self.units() * (self.stowed() + 1)
             + size_of::<u32>() * self.side
     }
 }
 
 #[cfg(test)]
-fn of_every_engine() -> [Tile; 4] {
+fn of_every_engine() -> [Tile; 5] {
     let tile = |engine, kind: FloatKind, is_known| {
         let packed = ElemType::Float(kind);
         Tile::with_vectors(engine, packed, 16 / packed.size(), is_known)
     };
     [
         tile(Engine::Mma, FloatKind::BF16, true),
+        tile(Engine::Wgmma, FloatKind::BF16, true),
         tile(Engine::Tf32, FloatKind::TF32, true),
         tile(Engine::Fma, FloatKind::F32, true),
         tile(Engine::Fma, FloatKind::F32, false),

@@ -5,10 +5,10 @@ use cubecl::prelude::*;
 use super::fragments::multiply_fragments;
 use super::results::{of_four, place, result_of};
 use super::stage::{Lies, Source, fetch, stash};
-use super::{Engine, Tile};
+use super::{Engine, Tile, warpgroup};
 
 /// Multiplies over `slabs` stages' depths. Result `(r, c)` of a unit is at [`result_of`]`(r, c)`: row
-/// [`row_of`](super::row_of)`(r)`, column [`column_of`](super::column_of)`(c)`. The stages have room for two slabs each.
+/// [`row_of`](super::row_of)`(r)`, column [`column_of`](super::column_of)`(c)`. The stages have room for [`Tile::stages`] slabs each.
 #[cube]
 pub(crate) fn tile_product<E: Float, N: Size>(
     results: &mut Array<f32>,
@@ -27,6 +27,52 @@ pub(crate) fn tile_product<E: Float, N: Size>(
     for i in 0..comptime!(tile.results()) {
         results[i] = 0.0;
     }
+    if comptime!(tile.engine == Engine::Wgmma) {
+        warpgroup::add_slabs(
+            results,
+            left,
+            left_at,
+            right,
+            right_at,
+            slabs,
+            left_stages,
+            right_stages,
+            left_lies,
+            right_lies,
+            tile,
+        );
+    } else {
+        add_slabs(
+            results,
+            left,
+            left_at,
+            right,
+            right_at,
+            slabs,
+            left_stages,
+            right_stages,
+            left_lies,
+            right_lies,
+            tile,
+        );
+    }
+}
+
+/// While the planes multiply a slab, the next one waits in registers.
+#[cube]
+fn add_slabs<E: Float, N: Size>(
+    results: &mut Array<f32>,
+    left: &[Vector<E, N>],
+    left_at: &Source,
+    right: &[Vector<E, N>],
+    right_at: &Source,
+    slabs: usize,
+    left_stages: &mut [E],
+    right_stages: &mut [E],
+    #[comptime] left_lies: Lies,
+    #[comptime] right_lies: Lies,
+    #[comptime] tile: Tile,
+) {
     let mut from_left = Array::<Vector<E, N>>::new(comptime!(tile.brought()));
     let mut from_right = Array::<Vector<E, N>>::new(comptime!(tile.brought()));
     let start = 0usize.runtime();
@@ -43,8 +89,17 @@ pub(crate) fn tile_product<E: Float, N: Size>(
         }
         let left_stage = slab % 2 * comptime!(tile.stage(left_lies));
         let right_stage = slab % 2 * comptime!(tile.stage(right_lies));
-        match comptime!(tile.engine) {
-            Engine::Mma | Engine::Tf32 => multiply_fragments(
+        if comptime!(tile.engine == Engine::Fma) {
+            multiply_fma(
+                results,
+                &*left_stages,
+                left_stage,
+                &*right_stages,
+                right_stage,
+                tile,
+            );
+        } else {
+            multiply_fragments(
                 results,
                 &*left_stages,
                 left_stage,
@@ -53,15 +108,7 @@ pub(crate) fn tile_product<E: Float, N: Size>(
                 left_lies,
                 right_lies,
                 tile,
-            ),
-            Engine::Fma => multiply_fma(
-                results,
-                &*left_stages,
-                left_stage,
-                &*right_stages,
-                right_stage,
-                tile,
-            ),
+            );
         }
         if more {
             // Nobody reads this stage since the last barrier.

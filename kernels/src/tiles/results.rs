@@ -2,7 +2,7 @@
 
 use cubecl::prelude::*;
 
-use super::{Engine, PLANE, PLANES_DOWN, Tile};
+use super::{Engine, PLANE, Tile};
 
 /// Where a unit is: its plane in the cube, and itself in a fragment.
 #[derive(CubeType, Clone, Copy)]
@@ -48,8 +48,8 @@ pub(crate) fn row_of(at: &Place, #[comptime] r: usize, #[comptime] tile: Tile) -
     if comptime!(tile.engine == Engine::Fma) {
         of_four(at.group, r)
     } else {
-        let fragment = comptime!(r / 2 * 16 + r % 2 * 8);
-        at.plane_row * comptime!(tile.side / PLANES_DOWN) + fragment + at.lane / 4
+        let (first_row, _) = place_of_plane(at, tile);
+        first_row + comptime!(r / 2 * tile.apart() + r % 2 * 8) + at.lane / 4
     }
 }
 
@@ -72,8 +72,12 @@ pub(crate) fn result_of(r: usize, c: usize, tile: Tile) -> usize {
 /// Where the results of a plane's fragments begin: row and column of the tile.
 #[cube]
 pub(crate) fn place_of_plane(at: &Place, #[comptime] tile: Tile) -> (usize, usize) {
+    let rows = comptime!(match tile.engine {
+        Engine::Wgmma => 16,
+        _ => tile.side / tile.down,
+    });
     (
-        at.plane_row * comptime!(tile.side / PLANES_DOWN),
+        at.plane_row * rows,
         at.plane_column * comptime!(tile.side / tile.across),
     )
 }

@@ -35,17 +35,29 @@ pub(super) fn fetch<E: Float, N: Size>(
     for p in 0..comptime!(tile.brought()) {
         let v = first + p * comptime!(tile.units());
         if brings(v, p, tile) {
-            match comptime!(lies) {
-                Lies::Rows => {
-                    let across = comptime!(tile.depth / tile.vector);
-                    into[p] = source[at.base + v / across * at.stride + slab * across + v % across];
-                }
-                Lies::Columns => {
-                    let across = comptime!(tile.side / tile.vector);
-                    let row = slab * comptime!(tile.depth) + v / across;
-                    into[p] = source[at.base + row * at.stride + v % across];
-                }
-            }
+            into[p] = source[fetched(v, at, slab, lies, tile)];
+        }
+    }
+}
+
+/// Where vector `v` of a slab is in its matrix.
+#[cube]
+pub(super) fn fetched(
+    v: usize,
+    at: &Source,
+    slab: usize,
+    #[comptime] lies: Lies,
+    #[comptime] tile: Tile,
+) -> usize {
+    match comptime!(lies) {
+        Lies::Rows => {
+            let across = comptime!(tile.depth / tile.vector);
+            at.base + v / across * at.stride + slab * across + v % across
+        }
+        Lies::Columns => {
+            let across = comptime!(tile.side / tile.vector);
+            let row = slab * comptime!(tile.depth) + v / across;
+            at.base + row * at.stride + v % across
         }
     }
 }
@@ -53,7 +65,7 @@ pub(super) fn fetch<E: Float, N: Size>(
 /// The first vector of a slab that a unit brings; the next ones follow at a distance of `tile.units()`.
 #[cube]
 pub(super) fn first_brought(unit: usize, #[comptime] lies: Lies, #[comptime] tile: Tile) -> usize {
-    if comptime!(tile.engine == Engine::Fma || lies == Lies::Columns) {
+    if comptime!(matches!(tile.engine, Engine::Fma | Engine::Wgmma) || lies == Lies::Columns) {
         unit
     } else {
         // Eight units write 128 bytes at once, two rows of a stage. Neighbouring rows, 80 bytes apart, share banks, and rows four apart do
@@ -120,7 +132,11 @@ pub(super) fn stashed(v: usize, #[comptime] lies: Lies, #[comptime] tile: Tile) 
         Lies::Rows => comptime!(tile.depth / tile.vector),
         Lies::Columns => comptime!(tile.side / tile.vector),
     };
-    v / across * comptime!(tile.pitch(lies)) + v % across * comptime!(tile.vector)
+    if comptime!(tile.engine == Engine::Wgmma) {
+        v % across * comptime!(tile.pitch(lies)) + v / across * comptime!(tile.vector)
+    } else {
+        v / across * comptime!(tile.pitch(lies)) + v % across * comptime!(tile.vector)
+    }
 }
 
 /// Where element `(row, k)` of a tile is in its stage.
@@ -133,9 +149,44 @@ pub(super) fn staged(
     #[comptime] tile: Tile,
 ) -> usize {
     let pitch = comptime!(tile.pitch(lies));
-    match comptime!(lies) {
-        Lies::Rows => start + row * pitch + k,
-        Lies::Columns => start + k * pitch + row,
+    let (outer, inner) = match comptime!(lies) {
+        Lies::Rows => (row, k),
+        Lies::Columns => (k, row),
+    };
+    if comptime!(tile.engine == Engine::Wgmma) {
+        let piece = comptime!(tile.piece());
+        start + inner / piece * pitch + outer * piece + inner % piece
+    } else {
+        start + outer * pitch + inner
+    }
+}
+
+/// Slabs in shared memory without a GPU.
+#[cfg(test)]
+pub(super) mod emulated {
+    use super::*;
+
+    /// An element of either operand: small and whole, so that sums are exact.
+    pub(in crate::tiles) fn element(row: usize, k: usize) -> f32 {
+        ((row * 7 + k * 5 + row * k) % 97) as f32 - 48.0
+    }
+
+    /// A slab in shared memory, as the units bring it.
+    pub(in crate::tiles) fn stage(lies: Lies, tile: Tile) -> Vec<f32> {
+        let mut stage = vec![f32::NAN; tile.stage(lies)];
+        for unit in 0..tile.units() {
+            for p in 0..tile.brought() {
+                let v = first_brought(unit, lies, tile) + p * tile.units();
+                for lane in 0..tile.vector {
+                    let along = v * tile.vector + lane;
+                    stage[stashed(v, lies, tile) + lane] = match lies {
+                        Lies::Rows => element(along / tile.depth, along % tile.depth),
+                        Lies::Columns => element(along % tile.side, along / tile.side),
+                    };
+                }
+            }
+        }
+        stage
     }
 }
 
@@ -195,9 +246,9 @@ mod tests {
     }
 
     #[test]
-    fn ldmatrix_reads_eight_rows_from_all_banks() {
+    fn tensor_cores_read_eight_rows_from_all_banks() {
         for (tile, lies) in
-            stages().filter(|(tile, lies)| tile.engine == Engine::Mma || *lies == Lies::Rows)
+            stages().filter(|(tile, lies)| tile.engine != Engine::Tf32 || *lies == Lies::Rows)
         {
             for row in (0..tile.side).step_by(8) {
                 for k in (0..tile.depth).step_by(tile.piece()) {

@@ -5,7 +5,7 @@ use cubecl::prelude::*;
 use super::results::{Place, column_of, place, place_of_plane, result_of, row_of};
 use super::{Engine, PLANE, Tile};
 
-/// Rounds the results of a tile into rows of `stride` elements from `first` on. The stage must be free, and have room for two slabs.
+/// Rounds the results of a tile into rows of `stride` elements from `first` on. The stage must be free, and have room for [`Tile::stages`] slabs.
 #[cube]
 pub(crate) fn store_tile<E: Float, N: Size>(
     results: &Array<f32>,
@@ -89,7 +89,8 @@ fn store_fragments<E: Float, N: Size>(
             #[unroll]
             for turn in 0..comptime!(turns(tile)) {
                 let (rows, read) = comptime!(further_vector(turn, tile));
-                to[path.write + comptime!(16 * i + rows) * stride] = vectors[path.read + read];
+                to[path.write + comptime!(i * tile.apart() + rows) * stride] =
+                    vectors[path.read + read];
             }
         }
         sync_plane();
@@ -177,7 +178,7 @@ mod tests {
                     tile,
                 )
             };
-            let mut stage = vec![None; 2 * tile.stage(Lies::Rows)];
+            let mut stage = vec![None; tile.stages() * tile.stage(Lies::Rows)];
             let mut matrix = vec![None; 3 * tile.side * stride];
             for i in 0..tile.tall() {
                 for unit in 0..tile.units() {
@@ -196,7 +197,8 @@ mod tests {
                     for turn in 0..turns(tile) {
                         let (rows, read) = further_vector(turn, tile);
                         for e in 0..tile.vector {
-                            let to = path(unit).write + (16 * i + rows) * (stride / tile.vector);
+                            let to = path(unit).write
+                                + (i * tile.apart() + rows) * (stride / tile.vector);
                             let slot = &mut matrix[to * tile.vector + e];
                             assert_eq!(*slot, None, "{tile:?}, unit {unit} writes again");
                             *slot = stage[(path(unit).read + read) * tile.vector + e];

@@ -31,16 +31,16 @@ fn main() {
         "and instructions in the text. The shapes are in `tests/src/proof.rs`; a kernel is listed where it is launched first.\n"
     );
     println!(
-        "| kernel | op | dtype | sm | units | registers | spilled | stack | shared | mma | ldmatrix | 16-byte loads | fma |"
+        "| kernel | op | dtype | sm | units | registers | spilled | stack | shared | mma | wgmma | ldmatrix | 16-byte loads | 16-byte copies | fma |"
     );
-    println!("|---|---|---|---|---|---|---|---|---|---|---|---|---|");
+    println!("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|");
     for row in rows {
         let [registers, spilled, stack] = match row.assembled {
             Some(a) => [a.registers, a.spilled, a.stack].map(|n| n.to_string()),
             None => ["", "", ""].map(String::from),
         };
         println!(
-            "| {} | {} | {} | {} | {} | {registers} | {spilled} | {stack} | {} | {} | {} | {} of {} | {} |",
+            "| {} | {} | {} | {} | {} | {registers} | {spilled} | {stack} | {} | {} | {} | {} | {} of {} | {} | {} |",
             row.kernel,
             row.op,
             row.dtype,
@@ -48,9 +48,11 @@ fn main() {
             row.units,
             row.shared,
             row.mma,
+            row.wgmma,
             row.ldmatrix,
             row.wide_loads,
             row.loads,
+            row.copies,
             row.fma
         );
     }

@@ -82,7 +82,7 @@ fn every_kernel_fits_an_nvidia_gpu_and_spills_next_to_nothing() {
         );
         // A cube fits twice, so that one computes while the other waits: all but the plane variant's forward pass, whose sixty-four
         // results a unit are many multiply-adds a wait, and on sm_100 its products too, for which that assembler takes more.
-        let of_plane = row.mma == 0 && multiplies;
+        let of_plane = row.mma + row.wgmma == 0 && multiplies;
         let alone = of_plane && (row.kernel.starts_with("forward") || row.arch == 100);
         assert!(
             alone || 2 * registers <= 65_536,
@@ -131,6 +131,11 @@ fn products_run_on_tensor_cores_and_stream_sixteen_bytes_at_a_time() {
             assert!(fragments.contains(&has), "{of} has {has:?} of ldmatrix");
             assert!(row.wide_loads >= 8, "{of} streams its tiles in small loads");
         }
+        if row.op.ends_with("wgmma") && product {
+            // 64 × 128 × 16 each, of 128 × 128 × 32; three slabs ahead of the loop and one in it, four copies of either operand each.
+            let has = (row.wgmma, row.copies);
+            assert_eq!(has, (4, 32), "{of}: products and copies");
+        }
         // What streams rows: at least one load of 16 bytes a loop over each operand.
         let streams = match (row.op.as_str(), row.kernel.split('_').next()) {
             ("reconstruction", Some("forward")) => 3,
@@ -149,6 +154,9 @@ fn products_run_on_tensor_cores_and_stream_sixteen_bytes_at_a_time() {
         );
     }
     if !rows.is_empty() {
+        // Forward, logit gradients, dX and dW of the fused op, and logits: in two dtypes.
+        let of_hopper = rows.iter().filter(|row| row.wgmma > 0);
+        assert!(of_hopper.count() >= 10, "too few kernels with wgmma");
         for arch in ARCHITECTURES {
             let products = rows.iter().filter(|row| row.arch == arch && row.mma > 0);
             // Forward, logit gradients, dX and dW, of the fused op in three dtypes; logits in two.

@@ -115,6 +115,6 @@ fn tf32_is_as_near_as_its_bits_and_only_where_it_is_allowed() {
 fn has_tf32(run: &Run) -> bool {
     let tf32 = ElemType::Float(FloatKind::TF32);
     let matmul = &run.client.properties().features.matmul;
-    run.strategy == Strategy::Forced(Variant::Cmma)
-        && matmul.mma.iter().any(|mma| mma.a_type == tf32)
+    let of_products = [Variant::Cmma, Variant::Wgmma].map(Strategy::Forced);
+    of_products.contains(&run.strategy) && matmul.mma.iter().any(|mma| mma.a_type == tf32)
 }

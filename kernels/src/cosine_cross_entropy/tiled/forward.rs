@@ -184,7 +184,7 @@ fn forward<E: Float, I: Int, N: Size>(
     let first_row = CUBE_POS % row_tiles * side;
     let class_tiles = shape.classes / side;
     let at = place(tile);
-    let stage = comptime!(2 * tile.stage(Lies::Rows));
+    let stage = comptime!(tile.stages() * tile.stage(Lies::Rows));
     let mut left_stages = Shared::<[E]>::new_aligned_slice(stage, 16usize);
     let mut right_stages = Shared::<[E]>::new_aligned_slice(stage, 16usize);
     let mut results = Array::<f32>::new(comptime!(tile.results()));

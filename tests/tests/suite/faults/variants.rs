@@ -2,14 +2,14 @@
 
 use protohead::cosine_cross_entropy::{Inputs, Options, forward};
 use protohead::{Strategy, Variant};
-use protohead_tests::devices::devices;
+use protohead_tests::devices::{VARIANTS, devices};
 
 use super::{floats, inputs, labels};
 
 #[test]
 fn a_variant_the_device_cannot_run_is_refused() {
     for device in devices() {
-        for variant in [Variant::Unit, Variant::Plane, Variant::Cmma, Variant::Small] {
+        for variant in VARIANTS {
             let options = Options {
                 strategy: Strategy::Forced(variant),
                 ..Options::default()

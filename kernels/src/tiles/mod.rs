@@ -20,6 +20,7 @@
 
 mod backward;
 mod chunks;
+mod exponential;
 mod fragments;
 mod logits;
 mod pack;
@@ -33,6 +34,7 @@ mod warpgroup;
 
 pub(crate) use backward::Backward;
 pub(crate) use chunks::{Chunk, Chunks, GradientChunk};
+pub(crate) use exponential::exp_scaled;
 pub(crate) use logits::{ChunkShape, LogitTile};
 pub(crate) use pack::pack_chunk;
 pub(crate) use results::{Place, column_of, place, result_of, row_of};
@@ -81,6 +83,8 @@ pub(crate) struct Tile {
     pub vector: usize,
     /// Whether shared memory can be seen as vectors, which WGSL's cannot.
     pub views: bool,
+    /// Whether kernels may have PTX of our own.
+    pub ptx: bool,
     /// Elements between rows of a stage, so that eight of them fall into different banks.
     pub pad: usize,
 }
@@ -116,7 +120,10 @@ impl Tile {
             Engine::Tf32 => ElemType::Float(FloatKind::TF32),
             _ => dtype,
         };
-        let tile = Self::new(client, engine, packed);
+        let tile = Self {
+            ptx: takes_ptx(client),
+            ..Self::new(client, engine, packed)
+        };
         let whole_planes = properties.hardware.plane_size_max as usize == PLANE;
         let whole_vectors = tile.vector == tile.piece();
         (whole_planes && whole_vectors && tile.fits(client)).then_some(tile)
@@ -144,7 +151,7 @@ impl Tile {
 
     /// Whether the device has `wgmma`, of which CubeCL has no feature: it compiles for sm_90a there, the only target that has it.
     pub(crate) fn is_hopper(client: &Client) -> bool {
-        cfg!(feature = "cuda") && client.properties().identity.fingerprint == "ptx_sm90"
+        takes_ptx(client) && client.properties().identity.fingerprint == "ptx_sm90"
     }
 
     fn checked(self, client: &Client, variant: &'static str) -> Result<Self, Error> {
@@ -189,6 +196,7 @@ impl Tile {
             depth,
             vector,
             views: is_known && vector == 4 || engine != Engine::Fma,
+            ptx: engine == Engine::Wgmma,
             pad,
         }
     }
@@ -316,6 +324,14 @@ impl Tile {
             + 4 * size_of::<f32>() * self.units() * (self.stowed() + 1)
             + size_of::<u32>() * self.side
     }
+}
+
+/// Whether CubeCL compiles for the device through LLVM to PTX, as it does by default, so that operations of our own can be in a
+/// kernel. Its other way, through C++, is the one that has asynchronous copies.
+fn takes_ptx(client: &Client) -> bool {
+    let properties = client.properties();
+    let is_nvidia = properties.identity.fingerprint.starts_with("ptx_sm");
+    cfg!(feature = "cuda") && is_nvidia && !properties.features.copy_async
 }
 
 #[cfg(test)]

@@ -1,9 +1,9 @@
-//! PTX that CubeCL has no operation for, as an operation of CubeCL's intermediate representation that becomes LLVM's inline assembly.
+//! PTX that CubeCL has no operation for, as operations of its intermediate representation that become LLVM's inline assembly.
 
 use cubecl::ir::attributes::IndexAttr;
 use cubecl::ir::interfaces::side_effects::{MemoryEffect, MemoryEffectsOp};
 use cubecl::ir::prelude::*;
-use cubecl::ir::{AddressSpace, CanMaterialize};
+use cubecl::ir::{AddressSpace, CanMaterialize, Pure};
 use cubecl_llvm::shared::to_llvm::ToLLVMDialect;
 use pliron::builtin::attributes::StringAttr;
 use pliron::builtin::types::{FP32Type, IntegerType, Signedness};
@@ -24,7 +24,7 @@ pub(super) struct Operands {
     pub global: Vec<Value>,
 }
 
-/// The operation: its operands are the array, if there is one, and the pointers.
+/// PTX with effects: its operands are the array, if there is one, and the pointers.
 #[pliron_op(
     name = "protohead.ptx",
     format,
@@ -169,6 +169,40 @@ impl ToLLVMDialect for PtxOp {
             rewriter.insert_op(ctx, &store);
         }
         rewriter.erase_operation(ctx, self.get_operation());
+        Ok(())
+    }
+}
+
+/// `2^x` of an f32, off by 2 units in the last place at most ([PTX ISA](https://docs.nvidia.com/cuda/parallel-thread-execution/), "ex2"). Denormal
+/// results are 0.
+#[pliron_op(name = "protohead.ex2", format, verifier = "succ", interfaces = [OneResultInterface, NResultsInterface<1>])]
+#[op_traits(CanMaterialize, Pure)]
+pub(super) struct Ex2Op;
+
+impl Ex2Op {
+    pub(super) fn new(ctx: &mut Context, x: Value) -> Self {
+        let info = Self::get_concrete_op_info();
+        let result = x.get_type(ctx);
+        let op = Operation::new(ctx, info, vec![result], vec![x], vec![], 0);
+        Self { op }
+    }
+}
+
+#[op_interface_impl]
+impl ToLLVMDialect for Ex2Op {
+    fn rewrite(
+        &self,
+        ctx: &mut Context,
+        rewriter: &mut DialectConversionRewriter,
+        _operands: &OperandsInfo,
+    ) -> Result<()> {
+        let op = self.get_operation();
+        let x = op.deref(ctx).get_operand(0);
+        let float = FP32Type::get(ctx).into();
+        let text = "ex2.approx.ftz.f32 $0, $1;";
+        let asm = llvm::InlineAsmOp::new(ctx, float, vec![x], text, "=f,f", false);
+        rewriter.insert_op(ctx, &asm);
+        rewriter.replace_operation(ctx, op, asm.get_operation());
         Ok(())
     }
 }

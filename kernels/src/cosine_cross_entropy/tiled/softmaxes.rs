@@ -3,7 +3,7 @@
 use cubecl::prelude::*;
 
 use crate::math::online_softmax::{FLOOR, RowSoftmax};
-use crate::tiles::{Place, Tile, column_of, result_of};
+use crate::tiles::{Place, Tile, column_of, exp_scaled, result_of};
 
 /// Of each row of which a unit holds results, the softmax of the columns that it has seen, in cosines. Where the tile's results need
 /// the registers, it is stowed in shared memory while a tile is multiplied.
@@ -112,7 +112,7 @@ impl Softmaxes {
         }
         // Few tiles have a row's best class so far, so it is looked for apart.
         if top > self.peaks[r] {
-            self.sums[r] *= ((self.peaks[r] - top) * scale).exp();
+            self.sums[r] *= exp_scaled(self.peaks[r] - top, scale, tile);
             self.peaks[r] = top;
             let mut best_column = 0u32.runtime();
             #[unroll]
@@ -127,7 +127,8 @@ impl Softmaxes {
         let mut sum = self.sums[r];
         #[unroll]
         for c in 0..columns {
-            sum += ((results[comptime!(result_of(r, c, tile))] - self.peaks[r]) * scale).exp();
+            let below = results[comptime!(result_of(r, c, tile))] - self.peaks[r];
+            sum += exp_scaled(below, scale, tile);
         }
         self.sums[r] = sum;
         self.stow(r, tile);

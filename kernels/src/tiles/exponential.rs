@@ -1,0 +1,34 @@
+//! `e^x` at the end of a tile, where it takes most of the instructions.
+
+use std::f32::consts::LOG2_E;
+
+use cubecl::prelude::*;
+
+use super::Tile;
+#[cfg(feature = "cuda")]
+use super::ptx::Ex2Op;
+
+/// `e^(x · scale)`. Where operands are rounded to 16 bits or TF32 anyway, in two instructions instead of eight, which differ in how the
+/// exponent is rounded: some `|x · scale|` units in the last place.
+#[cube]
+pub(crate) fn exp_scaled(x: f32, scale: f32, #[comptime] tile: Tile) -> f32 {
+    if comptime!(tile.ptx) {
+        power_of_two(x * (scale * LOG2_E))
+    } else {
+        (x * scale).exp()
+    }
+}
+
+/// `2^x` by `ex2`.
+#[cube]
+fn power_of_two(x: f32) -> f32 {
+    intrinsic!(|scope| {
+        #[cfg(feature = "cuda")]
+        {
+            let op = Ex2Op::new(scope.ctx_mut(), x.read_value(scope));
+            scope.register_with_result(&op).into()
+        }
+        #[cfg(not(feature = "cuda"))]
+        unreachable!("no tile has PTX without CUDA")
+    })
+}

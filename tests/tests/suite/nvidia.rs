@@ -136,6 +136,10 @@ fn products_run_on_tensor_cores_and_stream_sixteen_bytes_at_a_time() {
             let has = (row.wgmma, row.copies);
             assert_eq!(has, (4, 32), "{of}: products and copies");
         }
+        if row.mma + row.wgmma > 0 {
+            // Of 128 results a unit: an exponential of the device library has three or four multiply-adds.
+            assert!(row.fma <= 3 * 128, "{of} has {} multiply-adds", row.fma);
+        }
         // What streams rows: at least one load of 16 bytes a loop over each operand.
         let streams = match (row.op.as_str(), row.kernel.split('_').next()) {
             ("reconstruction", Some("forward")) => 3,

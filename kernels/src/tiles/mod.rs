@@ -31,6 +31,8 @@ mod results;
 mod stage;
 mod store;
 mod warpgroup;
+#[cfg(feature = "cuda")]
+mod wgmma;
 
 pub(crate) use backward::Backward;
 pub(crate) use chunks::{Chunk, Chunks, GradientChunk};

@@ -7,6 +7,8 @@ use super::Tile;
 #[cfg(feature = "cuda")]
 use super::ptx::{Operands, PtxOp};
 use super::stage::{Lies, Source, fetched, first_brought, stashed};
+#[cfg(feature = "cuda")]
+use super::wgmma::multiplication;
 
 /// Rows that one `wgmma` multiplies: sixteen of each of four planes.
 pub(super) const ROWS: usize = 64;

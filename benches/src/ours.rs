@@ -176,15 +176,17 @@ fn operands(inputs: &fused::Inputs) -> [&TensorHandle; 3] {
     [&inputs.embeddings, &inputs.weights, &inputs.labels]
 }
 
-/// The variant of the fused op and the logits that `PROTOHEAD_VARIANT` names, of `wgmma` for operands of 16 bits; otherwise the inferred one.
+/// The variant of the fused op and the logits that `PROTOHEAD_VARIANT` names, where it has these operands on tensor cores; otherwise the
+/// inferred one.
 fn strategy(dtype: Dtype) -> Strategy {
     let of_16_bits = matches!(dtype, Dtype::F16 | Dtype::Bf16);
+    let of_cmma = dtype != Dtype::F32;
     match std::env::var("PROTOHEAD_VARIANT").as_deref() {
         Err(_) => Strategy::Inferred,
         Ok("plane") => Strategy::Forced(Variant::Plane),
-        Ok("cmma") => Strategy::Forced(Variant::Cmma),
+        Ok("cmma") if of_cmma => Strategy::Forced(Variant::Cmma),
         Ok("wgmma") if of_16_bits => Strategy::Forced(Variant::Wgmma),
-        Ok("wgmma") => Strategy::Inferred,
+        Ok("cmma" | "wgmma") => Strategy::Inferred,
         Ok(other) => panic!("PROTOHEAD_VARIANT: {other} is none of plane, cmma, wgmma"),
     }
 }
@@ -229,6 +231,7 @@ pub(crate) fn step(group: Group, shape: &Shape, data: &Data, dtype: Dtype) -> St
             let options = cosine_logits::Options {
                 active: Some(active),
                 strategy: strategy(dtype),
+                allow_tf32: dtype == Dtype::Tf32,
                 ..cosine_logits::Options::default()
             };
             Step::new(

@@ -44,6 +44,8 @@ pub struct Row {
     pub ldmatrix: usize,
     /// Those of them that transpose.
     pub transposed: usize,
+    /// Of a kernel with `wgmma`, what orders copies and products, in the text's order.
+    pub pipeline: Vec<String>,
     /// Loads of 16 bytes from global memory in the text.
     pub wide_loads: usize,
     /// Loads from global memory in the text.
@@ -378,11 +380,31 @@ fn row(op: &str, dtype: FloatKind, compiled: &Compiled, ptxas: Option<&Path>) ->
         copies: count("cp.async.cg.shared.global"),
         ldmatrix: count("ldmatrix.sync."),
         transposed: count("ldmatrix.sync.aligned.m8n8.x4.trans."),
+        pipeline: pipeline(&compiled.ptx),
         wide_loads: loads(&compiled.ptx).filter(|line| is_wide(line)).count(),
         loads: loads(&compiled.ptx).count(),
         fma: count("fma.rn.f32"),
         wide_indices: count("mul.lo.s64") + count("mad.lo.s64") + count("shl.b64"),
     }
+}
+
+/// Copies, products and barriers, but nothing of a kernel without `wgmma`.
+fn pipeline(ptx: &str) -> Vec<String> {
+    if !ptx.contains("wgmma.mma_async.") {
+        return Vec::new();
+    }
+    let orders = ["cp.async.", "wgmma.", "fence.proxy.", "bar.sync"];
+    let instruction = |line: &str| {
+        let line = line.trim().trim_end_matches(';');
+        let first = line.split_whitespace().next()?.to_owned();
+        let orders = orders.iter().any(|order| line.starts_with(order));
+        // How many groups may be on their way belongs to the instruction.
+        orders.then(|| match first.contains("wait_group") {
+            true => line.to_owned(),
+            false => first,
+        })
+    };
+    ptx.lines().filter_map(instruction).collect()
 }
 
 fn loads(ptx: &str) -> impl Iterator<Item = &str> {

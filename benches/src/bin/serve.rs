@@ -8,7 +8,7 @@
 //! | `<group>/<shape>/<who> memory` | bytes reserved for the operands, and by a step besides, in a process that did nothing before; ours only |
 //! | `ceiling/fma`, `ceiling/copy` | nanoseconds, and operations or bytes |
 //!
-//! `PROTOHEAD_VARIANT` (`plane`, `cmma` or `wgmma`) forces the variant of ops with a product.
+//! `PROTOHEAD_VARIANT` forces the variant of ops with a product: `plane`, or `cmma` or `wgmma` where they have the operands on tensor cores.
 
 use std::collections::HashSet;
 use std::io::{BufRead, Write, stdin, stdout};

@@ -8,12 +8,13 @@ use super::Tile;
 #[cfg(feature = "cuda")]
 use super::ptx::Ex2Op;
 
-/// `e^(x · scale)`. Where operands are rounded to 16 bits or TF32 anyway, in two instructions instead of eight, which differ in how the
-/// exponent is rounded: some `|x · scale|` units in the last place.
+/// `e^(x · scale)`, and 1 where `x` is 0. Where operands are rounded to 16 bits or TF32 anyway, in two instructions instead of eight. They
+/// round the exponent differently: that is some `|x · scale|` units in the last place, which counts least where the result is smallest.
 #[cube]
 pub(crate) fn exp_scaled(x: f32, scale: f32, #[comptime] tile: Tile) -> f32 {
     if comptime!(tile.ptx) {
-        power_of_two(x * (scale * LOG2_E))
+        // The largest scales would become infinite.
+        power_of_two(x * min(scale * LOG2_E, f32::MAX))
     } else {
         (x * scale).exp()
     }

@@ -1,4 +1,4 @@
-//! Products of whole tiles on a GPU: the plane and the cmma variants of ops with a product, which differ in what multiplies.
+//! Products of whole tiles on a GPU: the plane, cmma and wgmma variants of ops with a product, which differ in what multiplies.
 //!
 //! A cube multiplies two tiles of `side` rows that share a reduced axis. Both go through shared memory in
 //! slabs of `depth`, two stages of them: while the planes multiply one, the next waits in registers. With `wgmma` there are four
@@ -329,11 +329,12 @@ impl Tile {
 }
 
 /// Whether CubeCL compiles for the device through LLVM to PTX, as it does by default, so that operations of our own can be in a
-/// kernel. Its other way, through C++, is the one that has asynchronous copies.
+/// kernel. Its other way, through C++, says that the device can copy asynchronously, which all have from compute capability 8.0 on.
 fn takes_ptx(client: &Client) -> bool {
     let properties = client.properties();
-    let is_nvidia = properties.identity.fingerprint.starts_with("ptx_sm");
-    cfg!(feature = "cuda") && is_nvidia && !properties.features.copy_async
+    let capability = properties.identity.fingerprint.strip_prefix("ptx_sm");
+    let copies = capability.and_then(|number| number.parse().ok()) >= Some(80);
+    cfg!(feature = "cuda") && copies && !properties.features.copy_async
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ use cubecl_llvm::shared::to_llvm::ToLLVMDialect;
 use pliron::builtin::attributes::StringAttr;
 use pliron::builtin::types::{FP32Type, IntegerType, Signedness};
 use pliron::opts::dce::SideEffects;
+use pliron_llvm::llvm_attrs::{LlvmAttrValue, LlvmAttributesAttr};
 use pliron_llvm::op_interfaces::CastOpInterface;
 use pliron_llvm::ops as llvm;
 use pliron_llvm::types::{PointerType, StructLayout, StructType, VoidType};
@@ -160,6 +161,10 @@ impl ToLLVMDialect for PtxOp {
             }
         };
         let asm = llvm::InlineAsmOp::new(ctx, results, inputs, &text, &constraints.join(","), true);
+        // What all units of a plane have to do together, LLVM may not make depend on conditions that differ between them.
+        let mut attributes = LlvmAttributesAttr::new();
+        attributes.set("convergent", LlvmAttrValue::Unit);
+        asm.set_attr_llvm_inline_asm_attrs(ctx, attributes);
         rewriter.insert_op(ctx, &asm);
         let results = asm.get_result(ctx);
         for (sum, place) in places.into_iter().enumerate() {
@@ -174,7 +179,7 @@ impl ToLLVMDialect for PtxOp {
 }
 
 /// `2^x` of an f32, off by 2 units in the last place at most ([PTX ISA](https://docs.nvidia.com/cuda/parallel-thread-execution/), "ex2"). Denormal
-/// results are 0.
+/// numbers count as 0.
 #[pliron_op(name = "protohead.ex2", format, verifier = "succ", interfaces = [OneResultInterface, NResultsInterface<1>])]
 #[op_traits(CanMaterialize, Pure)]
 pub(super) struct Ex2Op;

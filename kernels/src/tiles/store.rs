@@ -5,7 +5,8 @@ use cubecl::prelude::*;
 use super::results::{Place, column_of, place, place_of_plane, result_of, row_of};
 use super::{Engine, PLANE, Tile};
 
-/// Rounds the results of a tile into rows of `stride` elements from `first` on. The stage must be free, and have room for [`Tile::stages`] slabs.
+/// Rounds the results of a tile into rows of `stride` elements from `first` on. The stage must be free, and have room for [`Tile::stages`] slabs, and before
+/// it is used again all planes have to meet.
 #[cube]
 pub(crate) fn store_tile<E: Float, N: Size>(
     results: &Array<f32>,

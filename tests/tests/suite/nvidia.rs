@@ -135,10 +135,37 @@ fn products_run_on_tensor_cores_and_stream_sixteen_bytes_at_a_time() {
             // 64 × 128 × 16 each, of 128 × 128 × 32; three slabs ahead of the loop and one in it, four copies of either operand each.
             let has = (row.wgmma, row.copies);
             assert_eq!(has, (4, 32), "{of}: products and copies");
+            // A slab's copies are awaited by who made them and shown to wgmma before all meet; then it is multiplied, and only when that
+            // is done a later slab may take the place of the one before, behind the next barrier.
+            let products = [format!(
+                "wgmma.mma_async.sync.aligned.m64n128k16.f32.{0}.{0}",
+                row.dtype
+            )];
+            let expected = [
+                "cp.async.commit_group",
+                "wgmma.wait_group.sync.aligned 0",
+                "cp.async.wait_group 2",
+                "fence.proxy.async.shared::cta",
+                "bar.sync",
+                "wgmma.fence.sync.aligned",
+            ]
+            .map(String::from)
+            .into_iter()
+            .chain(products.into_iter().cycle().take(4))
+            .chain(["wgmma.commit_group.sync.aligned".into()])
+            .chain(std::iter::repeat_n("cp.async.cg.shared.global".into(), 8))
+            .collect::<Vec<String>>();
+            assert!(
+                row.pipeline
+                    .windows(expected.len())
+                    .any(|some| some == expected),
+                "{of} has its loop in another order: {:?}",
+                row.pipeline
+            );
         }
         if row.mma + row.wgmma > 0 {
-            // Of 128 results a unit: an exponential of the device library has three or four multiply-adds.
-            assert!(row.fma <= 3 * 128, "{of} has {} multiply-adds", row.fma);
+            // Of 128 results a unit: an exponential of the device library has three multiply-adds more.
+            assert!(row.fma < 4 * 128, "{of} has {} multiply-adds", row.fma);
         }
         // What streams rows: at least one load of 16 bytes a loop over each operand.
         let streams = match (row.op.as_str(), row.kernel.split('_').next()) {

@@ -14,8 +14,8 @@ use crate::math::online_softmax::{FLOOR, RowSoftmax};
 use crate::math::parts::{parts_that_fill, slots};
 use crate::operand::whole;
 use crate::tiles::{
-    Chunk, ChunkShape, Chunks, GradientChunk, Lies, LogitTile, Tile, column_of, place, result_of,
-    row_of, store_tile,
+    Chunk, ChunkShape, Chunks, Engine, GradientChunk, Lies, LogitTile, Tile, column_of, place,
+    result_of, row_of, store_tile,
 };
 
 /// The operands of a forward pass: embeddings have the sign of the scale.
@@ -214,6 +214,8 @@ fn forward<E: Float, I: Int, N: Size>(
             tile,
         );
         if comptime!(keeps) {
+            // Results of multiply-adds don't go through the stage, which the next tile takes at once.
+            comptime!(assert!(tile.engine == Engine::Fma));
             let to = (head * shape.rows_padded + first_row) * shape.classes + of.in_chunk;
             store_tile::<E, N>(&results, kept, to, shape.classes, &mut left_stages, tile);
         }

@@ -152,6 +152,35 @@ fn a_scale_of_zero_makes_every_class_alike_and_predicts_the_first() {
     }
 }
 
+/// Nearly the largest number: a factor of it would be infinite.
+#[test]
+fn the_largest_scale_gives_the_nearest_class_everything() {
+    let (rows, dim) = (5, 5);
+    let problem = Problem {
+        scale: 3e38,
+        reduction: Reduction::None,
+        ..Problem::plain((1, rows, dim, rows, rows))
+    };
+    let mut data = problem.data();
+    for values in [&mut data.embeddings, &mut data.weights] {
+        values.fill(0.0);
+        (0..rows).for_each(|row| values[row * dim + row] = 2.0);
+    }
+    data.labels = (0..rows as i64).collect();
+    for run in fused_runs(problem.sizes) {
+        let (inputs, options) = arguments(&run, &problem, &data);
+        let output = forward(run.client, &inputs, &options).expect("the operands are valid");
+        let loss = output.read_loss(run.client).expect("the labels are valid");
+        assert_eq!(loss, vec![0.0; rows], "on {run}");
+        for gradients in apart_and_at_once(&run, &inputs, &options, &Upstream::Total(1.0)) {
+            for gradient in [gradients.embeddings, gradients.weights] {
+                let gradient = download(run.client, &gradient.expect("asked for"));
+                assert!(gradient.iter().all(|&g| g == 0.0), "on {run}: {gradient:?}");
+            }
+        }
+    }
+}
+
 /// Rows that point exactly at a class weight, exactly away from one, and everywhere between: there is no pole.
 #[test]
 fn every_angle_between_0_and_180_degrees_agrees_with_the_reference() {
@@ -226,6 +255,9 @@ fn shapes_that_random_problems_miss_agree_on_gpus() {
         // Four chunks, of which the first keeps its cosines, and five, of which none does; several tiles of rows.
         (Variant::Cmma, (2, 70, 19, 600, 590)),
         (Variant::Cmma, (2, 9, 19, 800, 790)),
+        // More slabs than a GPU has at a time, an odd number of tiles.
+        (Variant::Wgmma, (2, 300, 600, 700, 690)),
+        (Variant::Wgmma, (1, 140, 130, 200, 190)),
         // Units that keep four vectors of columns of a row.
         (Variant::Small, (2, 9, 1000, 12, 11)),
     ] {

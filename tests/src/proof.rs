@@ -324,26 +324,28 @@ fn means(client: &Client, dtype: FloatKind) {
     let float = ElemType::Float(dtype);
     for normalize in [false, true] {
         for labels in labels_beside(dtype) {
-            means_of(client, float, labels, normalize);
+            means_of(client, float, labels, normalize, 20);
         }
     }
+    // More than a cube has units.
+    means_of(client, float, LABELS, false, 300);
 }
 
-fn means_of(client: &Client, float: ElemType, labels: ElemType, normalize: bool) {
+fn means_of(client: &Client, float: ElemType, labels: ElemType, normalize: bool, classes: usize) {
     let options = class_means::Options {
         normalize,
         ..Default::default()
     };
     let embeddings = tensor(client, &[2, 1024, 256], float);
     let labels = tensor(client, &[1024], labels);
-    let sums = || class_means::ClassSums::new(client, 2, 20, 256, &options).expect(VALID);
+    let sums = || class_means::ClassSums::new(client, 2, classes, 256, &options).expect(VALID);
     let (mut first, mut second) = (sums(), sums());
     for sums in [&mut first, &mut second] {
         sums.accumulate(client, &embeddings, &labels).expect(VALID);
     }
     first.accumulate(client, &embeddings, &labels).expect(VALID);
     first.merge(client, &second).expect(VALID);
-    let weights = tensor(client, &[2, 35, 256], float);
+    let weights = tensor(client, &[2, classes + 15, 256], float);
     first.write_means(client, &weights).expect(VALID);
 }
 

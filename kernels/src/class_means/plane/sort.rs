@@ -47,6 +47,8 @@ pub(super) fn launch(call: &AccumulateCall) -> Sorted {
     };
     let cube = CubeDim::new_1d(PLANE_UNITS as u32);
     let group = Group::cube(call.blueprint);
+    // Whether one cube has all classes, and needs no other launch to add up their totals.
+    let alone = classes <= PLANE_UNITS;
     // SAFETY: every buffer has the length named beside it in the kernels; labels have `rows` elements.
     unsafe {
         rank::launch_unchecked(
@@ -72,22 +74,26 @@ pub(super) fn launch(call: &AccumulateCall) -> Sorted {
             BufferArg::from_raw_parts(histograms.clone(), blocks * classes),
             BufferArg::from_raw_parts(invalid, blocks * SUMS_STATUS_FIELDS),
             BufferArg::from_raw_parts(totals.clone(), classes),
+            BufferArg::from_raw_parts(sorted.starts.clone(), classes + 1),
             whole(&call.sums.counts, 1),
             whole(&call.sums.status, 1),
             blocks,
             block,
             classes,
             call.sums.fresh,
+            alone,
             group,
         );
-        starts::launch_unchecked(
-            client,
-            CubeCount::new_single(),
-            cube,
-            BufferArg::from_raw_parts(totals, classes),
-            BufferArg::from_raw_parts(sorted.starts.clone(), classes + 1),
-            classes,
-        );
+        if !alone {
+            starts::launch_unchecked(
+                client,
+                CubeCount::new_single(),
+                cube,
+                BufferArg::from_raw_parts(totals, classes),
+                BufferArg::from_raw_parts(sorted.starts.clone(), classes + 1),
+                classes,
+            );
+        }
         place::launch_unchecked(
             client,
             cubes_for(client, rows.div_ceil(PLANE_UNITS)),
@@ -191,21 +197,25 @@ fn rank<I: Int>(
     }
 }
 
-/// Histograms become the running sums over the blocks before, and `totals[class]` the sum of all. A unit takes a class.
+/// Histograms become the running sums over the blocks before, and `totals[class]` the sum of all. A unit takes a class. A cube that is alone
+/// writes the classes' starts as well.
 #[cube(launch_unchecked)]
 fn offsets(
     histograms: &mut [u32], // [blocks, classes]
     invalid: &[u32],        // [blocks, SUMS_STATUS_FIELDS]
     totals: &mut [u32],     // [classes]
+    starts: &mut [u32],     // [classes + 1], if `alone`
     counts: &mut [u32],     // [classes]
     status: &mut [u32],     // [SUMS_STATUS_FIELDS]
     blocks: usize,
     block_rows: usize,
     classes: usize,
     #[comptime] fresh: bool,
+    #[comptime] alone: bool,
     #[comptime] group: Group,
 ) {
     let class = ABSOLUTE_POS;
+    let mut rows_of_class = 0u32.runtime();
     if class < classes {
         let mut total = 0u32.runtime();
         for turn in 0..blocks.div_ceil(AHEAD) {
@@ -228,10 +238,20 @@ fn offsets(
             }
         }
         totals[class] = total;
+        rows_of_class = total;
         if comptime!(!fresh) {
             total += counts[class];
         }
         counts[class] = total;
+    }
+    if comptime!(alone) {
+        let (start, all) = running_sum(rows_of_class);
+        if class < classes {
+            starts[class] = start;
+        }
+        if class == 0 {
+            starts[classes] = all;
+        }
     }
     let mut my_invalid = 0u32.runtime();
     let mut my_first = INVALID.runtime();
@@ -260,7 +280,6 @@ fn starts(
     classes: usize,
 ) {
     let unit = UNIT_POS as usize;
-    let mut sums = Shared::<[u32]>::new_slice(PLANE_UNITS);
     let share = classes.div_ceil(PLANE_UNITS);
     let first = min(unit * share, classes);
     let last = min(first + share, classes);
@@ -272,12 +291,7 @@ fn starts(
             sum += here[i];
         }
     }
-    sums[unit] = sum;
-    sync_cube();
-    let mut start = 0u32.runtime();
-    for other in 0..unit {
-        start += sums[other];
-    }
+    let (mut start, all) = running_sum(sum);
     for turn in 0..share.div_ceil(AHEAD) {
         let from = first + turn * AHEAD;
         let here = some_totals(totals, from, last);
@@ -289,9 +303,26 @@ fn starts(
             start += here[i];
         }
     }
-    if unit == comptime!(PLANE_UNITS - 1) {
-        starts[classes] = start;
+    if unit == 0 {
+        starts[classes] = all;
     }
+}
+
+/// The sum of `mine` of the units before this one, and of all units of the cube.
+#[cube]
+fn running_sum(mine: u32) -> (u32, u32) {
+    let unit = UNIT_POS as usize;
+    let mut sums = Shared::<[u32]>::new_slice(PLANE_UNITS);
+    sums[unit] = mine;
+    sync_cube();
+    let mut before = 0u32.runtime();
+    let mut all = 0u32.runtime();
+    for other in 0..PLANE_UNITS {
+        let sum = sums[other];
+        all += sum;
+        before += select(other < unit, sum, 0u32);
+    }
+    (before, all)
 }
 
 /// The totals of the classes from `from` on that are before `last`; of others 0.

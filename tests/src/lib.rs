@@ -3,6 +3,7 @@
 pub mod close;
 pub mod devices;
 pub mod fused;
+pub mod launches;
 pub mod nvidia;
 pub mod problem;
 pub mod proof;

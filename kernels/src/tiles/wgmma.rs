@@ -3,7 +3,7 @@
 use cubecl::ir::{ElemType, FloatKind};
 
 use super::Tile;
-use super::stage::Lies;
+use super::stage::{Lies, staged};
 use super::warpgroup::ROWS;
 
 /// Of the reduced axis, in one `wgmma` of 16 bits.
@@ -22,11 +22,7 @@ fn strides(lies: Lies, tile: Tile) -> usize {
 
 /// Where element `(row, k)` of a slab is, in units of 16 bytes.
 fn pieces_to(row: usize, k: usize, lies: Lies, tile: Tile) -> usize {
-    let pitch = tile.pitch(lies) / tile.piece();
-    match lies {
-        Lies::Rows => k / tile.piece() * pitch + row,
-        Lies::Columns => row / tile.piece() * pitch + k,
-    }
+    staged(0, row, k, lies, tile) / tile.piece()
 }
 
 /// The PTX that begins to multiply two slabs, whose addresses follow the sums.

@@ -28,7 +28,7 @@ fn main() {
         "Compiled by CubeCL's NVPTX backend and assembled by ptxas on a machine without a GPU: what a unit and a cube take,"
     );
     println!(
-        "and instructions in the text. The shapes are in `tests/src/proof.rs`; a kernel is listed where it is launched first.\n"
+        "and instructions in the text. The shapes are in `tests/src/launches.rs`; a kernel is listed where it is launched first.\n"
     );
     println!(
         "| kernel | op | dtype | sm | units | registers | spilled | stack | shared | mma | wgmma | ldmatrix | 16-byte loads | 16-byte copies | fma |"

@@ -4,7 +4,8 @@ use std::collections::HashSet;
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
-use protohead_tests::proof::{ARCHITECTURES, BEYOND_32_BITS, Row, toolkit};
+use protohead_tests::launches::BEYOND_32_BITS;
+use protohead_tests::proof::{ARCHITECTURES, Row, toolkit};
 
 /// Every kernel, compiled by a process for each architecture, which knows where the CUDA toolkit is; none where there is no toolkit.
 fn rows() -> &'static [Row] {

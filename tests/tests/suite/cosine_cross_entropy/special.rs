@@ -6,7 +6,7 @@ use protohead::cosine_cross_entropy::{Inputs, Options, forward, forward_backward
 use protohead::{Gradients, Reduction, Strategy, Upstream, Variant, Wanted};
 use protohead_tests::devices::{Run, all_runs, fused_runs};
 use protohead_tests::fused::arguments;
-use protohead_tests::problem::{Dtype, LabelDtype, LabelKind, Problem, download};
+use protohead_tests::problem::{Data, Dtype, LabelDtype, LabelKind, Problem, download};
 
 use super::{agrees_on, check, expected};
 use crate::support::{bytes, failed_once, long_rows, step};
@@ -48,6 +48,15 @@ fn gradients_of_zeros_would_be_noticed_in_every_dtype() {
     }
 }
 
+/// Every row and its class on an axis of their own.
+fn each_on_its_axis(data: &mut Data, rows: usize, dim: usize) {
+    for values in [&mut data.embeddings, &mut data.weights] {
+        values.fill(0.0);
+        (0..rows).for_each(|row| values[row * dim + row] = 2.0);
+    }
+    data.labels = (0..rows as i64).collect();
+}
+
 /// Rows that are sure of a class have probabilities of 1 and 0, however large their logits are: one that is right has no gradient, and
 /// one that is wrong has that of its two classes.
 #[test]
@@ -58,11 +67,7 @@ fn a_large_scale_leaves_sure_rows_exact() {
         ..Problem::plain((1, rows, dim, rows, rows))
     };
     let mut data = problem.data();
-    for values in [&mut data.embeddings, &mut data.weights] {
-        values.fill(0.0);
-        (0..rows).for_each(|row| values[row * dim + row] = 2.0);
-    }
-    data.labels = (0..rows as i64).collect();
+    each_on_its_axis(&mut data, rows, dim);
     data.labels[0] = 1;
     for run in fused_runs(problem.sizes) {
         let (inputs, options) = arguments(&run, &problem, &data);
@@ -162,11 +167,7 @@ fn the_largest_scale_gives_the_nearest_class_everything() {
         ..Problem::plain((1, rows, dim, rows, rows))
     };
     let mut data = problem.data();
-    for values in [&mut data.embeddings, &mut data.weights] {
-        values.fill(0.0);
-        (0..rows).for_each(|row| values[row * dim + row] = 2.0);
-    }
-    data.labels = (0..rows as i64).collect();
+    each_on_its_axis(&mut data, rows, dim);
     for run in fused_runs(problem.sizes) {
         let (inputs, options) = arguments(&run, &problem, &data);
         let output = forward(run.client, &inputs, &options).expect("the operands are valid");

@@ -61,7 +61,7 @@ pub enum Error {
         classes: usize,
     },
     /// A number among the options is out of its range.
-    #[error("{option} is {got}, expected {expected}")]
+    #[error("{option} is {}, expected {expected}", *got as f32)]
     Option {
         /// The option's name.
         option: &'static str,

@@ -58,7 +58,7 @@ impl Gradients {
     /// A typed [`Error`] if the factors do not fit, or a gradient is not contiguous or passes 32-bit addresses.
     pub fn scaled(&self, client: &Client, by_head: &TensorHandle) -> Result<Self, Error> {
         let scaled = |operand, gradient: &Option<TensorHandle>| match gradient {
-            Some(gradient) => scaled(client, operand, gradient, by_head).map(Some),
+            Some(gradient) => scaled(client, operand, gradient, by_head, false).map(Some),
             None => Ok(None),
         };
         Ok(Self {
@@ -68,11 +68,13 @@ impl Gradients {
     }
 }
 
-fn scaled(
+/// [`Gradients::scaled`] of one of them, which may be where it was.
+pub(crate) fn scaled(
     client: &Client,
     operand: &'static str,
     gradient: &TensorHandle,
     by_head: &TensorHandle,
+    in_place: bool,
 ) -> Result<TensorHandle, Error> {
     let shape = gradient.shape().to_vec();
     let [heads, rows, dim] = shape[..] else {
@@ -87,10 +89,17 @@ fn scaled(
     addressable(operand, count(&shape))?;
     let blueprint = Blueprint::new(client, Strategy::Inferred)?.for_elements(heads * rows * dim);
     let vector = widest(blueprint.vector(gradient.dtype), [dim, offset(gradient)]);
-    let out = empty(client, [heads, rows, dim], gradient.dtype);
     let of_head = rows * dim / vector;
+    let (out, out_arg) = if in_place {
+        (gradient.clone(), BufferArg::alias(0, heads * of_head))
+    } else {
+        let out = empty(client, [heads, rows, dim], gradient.dtype);
+        let arg = whole(&out, vector);
+        (out, arg)
+    };
     let (cubes, cube) = blueprint.elementwise(client, heads * of_head);
-    // SAFETY: `contiguous` proved the gradient and the factors, and `out` is as large.
+    // SAFETY: `contiguous` proved the gradient and the factors, and `out` is as large, or the gradient, each of whose elements is read
+    // by the unit that writes it.
     unsafe {
         scale::launch_unchecked(
             client,
@@ -99,7 +108,7 @@ fn scaled(
             vector,
             whole(gradient, vector),
             whole(by_head, 1),
-            whole(&out, vector),
+            out_arg,
             of_head,
             gradient.dtype,
         );

@@ -47,17 +47,7 @@ impl Strided {
         tensor: &TensorHandle,
         rank: usize,
     ) -> Result<Self, Error> {
-        let supported = matches!(
-            tensor.dtype,
-            ElemType::Float(FloatKind::F32 | FloatKind::F16 | FloatKind::BF16)
-        );
-        if !supported || !in_buffers(client, tensor.dtype) {
-            return Err(Error::Dtype {
-                operand,
-                got: tensor.dtype,
-                expected: "f32, f16 or bf16, as far as the device has them".into(),
-            });
-        }
+        float_dtype(client, operand, tensor.dtype)?;
         Self::new(client, operand, tensor, rank)
     }
 
@@ -170,19 +160,8 @@ pub(crate) struct Labels {
 
 impl Labels {
     pub(crate) fn new(client: &Client, tensor: &TensorHandle, rows: usize) -> Result<Self, Error> {
-        let operand = "labels";
-        let supported = matches!(
-            tensor.dtype,
-            ElemType::Int(IntKind::I32 | IntKind::I64) | ElemType::UInt(UIntKind::U32)
-        );
-        if !supported || !in_buffers(client, tensor.dtype) {
-            return Err(Error::Dtype {
-                operand,
-                got: tensor.dtype,
-                expected: "i32, i64 or u32, as far as the device has them".into(),
-            });
-        }
-        contiguous(client, operand, tensor, &[rows], tensor.dtype)?;
+        label_dtype(client, tensor.dtype)?;
+        contiguous(client, "labels", tensor, &[rows], tensor.dtype)?;
         Ok(Self {
             tensor: tensor.clone(),
         })
@@ -257,6 +236,42 @@ pub(crate) fn contiguous(
             strides,
             elements,
             expected: "contiguous ones",
+        });
+    }
+    Ok(())
+}
+
+/// Refuses what is no dtype of float operands, or not one of the device's.
+pub(crate) fn float_dtype(
+    client: &Client,
+    operand: &'static str,
+    dtype: ElemType,
+) -> Result<(), Error> {
+    let taken = matches!(
+        dtype,
+        ElemType::Float(FloatKind::F32 | FloatKind::F16 | FloatKind::BF16)
+    );
+    if !taken || !in_buffers(client, dtype) {
+        return Err(Error::Dtype {
+            operand,
+            got: dtype,
+            expected: "f32, f16 or bf16, as far as the device has them".into(),
+        });
+    }
+    Ok(())
+}
+
+/// Refuses what is no dtype of labels, or not one of the device's.
+pub(crate) fn label_dtype(client: &Client, dtype: ElemType) -> Result<(), Error> {
+    let taken = matches!(
+        dtype,
+        ElemType::Int(IntKind::I32 | IntKind::I64) | ElemType::UInt(UIntKind::U32)
+    );
+    if !taken || !in_buffers(client, dtype) {
+        return Err(Error::Dtype {
+            operand: "labels",
+            got: dtype,
+            expected: "i32, i64 or u32, as far as the device has them".into(),
         });
     }
     Ok(())
@@ -390,15 +405,16 @@ pub(crate) fn addressable(operand: &'static str, elements: u128) -> Result<(), E
     at_most(operand, elements, u128::from(u32::MAX))
 }
 
-/// Refuses what no buffer of the device holds, in f32. CubeCL would find it out after the launch, and leave what a later launch
-/// writes as if it were whole.
+/// Refuses what no buffer of the device holds. CubeCL would find it out after the launch, and leave what a later launch writes as if
+/// it were whole.
 pub(crate) fn allocatable(
     client: &Client,
     operand: &'static str,
     elements: u128,
+    dtype: ElemType,
 ) -> Result<(), Error> {
     let bytes = u128::from(client.properties().memory.max_page_size);
-    at_most(operand, elements, bytes / size_of::<f32>() as u128)
+    at_most(operand, elements, bytes / dtype.size() as u128)
 }
 
 fn at_most(operand: &'static str, elements: u128, most: u128) -> Result<(), Error> {

@@ -15,10 +15,11 @@ use super::ops::{MaybeGrad, ProtoheadGradOps, ProtoheadOps};
 use super::sums::State;
 use super::total;
 use crate::class_means::ClassSums;
+use crate::gradients::scaled;
 use crate::loss::{LossOutput, Saved};
 use crate::{
-    Error, Gradients, Upstream, Wanted, cosine_cross_entropy as fused, cosine_logits as logits,
-    cross_entropy, reconstruction,
+    Error, Upstream, Wanted, cosine_cross_entropy as fused, cosine_logits as logits, cross_entropy,
+    reconstruction,
 };
 
 /// The public functions have checked shapes, dtypes, options and sizes before Burn took the op down here, where nothing can be
@@ -27,11 +28,13 @@ fn checked<T>(result: Result<T, Error>) -> T {
     result.unwrap_or_else(|error| panic!("refused after it was checked: {error}"))
 }
 
-/// Burn's tensor as the kernels take it: packed along its last axis.
+/// Burn's tensor as the kernels take it: packed along its last axis, and within reach of their indices, as a view of a large tensor
+/// need not be.
 fn operand(tensor: CubeTensor) -> TensorHandle {
     let tensor = untile(tensor);
-    let strides = tensor.meta.strides().to_vec();
-    let tensor = if strides.last().is_some_and(|&stride| stride == 1) {
+    let is_packed = tensor.meta.strides().last() == Some(&1);
+    let elements = tensor.handle.size() / tensor.dtype.size() as u64;
+    let tensor = if is_packed && elements <= u32::MAX.into() {
         tensor
     } else {
         into_contiguous(tensor)
@@ -48,11 +51,10 @@ fn handle(tensor: CubeTensor) -> TensorHandle {
     )
 }
 
-/// Labels in a dtype that the kernels read, so that none becomes another by a cast.
+/// Labels in a dtype that the kernels read. What was let through and has to be cast is smaller.
 fn labels(tensor: CubeTensor) -> TensorHandle {
     let tensor = match tensor.dtype {
         DType::I32 | DType::I64 | DType::U32 => tensor,
-        DType::U64 => cast(tensor, DType::I64),
         _ => cast(tensor, DType::I32),
     };
     handle(into_contiguous(tensor))
@@ -312,14 +314,13 @@ impl ProtoheadGradOps for CubeBackend {
         gradient: FloatTensor<Self>,
         by_head: FloatTensor<Self>,
     ) -> FloatTensor<Self> {
-        let gradients = Gradients {
-            embeddings: Some(handle(into_contiguous(gradient.clone()))),
-            weights: None,
-        };
+        // Mostly nobody else has it: a second one would double the memory of the largest tensors of a step.
+        let in_place = gradient.can_mut();
+        let unscaled = handle(into_contiguous(gradient.clone()));
         let by_head = handle(into_contiguous(by_head));
-        let scaled = checked(gradients.scaled(&gradient.client, &by_head));
-        let scaled = scaled.embeddings.expect("it was given");
-        tensor(&gradient, scaled, gradient.dtype)
+        let operand = "gradient";
+        let scaled = scaled(&gradient.client, operand, &unscaled, &by_head, in_place);
+        tensor(&gradient, checked(scaled), gradient.dtype)
     }
 
     fn protohead_cross_entropy_backward(

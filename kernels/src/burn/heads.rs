@@ -4,7 +4,10 @@ use burn::config::Config;
 use burn::module::{Initializer, Module, Param};
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor};
 
-use super::{ClassMeans, ClassSums, class_means, cosine_cross_entropy, cosine_logits, total};
+use super::{
+    ClassMeans, ClassSums, class_means, cosine_cross_entropy, cosine_logits, float_dtype,
+    predictions, together, total,
+};
 use crate::{
     Error, LossOptions, class_means as means, cosine_cross_entropy as fused,
     cosine_logits as logits,
@@ -133,26 +136,44 @@ impl CosineHeads {
             allow_tf32: self.allow_tf32,
             ..logits::Options::default()
         };
-        let weights = self.weights_for(&embeddings);
+        let weights = self.weights_for(&embeddings)?;
         cosine_logits(embeddings, weights, &options)
     }
 
-    fn weights_for(&self, embeddings: &Tensor<3>) -> Tensor<3> {
+    /// The class of the highest logit of each row, `[heads, rows]`, in memory that does not grow with rows × classes.
+    ///
+    /// # Errors
+    /// A typed [`Error`] if the embeddings do not fit.
+    pub fn predict(&self, embeddings: Tensor<3>) -> Result<Tensor<2, Int>, Error> {
+        let options = fused::Options {
+            scale: self.scale as f32,
+            active: Some(self.active),
+            allow_tf32: self.allow_tf32,
+            ..fused::Options::default()
+        };
+        let weights = self.weights_for(&embeddings)?;
+        predictions(embeddings, weights, &options)
+    }
+
+    fn weights_for(&self, embeddings: &Tensor<3>) -> Result<Tensor<3>, Error> {
         let weights = self.weight.val();
+        let weights = match weights.dtype() {
+            DType::QFloat(_) => weights.dequantize(),
+            _ => weights,
+        };
+        together("class weights", &weights.device(), &embeddings.device())?;
+        float_dtype("embeddings", embeddings)?;
         let dtype = embeddings.dtype();
-        // The ops refuse what they cannot take.
-        let taken = matches!(dtype, DType::F32 | DType::F16 | DType::BF16)
-            && weights.device() == embeddings.device();
-        if taken && dtype != weights.dtype() {
-            weights.cast(FloatDType::from(dtype))
-        } else {
-            weights
-        }
+        Ok(match dtype == weights.dtype() {
+            true => weights,
+            false => weights.cast(FloatDType::from(dtype)),
+        })
     }
 
     /// The cross-entropy of each head and their weighted sum, in memory that does not grow with rows × classes.
     ///
-    /// On an autodiff device f32 gradients are computed with the loss: evaluate with `Module::valid`, or they are computed for nothing.
+    /// On an autodiff device f32 gradients are computed with the loss, and kept until the next backward pass. Evaluate with
+    /// `Module::valid`, which computes none.
     ///
     /// # Errors
     /// A typed [`Error`] if the operands do not fit, or the reduction is `None`.
@@ -174,7 +195,7 @@ impl CosineHeads {
             },
             ..fused::Options::default()
         };
-        let weights = self.weights_for(&embeddings);
+        let weights = self.weights_for(&embeddings)?;
         let heads = cosine_cross_entropy(embeddings, weights, labels, &unweighted)?;
         let alphas = options.head_weights.clone();
         let alphas = alphas.unwrap_or_else(|| vec![1.0; count]);

@@ -32,7 +32,7 @@ use cubecl::ir::ElemType;
 use crate::blueprint::Blueprint;
 use crate::cosine_logits::{active_classes, same_dtype};
 use crate::loss::target::joined;
-use crate::operand::{addressable, allocatable, count};
+use crate::operand::{self, F32, addressable, allocatable, count, label_dtype};
 use crate::{
     Error, LossOptions, Reduction, Strategy, cosine_cross_entropy as fused,
     cosine_logits as logits_op, cross_entropy as cross_entropy_op,
@@ -126,8 +126,8 @@ impl<const D: usize> CrossEntropy<D> {
 /// The loss of each head, `[heads]`: see [`cosine_cross_entropy`](crate::cosine_cross_entropy).
 ///
 /// Of f32 operands that are tracked, the gradients are computed with the loss, in
-/// [`forward_backward`](crate::cosine_cross_entropy::forward_backward), and wait for the backward pass to scale them; so evaluate
-/// on a device without autodiff, as `Module::valid` does. Of f16 and bf16, the backward pass computes them.
+/// [`forward_backward`](crate::cosine_cross_entropy::forward_backward), and kept until the next backward pass, which scales them; so
+/// evaluate on a device without autodiff, as `Module::valid` does. Of f16 and bf16, the backward pass computes them.
 ///
 /// # Errors
 /// A typed [`Error`] if shapes, dtypes, devices or options do not fit, the reduction is [`Reduction::None`], or there are head
@@ -211,6 +211,28 @@ fn fused_loss<const D: usize>(
     Ok(CrossEntropy::new(results, labels, active))
 }
 
+/// The class of the highest logit of each row, `[heads, rows]`, in memory that does not grow with rows × classes. The options of the
+/// loss take no part.
+///
+/// # Errors
+/// A typed [`Error`] if shapes, dtypes, devices or options do not fit.
+pub fn predictions(
+    embeddings: Tensor<3>,
+    weights: Tensor<3>,
+    options: &fused::Options,
+) -> Result<Tensor<2, Int>, Error> {
+    let [_, rows, _] = embeddings.dims();
+    let options = fused::Options {
+        loss: LossOptions::default(),
+        ..options.clone()
+    };
+    // The loss finds them, whatever the labels are.
+    let labels = Tensor::zeros([rows], &embeddings.device());
+    let untracked = [embeddings, weights].map(Tensor::detach);
+    let [embeddings, weights] = untracked;
+    Ok(cosine_cross_entropy(embeddings, weights, labels, &options)?.predictions)
+}
+
 /// The loss of each row of each head, `[heads, rows]`, of given `logits [heads, rows, classes]`: see
 /// [`cross_entropy`](crate::cross_entropy). The options' reduction is ignored; reduce the result.
 ///
@@ -257,7 +279,11 @@ pub fn cosine_logits(
         options.allow_tf32,
     )?;
     let [heads, rows, _] = embeddings.dims();
-    sized("logits", &[heads, rows, active])?;
+    let shape = [heads, rows, active];
+    sized("logits", &shape)?;
+    let client = cube_client(&embeddings.device())?;
+    let dtype = float_dtype("embeddings", &embeddings)?;
+    allocatable(&client, "logits", count(&shape), dtype)?;
     Ok(Tensor::from_dispatch(
         <Dispatch as ProtoheadOps>::protohead_logits(
             embeddings.into_dispatch(),
@@ -323,13 +349,19 @@ fn cube_client(device: &Device) -> Result<Client, Error> {
     }
 }
 
-/// Refuses operands of two devices.
+/// Refuses operands of two devices, and of two ways to checkpoint gradients, which Burn would panic at.
 fn together(operand: &'static str, on: &Device, expected: &Device) -> Result<(), Error> {
-    if on != expected {
+    let place = |device: &Device, strategy: Option<_>| match strategy {
+        Some(strategy) => format!("{device:?} ({strategy:?})"),
+        None => format!("{device:?}"),
+    };
+    let strategies = [on, expected].map(Device::gradient_checkpointing_strategy);
+    let differ = matches!(strategies, [Some(on), Some(expected)] if on != expected);
+    if on != expected || differ {
         return Err(Error::Place {
             operand,
-            on: format!("{on:?}"),
-            expected: format!("{expected:?}"),
+            on: place(on, strategies[0]),
+            expected: place(expected, strategies[1]),
         });
     }
     Ok(())
@@ -388,7 +420,12 @@ fn product_operands(
     let client = cube_client(&embeddings.device())?;
     let blueprint = Blueprint::of_product(&client, Strategy::Inferred, dtype, allow_tf32)?;
     if let Some(tile) = blueprint.product {
-        allocatable(&client, "the packed embeddings", packed(rows, tile.side))?;
+        allocatable(
+            &client,
+            "the packed embeddings",
+            packed(rows, tile.side),
+            F32,
+        )?;
     }
     Ok(active)
 }
@@ -398,22 +435,17 @@ fn float_dtype<const D: usize>(
     operand: &'static str,
     tensor: &Tensor<D>,
 ) -> Result<ElemType, Error> {
-    let dtype = tensor.dtype();
-    let elem = dtype_to_elem_type(dtype);
-    if matches!(dtype, DType::F32 | DType::F16 | DType::BF16)
-        && tensor.device().supports_dtype(dtype)
-    {
-        return Ok(elem);
-    }
-    Err(Error::Dtype {
-        operand,
-        got: elem,
-        expected: "f32, f16 or bf16, as far as the device has them".into(),
-    })
+    let dtype = dtype_to_elem_type(tensor.dtype());
+    operand::float_dtype(&cube_client(&tensor.device())?, operand, dtype)?;
+    Ok(dtype)
 }
 
 fn row_labels(labels: &Tensor<1, Int>, rows: usize, device: &Device) -> Result<(), Error> {
     together("labels", &labels.device(), device)?;
+    // Smaller integers become i32. Not all of u64 become i64.
+    if matches!(labels.dtype(), DType::I64 | DType::U32 | DType::U64) {
+        label_dtype(&cube_client(device)?, dtype_to_elem_type(labels.dtype()))?;
+    }
     if labels.dims() != [rows] {
         return Err(Error::Shape {
             operand: "labels",

@@ -52,7 +52,7 @@ impl ClassSums {
     /// Sums of no rows yet, for `heads` × `active` × `dim` (H, K, D): labels are to be in `0..active`.
     ///
     /// # Errors
-    /// [`Error::Empty`] if a size is zero, [`Error::TooLarge`] if the sums pass 32-bit addresses, [`Error::Place`] if the device is not
+    /// [`Error::Empty`] if a size is zero, [`Error::TooLarge`] if the sums pass 32-bit addresses or a buffer of the device, [`Error::Place`] if the device is not
     /// CubeCL's.
     pub fn new(
         heads: usize,
@@ -61,18 +61,18 @@ impl ClassSums {
         options: &means::Options,
         device: &Device,
     ) -> Result<Self, Error> {
-        cube_client(device)?;
-        sized("class sums", &[heads, active, dim])?;
+        let options = means::Options {
+            strategy: Strategy::Inferred,
+            ..options.clone()
+        };
+        means::ClassSums::shape_of(&cube_client(device)?, [heads, active, dim], &options)?;
         Ok(Self {
             state: State {
                 sums: Arc::default(),
                 heads,
                 active,
                 dim,
-                options: means::Options {
-                    strategy: Strategy::Inferred,
-                    ..options.clone()
-                },
+                options,
             },
             // Without autodiff, whatever the device: the means follow the weights.
             status: Tensor::zeros([SUMS_STATUS_FIELDS], &device.clone().without_autodiff()),

@@ -13,7 +13,8 @@ use crate::math::group::Group;
 use crate::math::narrow::narrow;
 use crate::math::sum::KahanLanes;
 use crate::operand::{
-    F32, Labels, RowStrides, Strided, U32, addressable, empty, on_device, whole, widest,
+    F32, Labels, RowStrides, Strided, U32, addressable, allocatable, count, empty, on_device,
+    whole, widest,
 };
 
 /// What is averaged.
@@ -81,7 +82,7 @@ impl ClassSums {
     /// Sums of no rows yet, for `heads` × `classes` × `dim` (H, K, D): labels are to be in `0..classes`.
     ///
     /// # Errors
-    /// [`Error::Empty`] if a size is zero, [`Error::TooLarge`] if the sums pass 32-bit addresses; a typed
+    /// [`Error::Empty`] if a size is zero, [`Error::TooLarge`] if the sums pass 32-bit addresses or a buffer of the device; a typed
     /// error if the device cannot run the forced variant.
     pub fn new(
         client: &Client,
@@ -90,20 +91,7 @@ impl ClassSums {
         dim: usize,
         options: &Options,
     ) -> Result<Self, Error> {
-        let shape = [heads, classes, dim];
-        if shape.contains(&0) {
-            return Err(Error::Empty {
-                operand: "class sums",
-                got: shape.to_vec(),
-            });
-        }
-        let blueprint = Blueprint::new(client, options.strategy)?;
-        let lanes = match blueprint.variant {
-            Variant::Unit => unit::lanes(blueprint.units, shape),
-            _ => plane::lanes(shape),
-        };
-        let shape = [lanes, heads, classes, dim];
-        addressable("class sums", heads as u128 * classes as u128 * dim as u128)?;
+        let shape = Self::shape_of(client, [heads, classes, dim], options)?;
         Ok(Self {
             sums: empty(client, shape, F32),
             carries: empty(client, shape, F32),
@@ -113,6 +101,31 @@ impl ClassSums {
             rows: 0,
             fresh: true,
         })
+    }
+
+    /// `[lanes, heads, classes, dim]` of a state on this device, if it can be there.
+    pub(crate) fn shape_of(
+        client: &Client,
+        [heads, classes, dim]: [usize; 3],
+        options: &Options,
+    ) -> Result<[usize; 4], Error> {
+        let operand = "class sums";
+        let shape = [heads, classes, dim];
+        if shape.contains(&0) {
+            return Err(Error::Empty {
+                operand,
+                got: shape.to_vec(),
+            });
+        }
+        addressable(operand, count(&shape))?;
+        let blueprint = Blueprint::new(client, options.strategy)?;
+        let lanes = match blueprint.variant {
+            Variant::Unit => unit::lanes(blueprint.units, shape),
+            _ => plane::lanes(shape),
+        };
+        let shape = [lanes, heads, classes, dim];
+        allocatable(client, operand, count(&shape), F32)?;
+        Ok(shape)
     }
 
     /// f32, `[lanes, heads, classes, dim]`, unspecified before the first batch, and of classes without rows. Where there are few classes

@@ -8,7 +8,7 @@ use super::{CosineProblem, tiled, unit};
 use crate::blueprint::{Blueprint, Strategy};
 use crate::error::Error;
 use crate::gradients::{Gradients, Wanted};
-use crate::operand::{Strided, addressable, addressed, count, empty};
+use crate::operand::{Strided, addressable, addressed, allocatable, count, empty};
 
 /// The operands, never modified.
 #[derive(Clone, Debug)]
@@ -71,11 +71,9 @@ pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<Te
         Some(_) => addressed(client, "logits", elements)?,
         None => addressable("logits", elements)?,
     }
-    let logits = empty(
-        client,
-        [sizes.heads, sizes.rows, sizes.active],
-        call.problem.embeddings.dtype(),
-    );
+    let dtype = call.problem.embeddings.dtype();
+    allocatable(client, "logits", elements, dtype)?;
+    let logits = empty(client, [sizes.heads, sizes.rows, sizes.active], dtype);
     match call.blueprint.product {
         Some(tile) => tiled::launch_forward(&call, tile, &logits, options.scale),
         None => unit::launch_forward(&call, &logits, options.scale),

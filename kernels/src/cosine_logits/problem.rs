@@ -8,7 +8,7 @@ use cubecl::std::tensor::TensorHandle;
 use crate::blueprint::Blueprint;
 use crate::error::Error;
 use crate::gradients::{Gradients, Wanted};
-use crate::operand::{Strided, addressable, addressed, allocatable, count, empty_beside};
+use crate::operand::{F32, Strided, addressable, addressed, allocatable, count, empty_beside};
 
 /// Embeddings and class weights that belong together.
 pub(crate) struct CosineProblem {
@@ -89,7 +89,7 @@ impl CosineProblem {
         addressable("the packed operands", packed)?;
         if chunked {
             // The sums of their gradient are as many, in f32. What has a class axis comes in chunks.
-            allocatable(client, "the packed embeddings", packed)?;
+            allocatable(client, "the packed embeddings", packed, F32)?;
         }
         Ok(Self {
             embeddings,

@@ -1,5 +1,6 @@
 //! How a property is run: a default number of cases, regressions beside the suite, failures named; and what is in a buffer.
 
+use cubecl::MemoryScope;
 use cubecl::client::Client;
 use cubecl::ir::{ElemType, IntKind};
 use cubecl::prelude::CubeElement;
@@ -48,6 +49,12 @@ pub(crate) fn bytes(client: &Client, tensors: &[&TensorHandle]) -> Vec<Vec<u8>> 
         bytes.expect("the device can be read").to_vec()
     };
     tensors.iter().map(read).collect()
+}
+
+/// Bytes that the device has reserved for this thread.
+pub(crate) fn reserved(client: &Client) -> u64 {
+    let report = client.memory_report(MemoryScope::CurrentStream);
+    report.usage().bytes_reserved
 }
 
 /// A tensor of f32.

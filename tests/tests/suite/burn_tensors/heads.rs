@@ -1,16 +1,14 @@
-//! The module `CosineHeads`, and what is refused at a call.
+//! The module `CosineHeads`.
 
 use burn::module::Module;
 use burn::store::ModuleRecord;
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
-use protohead::burn::{
-    ClassMeans, ClassSums, CosineHeads, CosineHeadsConfig, cosine_cross_entropy,
-    cosine_cross_entropy_by_row, cross_entropy_by_row,
-};
-use protohead::{Error, LossOptions, Reduction, cosine_cross_entropy as fused, cross_entropy};
+use protohead::burn::{ClassMeans, ClassSums, CosineHeads, CosineHeadsConfig};
+use protohead::{Error, LossOptions, Reduction};
 use protohead_reference as reference;
 
-use super::{LABELS, SIZES, devices, heads, labels, near, numbers, read, tensor};
+use super::{LABELS, SCALE, SIZES, devices, heads, labels, labels_of, near, numbers, read, tensor};
+
 #[test]
 fn the_module_gives_the_references_loss_gradients_and_prototypes() {
     for device in devices() {
@@ -18,20 +16,22 @@ fn the_module_gives_the_references_loss_gradients_and_prototypes() {
         let (x, w) = (numbers(3 * 7 * 6, 1), numbers(3 * 5 * 6, 2));
         let wide = |values: &[f32]| values.iter().map(|&v| f64::from(v)).collect::<Vec<f64>>();
         let alphas = vec![1.0, 0.5, -2.0];
+        // Every option is another than its default.
         let options = reference::LossOptions {
-            reduction: reference::Reduction::Mean,
-            label_smoothing: 0.0,
-            ignore_index: -100,
+            reduction: reference::Reduction::Sum,
+            label_smoothing: 0.1,
+            ignore_index: -7,
             head_weights: alphas.clone(),
         };
-        let truth =
-            reference::cosine_cross_entropy(&wide(&x), &wide(&w), &LABELS, SIZES, 16.0, &options);
+        let judged = LABELS.map(|label| if label == -100 { -7 } else { label });
+        let (x64, w64) = (wide(&x), wide(&w));
+        let truth = reference::cosine_cross_entropy(&x64, &w64, &judged, SIZES, SCALE, &options);
         let (dx, dw) = reference::cosine_cross_entropy_backward(
-            &wide(&x),
-            &wide(&w),
-            &LABELS,
+            &x64,
+            &w64,
+            &judged,
             SIZES,
-            16.0,
+            SCALE,
             &options,
             &reference::Upstream::Total(1.0),
         );
@@ -39,15 +39,34 @@ fn the_module_gives_the_references_loss_gradients_and_prototypes() {
         let module = heads(&device, &w);
         let embeddings = tensor(&x, [3, 7, 6], &device).require_grad();
         let loss_options = LossOptions {
+            reduction: Reduction::Sum,
+            label_smoothing: 0.1,
+            ignore_index: -7,
             head_weights: Some(alphas.iter().map(|&a| a as f32).collect()),
-            ..LossOptions::default()
         };
+        let judged = |device: &Device| labels_of(&judged, device);
+        let predicted = |predictions: Tensor<2, Int>| {
+            let read = predictions.try_into_vec_as::<i64>();
+            let read = read.expect("the device works").into_iter();
+            read.map(|class| class as u32).collect::<Vec<u32>>()
+        };
+        // Of both ways: tracked, the gradients come with the loss.
+        for module in [module.clone().valid(), module.clone()] {
+            let place = module.weight.val().device();
+            let embeddings = tensor(&x, [3, 7, 6], &place);
+            let loss = module.loss(embeddings.clone(), judged(&place), &loss_options);
+            let loss = loss.expect("valid");
+            loss.heads.check().expect("labels are valid");
+            near("loss", &read(loss.heads.loss), &truth.loss);
+            near("total", &read(loss.total), &[truth.total]);
+            near("lse", &read(loss.heads.lse), &truth.lse);
+            assert_eq!(predicted(loss.heads.predictions), truth.predictions);
+            let predictions = module.predict(embeddings).expect("valid");
+            assert_eq!(predicted(predictions), truth.predictions);
+        }
         let loss = module
-            .loss(embeddings.clone(), labels(&device), &loss_options)
+            .loss(embeddings.clone(), judged(&device), &loss_options)
             .expect("valid");
-        loss.heads.check().expect("labels are valid");
-        near("loss", &read(loss.heads.loss.clone()), &truth.loss);
-        near("total", &read(loss.total.clone()), &[truth.total]);
         let gradients = loss.total.backward();
         near(
             "dX",
@@ -64,15 +83,21 @@ fn the_module_gives_the_references_loss_gradients_and_prototypes() {
         near(
             "logits",
             &read(logits),
-            &reference::cosine_logits(&wide(&x), &wide(&w), SIZES, 16.0),
+            &reference::cosine_logits(&x64, &w64, SIZES, SCALE),
         );
 
         let mut sums = reference::ClassSums::zeros(SIZES);
-        sums.add(&wide(&x), &LABELS, SIZES, false);
-        let means = reference::class_means(&sums, &wide(&w), SIZES);
+        sums.add(&x64, &LABELS, SIZES, true);
+        let means = reference::class_means(&sums, &w64, SIZES);
+        let mean_options = protohead::class_means::Options {
+            normalize: true,
+            ignore_index: -7,
+            ..Default::default()
+        };
         let (replaced, means_and_counts) = module
-            .replace_prototypes(embeddings, labels(&device), 4, &Default::default())
+            .replace_prototypes(embeddings, judged(&device), 4, &mean_options)
             .expect("valid");
+        means_and_counts.check().expect("labels are valid");
         near("prototypes", &read(replaced.weight.val()), &means);
         assert_eq!(
             means_and_counts
@@ -261,7 +286,9 @@ fn prototypes_of_frozen_heads_stay_frozen() {
 #[test]
 fn the_modules_record_saves_and_loads() {
     let device = Device::cpu();
-    let config = CosineHeadsConfig::new(3, 5, 6).with_scale(8.0);
+    let config = CosineHeadsConfig::new(3, 5, 6)
+        .with_scale(8.0)
+        .with_allow_tf32(true);
     let saved = config.init(&device).with_active(4).expect("it has five");
     let bytes = saved
         .clone()
@@ -271,111 +298,19 @@ fn the_modules_record_saves_and_loads() {
     let record = ModuleRecord::from_bytes(bytes).expect("the bytes are a record");
     // What a record leaves out is in the configuration.
     let config = saved.config();
-    assert_eq!((config.active, config.scale), (Some(4), 8.0));
+    let CosineHeadsConfig {
+        heads,
+        classes,
+        dim,
+        active,
+        scale,
+        allow_tf32,
+    } = config;
+    assert_eq!([heads, classes, dim], [3, 5, 6]);
+    assert_eq!((active, scale, allow_tf32), (Some(4), 8.0, true));
     let loaded = config
         .init(&device)
         .try_load_record(record)
         .expect("it fits");
     assert_eq!(read(saved.weight.val()), read(loaded.weight.val()));
-}
-
-#[test]
-fn what_does_not_fit_is_refused_at_the_call() {
-    let device = Device::cpu();
-    let module = heads(&device.clone().autodiff(), &numbers(90, 2));
-    let wrong = tensor(&numbers(3 * 7 * 4, 1), [3, 7, 4], &device);
-    assert!(matches!(
-        module.forward(wrong),
-        Err(Error::Shape {
-            operand: "class weights",
-            ..
-        })
-    ));
-    assert_eq!(
-        module.clone().with_active(6).map(|_| ()),
-        Err(Error::ActiveClasses {
-            active: 6,
-            classes: 5
-        })
-    );
-    let weighted = fused::Options {
-        loss: LossOptions {
-            head_weights: Some(vec![1.0, 2.0, 3.0]),
-            ..LossOptions::default()
-        },
-        ..fused::Options::default()
-    };
-    let embeddings = || tensor(&numbers(126, 1), [3, 7, 6], &device);
-    let weights = || tensor(&numbers(90, 2), [3, 5, 6], &device);
-    let summed = cosine_cross_entropy(embeddings(), weights(), labels(&device), &weighted);
-    let by_row = cosine_cross_entropy_by_row(embeddings(), weights(), labels(&device), &weighted);
-    let of_logits = cross_entropy_by_row(
-        embeddings(),
-        labels(&device),
-        &cross_entropy::Options {
-            loss: weighted.loss.clone(),
-            ..cross_entropy::Options::default()
-        },
-    );
-    for refused in [summed.map(drop), by_row.map(drop), of_logits.map(drop)] {
-        assert!(matches!(
-            refused,
-            Err(Error::Shape {
-                operand: "head weights",
-                ..
-            })
-        ));
-    }
-    let unreduced = fused::Options {
-        loss: LossOptions {
-            reduction: Reduction::None,
-            ..LossOptions::default()
-        },
-        ..fused::Options::default()
-    };
-    assert!(matches!(
-        cosine_cross_entropy(embeddings(), weights(), labels(&device), &unreduced),
-        Err(Error::Reduction {
-            got: Reduction::None,
-            ..
-        })
-    ));
-    let elsewhere = labels(&Device::flex());
-    let embeddings = tensor(&numbers(126, 1), [3, 7, 6], &device);
-    assert!(matches!(
-        module.loss(embeddings, elsewhere, &LossOptions::default()),
-        Err(Error::Place {
-            operand: "labels",
-            ..
-        })
-    ));
-    let bad: Tensor<1, Int> =
-        Tensor::from_data(TensorData::new(vec![0i32, 1, 2, 3, 9, 0, 0], [7]), &device);
-    let embeddings = tensor(&numbers(126, 1), [3, 7, 6], &device);
-    let loss = module
-        .loss(embeddings, bad, &LossOptions::default())
-        .expect("shapes fit");
-    assert_eq!(
-        loss.heads.check(),
-        Err(Error::Label {
-            row: 4,
-            label: 9,
-            active: 4,
-            rows: 1
-        })
-    );
-    let embeddings = tensor(&numbers(126, 1), [3, 7, 6], &device);
-    let bad = Tensor::from_data(TensorData::new(vec![0i32, -1, 2, 7, 1, 0, 0], [7]), &device);
-    let (_, means) = module
-        .replace_prototypes(embeddings, bad, 4, &Default::default())
-        .expect("shapes fit");
-    assert_eq!(
-        means.check(),
-        Err(Error::Label {
-            row: 1,
-            label: -1,
-            active: 4,
-            rows: 2
-        })
-    );
 }

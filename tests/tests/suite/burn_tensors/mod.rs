@@ -2,10 +2,12 @@
 
 mod heads;
 mod ops;
+mod refused;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use protohead::burn::{CosineHeads, CosineHeadsConfig};
 use protohead_reference as reference;
+use protohead_tests::devices::Tested;
 
 const SIZES: reference::Sizes = reference::Sizes {
     heads: 3,
@@ -15,21 +17,25 @@ const SIZES: reference::Sizes = reference::Sizes {
     active: 4,
 };
 const LABELS: [i64; 7] = [0, 3, 1, -100, 2, 2, 0];
+/// Of [`heads`]; not the default.
+const SCALE: f64 = 8.0;
 
 /// Those that this build and machine have, as Burn's.
 fn devices() -> Vec<Device> {
-    protohead_tests::devices::devices()
-        .iter()
-        .map(|device| match device.name {
-            #[cfg(feature = "cpu")]
-            "cpu" => Device::cpu(),
-            #[cfg(feature = "wgpu")]
-            "wgpu" => Device::wgpu(burn::tensor::DeviceKind::DefaultDevice),
-            #[cfg(feature = "cuda")]
-            "cuda" => Device::cuda(0),
-            other => panic!("{other} is reached, but the feature protohead-tests/{other} is off"),
-        })
-        .collect()
+    let devices = protohead_tests::devices::devices();
+    devices.iter().map(device_of).collect()
+}
+
+fn device_of(tested: &Tested) -> Device {
+    match tested.name {
+        #[cfg(feature = "cpu")]
+        "cpu" => Device::cpu(),
+        #[cfg(feature = "wgpu")]
+        "wgpu" => Device::wgpu(burn::tensor::DeviceKind::DefaultDevice),
+        #[cfg(feature = "cuda")]
+        "cuda" => Device::cuda(0),
+        other => panic!("{other} is reached, but the feature protohead-tests/{other} is off"),
+    }
 }
 
 fn numbers(count: usize, seed: u64) -> Vec<f32> {
@@ -49,8 +55,12 @@ fn tensor<const D: usize>(values: &[f32], shape: [usize; D], device: &Device) ->
 }
 
 fn labels(device: &Device) -> Tensor<1, Int> {
-    let values: Vec<i32> = LABELS.iter().map(|&l| l as i32).collect();
-    Tensor::from_data(TensorData::new(values, [LABELS.len()]), device)
+    labels_of(&LABELS, device)
+}
+
+fn labels_of(labels: &[i64], device: &Device) -> Tensor<1, Int> {
+    let values: Vec<i32> = labels.iter().map(|&l| l as i32).collect();
+    Tensor::from_data(TensorData::new(values, [labels.len()]), device)
 }
 
 fn read<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
@@ -80,6 +90,7 @@ fn near_by(name: &str, ours: &[f32], truth: &[f64], relative: f64) {
 fn heads(device: &Device, weights: &[f32]) -> CosineHeads {
     let mut heads = CosineHeadsConfig::new(3, 5, 6)
         .with_active(Some(4))
+        .with_scale(SCALE)
         .init(device);
     let values = tensor(weights, [3, 5, 6], device);
     heads.weight = heads.weight.map(|_| values.require_grad());

@@ -8,7 +8,9 @@ use protohead::burn::{
 use protohead::{Error, LossOptions, cosine_cross_entropy as fused};
 use protohead_reference as reference;
 
-use super::{LABELS, SIZES, devices, labels, near, near_by, numbers, read, tensor};
+use super::{LABELS, SIZES, device_of, devices, labels, near, near_by, numbers, read, tensor};
+use crate::support::reserved;
+
 #[test]
 fn an_upstream_gradient_by_row_and_frozen_embeddings_are_honoured() {
     for device in devices() {
@@ -313,4 +315,39 @@ fn a_strategy_that_the_device_cannot_run_takes_no_part() {
     };
     let forced = protohead::Strategy::Forced(protohead::Variant::Plane);
     assert_eq!(by(protohead::Strategy::Inferred), by(forced));
+}
+
+/// The gradient of the class weights came with the loss; the backward pass scales it where it is.
+#[test]
+fn a_training_step_holds_one_gradient_of_the_class_weights() {
+    const CLASSES: usize = 40_000;
+    const DIM: usize = 64;
+    // A GPU has a workspace that hides one.
+    let all = protohead_tests::devices::devices().iter();
+    for tested in all.filter(|tested| tested.name == "cpu") {
+        let client = &tested.client;
+        let device = device_of(tested).autodiff();
+        let weights = tensor(&numbers(CLASSES * DIM, 2), [1, CLASSES, DIM], &device);
+        let weights = weights.require_grad();
+        let embeddings = tensor(&numbers(7 * DIM, 1), [1, 7, DIM], &device);
+        let labels = labels(&device);
+        device.sync().expect("the device works");
+        client.memory_cleanup().expect("memory can be cleaned up");
+        let before = reserved(client);
+        let options = fused::Options::default();
+        let loss = cosine_cross_entropy(embeddings, weights.clone(), labels, &options);
+        let loss = loss.expect("valid");
+        loss.check().expect("labels are valid");
+        let gradients = loss.loss.mul_scalar(2.0).backward();
+        let gradient = weights.grad(&gradients).expect("tracked");
+        device.sync().expect("the device works");
+        let grown = reserved(client).saturating_sub(before);
+        let of_weights = (CLASSES * DIM * size_of::<f32>()) as u64;
+        assert!(
+            (of_weights..of_weights * 7 / 4).contains(&grown),
+            "on {}: {grown} bytes more, the gradient is {of_weights}",
+            tested.name
+        );
+        assert_eq!(gradient.dims(), [1, CLASSES, DIM]);
+    }
 }

@@ -6,7 +6,7 @@ use cubecl::std::tensor::TensorHandle;
 use proptest::prelude::*;
 use proptest::test_runner::TestCaseError;
 use protohead::cosine_cross_entropy::{backward, forward, forward_backward};
-use protohead::{Gradients, Upstream, Wanted};
+use protohead::{Gradients, LossOutput, Upstream, Wanted};
 use protohead_reference as reference;
 use protohead_tests::close::{Comparison, Share, lengths};
 use protohead_tests::devices::{Run, fused_runs, say_agreed};
@@ -14,7 +14,7 @@ use protohead_tests::fused::arguments;
 use protohead_tests::problem::{Data, Dtype, Problem, download, problem, wide};
 use protohead_tests::rounded::gradients;
 
-use crate::support::{config, fails};
+use crate::support::{config, f32s, fails};
 
 /// The reference's answers in one precision.
 struct Expected<T> {
@@ -112,14 +112,14 @@ fn check(
             }
             .check()
         };
-    let f32s = Dtype::F32;
+    let full = Dtype::F32;
     let (t, w) = (&truth.forward, &working.forward);
     float(
         "loss",
         &output.loss,
         &t.loss,
         &w.loss,
-        f32s,
+        full,
         scale * share.of_loss,
     )?;
     let total_size = scale * share.of_total * heads as f64;
@@ -128,25 +128,26 @@ fn check(
         &output.total,
         &[t.total],
         &[w.total],
-        f32s,
+        full,
         total_size,
     )?;
-    float("lse", &output.lse, &t.lse, &w.lse, f32s, scale)?;
-    for (at, &class) in output
-        .read_predictions(client)
-        .map_err(said)?
-        .iter()
-        .enumerate()
-    {
-        let row = &truth.logits[at * active..][..active];
-        let best = row.iter().copied().fold(f64::MIN, f64::max);
-        if class as usize >= active || row[class as usize] < best - (1e-5 + 4.0 * kept) * scale {
-            return Err(format!(
-                "prediction {at} is {class}, expected {}",
-                t.predictions[at]
-            ));
+    float("lse", &output.lse, &t.lse, &w.lse, full, scale)?;
+    let predicts = |output: &LossOutput| {
+        let predictions = output.read_predictions(client).map_err(said)?;
+        for (at, &class) in predictions.iter().enumerate() {
+            let row = &truth.logits[at * active..][..active];
+            let best = row.iter().copied().fold(f64::MIN, f64::max);
+            let close = best - (1e-5 + 4.0 * kept) * scale;
+            if class as usize >= active || row[class as usize] < close {
+                return Err(format!(
+                    "prediction {at} is {class}, expected {}",
+                    t.predictions[at]
+                ));
+            }
         }
-    }
+        Ok(())
+    };
+    predicts(&output)?;
 
     // An element of a gradient, times its row's length, is a sum of logit gradients, each up to scale · upstream.
     let size = |other: usize| 2.0 * scale * share.of_row * (other as f64).sqrt();
@@ -204,15 +205,11 @@ fn check(
         forward_backward(client, &inputs, &options, &Upstream::Total(0.7), wanted).map_err(said)
     };
     let (output, both) = together(Wanted::BOTH)?;
-    float(
-        "loss",
-        &output.loss,
-        &t.loss,
-        &w.loss,
-        f32s,
-        scale * share.of_loss,
-    )?;
-    float("lse", &output.lse, &t.lse, &w.lse, f32s, scale)?;
+    predicts(&output)?;
+    let (loss, total) = (&output.loss, &output.total);
+    float("loss", loss, &t.loss, &w.loss, full, scale * share.of_loss)?;
+    float("total", total, &[t.total], &[w.total], full, total_size)?;
+    float("lse", &output.lse, &t.lse, &w.lse, full, scale)?;
     let (dx, dw) = (
         both.embeddings.ok_or("no dX")?,
         both.weights.ok_or("no dW")?,
@@ -221,17 +218,20 @@ fn check(
     float("dX at once", &dx, &x.0, &w.0, problem.dtype, x_size)?;
     float("dW at once", &dw, &x.1, &w.1, problem.dtype, w_size)?;
     if problem.dtype == Dtype::F32 {
-        // A factor that comes later.
-        let scaled = both_scaled(client, &dx, &dw, heads).map_err(said)?;
-        let wide = |values: &[f64]| values.iter().map(|v| v * -3.0).collect::<Vec<f64>>();
-        let narrow = |values: &[f32]| values.iter().map(|v| v * -3.0).collect::<Vec<f32>>();
+        // Factors that come later.
+        let factors: Vec<f32> = (0..heads).map(|head| (head % 5) as f32 - 3.0).collect();
+        let scaled = both_scaled(client, &dx, &dw, &factors).map_err(said)?;
         for (name, scaled, truth, working, size) in [
             ("dX", scaled.embeddings, &x.0, &w.0, x_size),
             ("dW", scaled.weights, &x.1, &w.1, w_size),
         ] {
             let scaled = scaled.ok_or("a gradient is missing")?;
-            let (truth, working) = (wide(truth), narrow(working));
-            float(name, &scaled, &truth, &working, f32s, 3.0 * size)?;
+            let factor = |at: usize| factors[at / (truth.len() / heads)];
+            let truth = truth.iter().enumerate();
+            let truth: Vec<f64> = truth.map(|(at, v)| v * f64::from(factor(at))).collect();
+            let working = working.iter().enumerate();
+            let working: Vec<f32> = working.map(|(at, v)| v * factor(at)).collect();
+            float(name, &scaled, &truth, &working, full, 3.0 * size)?;
         }
     }
     let only_x = together(Wanted::EMBEDDINGS)?.1.embeddings.ok_or("no dX")?;
@@ -255,19 +255,14 @@ fn check(
     Ok(())
 }
 
-/// Both gradients times −3.
+/// Both gradients, each head times its factor.
 fn both_scaled(
     client: &cubecl::client::Client,
     dx: &TensorHandle,
     dw: &TensorHandle,
-    heads: usize,
+    factors: &[f32],
 ) -> Result<Gradients, protohead::Error> {
-    let factors = vec![-3.0f32; heads];
-    let factors = TensorHandle::new_contiguous(
-        [heads],
-        client.create_from_slice(cubecl::prelude::CubeElement::as_bytes(&factors[..])),
-        Dtype::F32.elem(),
-    );
+    let factors = f32s(client, factors, &[factors.len()]);
     let both = Gradients {
         embeddings: Some(dx.clone()),
         weights: Some(dw.clone()),

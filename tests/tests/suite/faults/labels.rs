@@ -155,6 +155,8 @@ fn the_first_bad_label_of_class_means_is_told_in_every_dtype() {
             (LabelDtype::I64, -(1 << 40) - 3, 1 << 33),
             (LabelDtype::I64, (1 << 40) + 1, i64::MIN),
             (LabelDtype::U32, i64::from(u32::MAX), 40_000),
+            // What the ignored label would be if u32 could hold it.
+            (LabelDtype::U32, i64::from(-100i32 as u32), 40_000),
         ] {
             if !client.properties().supports_type(dtype.elem()) {
                 continue;

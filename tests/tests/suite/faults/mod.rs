@@ -3,6 +3,7 @@
 mod labels;
 mod not_finite;
 mod operands;
+mod together;
 mod variants;
 
 use cubecl::client::Client;

@@ -1,6 +1,6 @@
 //! Operands and options that the host can see to be wrong.
 
-use cubecl::ir::{ElemType, UIntKind};
+use cubecl::ir::{AddressType, ElemType, UIntKind};
 use cubecl::std::tensor::TensorHandle;
 use protohead::class_means::ClassSums;
 use protohead::cosine_cross_entropy::{Inputs, Options, backward, forward};
@@ -109,6 +109,10 @@ fn what_the_host_can_see_is_a_typed_error() {
         assert_eq!(
             with(|o| o.loss.head_weights = Some(vec![1.0])),
             "1 head weights for 2 heads"
+        );
+        assert_eq!(
+            with(|o| o.loss.head_weights = Some(vec![1.0, f32::NAN])),
+            "head_weights is NaN, expected finite"
         );
         assert!(ClassSums::new(client, 0, 3, 5, &Default::default()).is_err());
     }
@@ -264,6 +268,43 @@ fn rows_whose_packed_copy_no_buffer_of_the_device_holds_are_refused() {
             }),
             "on {run}"
         );
+    }
+}
+
+/// Rows and classes lie in one element, so that nothing but the result is large.
+#[test]
+fn results_that_no_buffer_of_the_device_holds_are_refused() {
+    const CLASSES: usize = 1 << 20;
+    for device in devices() {
+        let client = &device.client;
+        let repeated = |rows: usize| {
+            let mut tensor = floats(client, &[1, 1, 1]);
+            tensor.metadata.shape = vec![1, rows, 1].into();
+            tensor.metadata.strides = vec![0, 0, 1].into();
+            tensor
+        };
+        let page = client.properties().memory.max_page_size / 4;
+        let narrow = page.min(u32::MAX.into());
+        let on_cpu = client.properties().hardware.num_cpu_cores.is_some();
+        let wide = !on_cpu && client.properties().supports_address(AddressType::U64);
+        let rows_beyond = |most: u64| most as usize / CLASSES + 1;
+        let too_large = |operand, most: u64| Error::TooLarge {
+            operand,
+            elements: (rows_beyond(most) * CLASSES) as u128,
+            most: most.into(),
+        };
+        let most = if wide { page } else { narrow };
+        let inputs = cosine_logits::Inputs {
+            embeddings: repeated(rows_beyond(most)),
+            weights: repeated(CLASSES),
+        };
+        let logits = cosine_logits::forward(client, &inputs, &Default::default());
+        let refused = logits.map(drop).expect_err("must be refused");
+        assert_eq!(refused, too_large("logits", most), "{}", device.name);
+        let rows = rows_beyond(narrow);
+        let sums = ClassSums::new(client, 1, CLASSES, rows, &Default::default());
+        let refused = sums.map(drop).expect_err("must be refused");
+        assert_eq!(refused, too_large("class sums", narrow), "{}", device.name);
     }
 }
 

@@ -74,12 +74,17 @@ impl DeviceName {
     }
 
     /// What `auto` stands for: the first device of the build that works, CUDA before the CPU.
+    pub(crate) fn first_that_works() -> Option<Self> {
+        [Self::Cuda(0), Self::Cpu, Self::Wgpu]
+            .into_iter()
+            .find(|name| name.client().is_ok())
+    }
+
+    /// The name itself, or that of the device which `auto` stands for.
     pub(crate) fn resolve(self) -> Self {
         match self {
-            Self::Auto => [Self::Cuda(0), Self::Cpu, Self::Wgpu]
-                .into_iter()
-                .find(|name| name.client().is_ok())
-                .unwrap_or(Self::Cpu),
+            // Where none works, the CPU says why.
+            Self::Auto => Self::first_that_works().unwrap_or(Self::Cpu),
             named => named,
         }
     }

@@ -1,8 +1,9 @@
 //! Files that are written whole or not at all: beside their place, then renamed; and their digests.
 
 use std::fs;
-use std::io::{BufWriter, ErrorKind, Write};
+use std::io::{self, BufWriter, ErrorKind, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
 use serde::{Deserialize, Serialize};
 
@@ -17,14 +18,12 @@ pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), Error> {
 /// [`write_atomically`] of what `write` writes.
 pub(crate) fn write_piecewise(
     path: &Path,
-    write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
+    write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
 ) -> Result<(), Error> {
-    let failed = |source| Error::Io {
-        path: path.into(),
-        source,
-    };
+    let failed = |error: io::Error| Error::unwritable(path)(cause(&error));
     let place = place(path)?;
     let mut file = unfinished(path, &place)?;
+    let _mark = Mark::new(file.path());
     let mut buffered = BufWriter::new(&mut file);
     write(&mut buffered).map_err(failed)?;
     buffered.flush().map_err(failed)?;
@@ -32,6 +31,73 @@ pub(crate) fn write_piecewise(
     file.as_file().sync_all().map_err(failed)?;
     file.persist(&place).map_err(|error| failed(error.error))?;
     Ok(())
+}
+
+/// The files that are being written.
+static BEING_WRITTEN: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+/// While it lives, a file is being written.
+struct Mark(PathBuf);
+
+impl Mark {
+    fn new(path: &Path) -> Self {
+        if let Ok(mut files) = BEING_WRITTEN.lock() {
+            files.push(path.into());
+        }
+        Self(path.into())
+    }
+}
+
+impl Drop for Mark {
+    fn drop(&mut self) {
+        if let Ok(mut files) = BEING_WRITTEN.lock() {
+            files.retain(|path| *path != self.0);
+        }
+    }
+}
+
+/// Removes what is half-written, where the program ends without dropping it.
+pub(crate) fn remove_unfinished() {
+    // Whoever holds this only adds or removes a name.
+    if let Ok(files) = BEING_WRITTEN.try_lock() {
+        for path in files.iter() {
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+/// Has SIGINT and SIGTERM remove what is half-written before they end the program, and a file that passes a limit be an error of
+/// the write.
+#[cfg(unix)]
+pub(crate) fn watch_signals() -> io::Result<()> {
+    use std::sync::Arc;
+    use std::sync::atomic::AtomicBool;
+
+    use signal_hook::consts::{SIGINT, SIGTERM, SIGXFSZ};
+    use signal_hook::low_level::emulate_default_handler;
+
+    let passed = Arc::new(AtomicBool::new(false));
+    signal_hook::flag::register(SIGXFSZ, passed)?;
+    let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM])?;
+    std::thread::Builder::new().spawn(move || {
+        for signal in signals.forever() {
+            remove_unfinished();
+            let _ = emulate_default_handler(signal);
+        }
+    })?;
+    Ok(())
+}
+
+#[cfg(not(unix))]
+pub(crate) fn watch_signals() -> io::Result<()> {
+    Ok(())
+}
+
+/// Of an error, what the system said: with the name of a temporary file, it would name one that the user has never heard of.
+fn cause(error: &io::Error) -> String {
+    let text = error.to_string();
+    let end = text.find(" at path ").unwrap_or(text.len());
+    text[..end].to_owned()
 }
 
 /// Says whether a file could be written to `path`, before anything is done for it.
@@ -45,6 +111,11 @@ fn place(path: &Path) -> Result<PathBuf, Error> {
     let unwritable = Error::unwritable(path);
     if path.as_os_str().as_encoded_bytes().ends_with(b"/") || path.file_name().is_none() {
         return Err(unwritable("it names a folder".into()));
+    }
+    if let Err(error) = fs::symlink_metadata(path)
+        && error.kind() == ErrorKind::InvalidFilename
+    {
+        return Err(unwritable(cause(&error)));
     }
     let place = match path.is_symlink() {
         true => match fs::canonicalize(path) {
@@ -83,14 +154,11 @@ fn unfinished(path: &Path, place: &Path) -> Result<tempfile::NamedTempFile, Erro
     builder.prefix(UNFINISHED);
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    builder.tempfile_in(folder).map_err(|error| {
-        // Its own text names a file that the user has never heard of.
-        let cause = error.get_ref().and_then(|error| error.source());
-        Error::unwritable(path)(cause.map_or(error.to_string(), ToString::to_string))
-    })
+    let file = builder.tempfile_in(folder);
+    file.map_err(|error| Error::unwritable(path)(cause(&error)))
 }
 
-fn of_folder(folder: &Path, error: &std::io::Error) -> String {
+fn of_folder(folder: &Path, error: &io::Error) -> String {
     match error.kind() {
         ErrorKind::NotFound => format!("there is no folder {}", folder.display()),
         _ => error.to_string(),

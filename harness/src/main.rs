@@ -5,6 +5,7 @@ mod commands;
 mod device;
 mod error;
 mod files;
+mod memory;
 mod output;
 mod tensors;
 mod training;
@@ -17,6 +18,7 @@ use clap::parser::ValueSource;
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::error::Error;
+use crate::files::watch_signals;
 use crate::output::{complain, lost, tell};
 
 /// Trains and evaluates three-head cosine classifiers, and applies the ops of protohead to files.
@@ -26,7 +28,7 @@ use crate::output::{complain, lost, tell};
     version,
     about,
     max_term_width = 100,
-    after_help = "A mistake ends with one line on standard error, exit code 2, and no output file. Exit code 2 also tells of results that standard output has lost."
+    after_help = "On an error: one line on standard error, exit code 2, and no output file. The exit code is also 2 if results could not be written to standard output."
 )]
 struct Cli {
     #[command(subcommand)]
@@ -35,7 +37,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Trains the base session, replaces the prototypes, and evaluates every session.
+    /// Trains on the base classes, replaces their class weights by class means, and evaluates every session.
     Train(commands::train::Train),
     /// Evaluates every session of a finished run, and prints the table; writes nothing.
     Evaluate(commands::train::Evaluate),
@@ -47,9 +49,8 @@ enum Command {
     Devices,
 }
 
-// Training allocates and frees tensors of megabytes all the time; glibc gives their pages back each time.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: memory::Allocator = memory::Allocator;
 
 fn run(cli: Cli, matches: &ArgMatches) -> Result<(), Error> {
     let given = |option: &str| {
@@ -80,22 +81,23 @@ fn main() -> ExitCode {
             return ExitCode::from(MISTAKE);
         }
         Err(error) if error.use_stderr() => {
-            // clap explains at length; its first paragraph says what is wrong.
+            // clap explains at length; its first paragraph says what is wrong, and a tip what may have been meant.
             let text = error.to_string();
-            let paragraph: Vec<&str> = text
-                .lines()
-                .take_while(|line| !line.is_empty())
-                .map(str::trim)
-                .collect();
-            complain(paragraph.join(" ").trim_start_matches("error: "));
+            let mut lines = text.lines().map(str::trim);
+            let mut said: Vec<&str> = lines.by_ref().take_while(|line| !line.is_empty()).collect();
+            said.extend(lines.filter(|line| line.starts_with("tip: a similar")));
+            complain(said.join(" ").trim_start_matches("error: "));
             return ExitCode::from(MISTAKE);
         }
         Err(help) => help.exit(),
     };
-    let ended = run(cli, &matches).and_then(|()| match lost() {
-        Some(source) => Err(Error::io(Path::new("standard output"))(source)),
-        None => Ok(()),
-    });
+    let watched = watch_signals().map_err(|error| Error::Usage(format!("signals: {error}")));
+    let ended = watched
+        .and_then(|()| run(cli, &matches))
+        .and_then(|()| match lost() {
+            Some(source) => Err(Error::io(Path::new("standard output"))(source)),
+            None => Ok(()),
+        });
     match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -1,11 +1,11 @@
 //! Lines on standard output and on standard error, and progress beside them.
 
-use std::fmt::Display;
+use std::fmt::{self, Display};
 use std::io::{self, ErrorKind, Write, stderr, stdout};
 use std::sync::Mutex;
 use std::time::Duration;
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{HumanDuration, ProgressBar, ProgressState, ProgressStyle};
 
 /// The first line on standard output that was lost, though somebody was there to read it.
 static LOST: Mutex<Option<io::Error>> = Mutex::new(None);
@@ -48,11 +48,19 @@ pub(crate) fn complain(what: impl Display) {
     tell(format_args!("protohead: {line}"));
 }
 
+/// How long it takes yet, once that can be told.
+fn left(state: &ProgressState, out: &mut dyn fmt::Write) {
+    let _ = match state.pos() {
+        0 => write!(out, "?"),
+        _ => write!(out, "{:#}", HumanDuration(state.eta())),
+    };
+}
+
 /// A bar on stderr, if that is a terminal.
 pub(crate) fn progress(steps: u64) -> ProgressBar {
     let bar = ProgressBar::new(steps);
-    if let Ok(style) = ProgressStyle::with_template("{bar:30} {pos}/{len} {msg} eta {eta}") {
-        bar.set_style(style);
+    if let Ok(style) = ProgressStyle::with_template("{bar:30} {pos}/{len} {msg} eta {left}") {
+        bar.set_style(style.with_key("left", left));
     }
     bar.enable_steady_tick(Duration::from_millis(500));
     bar

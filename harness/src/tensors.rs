@@ -175,8 +175,9 @@ impl TensorFile {
                 got,
                 expected,
             } => Error::Usage(format!(
-                "--{} is {got}, expected {expected}",
-                option.replace('_', "-")
+                "--{} is {}, expected {expected}",
+                option.replace('_', "-"),
+                got as f32
             )),
             Op::HeadWeights { .. } => Error::Usage(format!("--head-weights: {error}")),
             Op::ActiveClasses { .. } => Error::Usage(format!("--active: {error}")),

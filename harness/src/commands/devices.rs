@@ -30,6 +30,10 @@ pub(crate) fn run() -> Result<(), Error> {
             Err(error) => return Err(error),
         }
     }
-    say(format_args!("auto: {}", DeviceName::Auto.resolve()));
+    let auto = DeviceName::first_that_works();
+    say(format_args!(
+        "auto: {}",
+        auto.map_or("none works".into(), |name| name.to_string())
+    ));
     Ok(())
 }

@@ -10,8 +10,8 @@ use crate::error::Error;
 use crate::output::say;
 use crate::training::claim::Claim;
 use crate::training::config::{RunConfig, Source};
-use crate::training::data::Dataset;
-use crate::training::run::Run;
+use crate::training::data::{Clips, Dataset, synthetic_keywords};
+use crate::training::run::{Finished, Run};
 use crate::training::sessions;
 
 /// How a run goes, after the options.
@@ -90,11 +90,36 @@ pub(crate) struct Evaluate {
     device: DeviceName,
 }
 
-/// The clips of a run, whose features its folder may keep.
-fn dataset(source: &Source, seed: u64, run: &Path, keep: bool) -> Result<Dataset, Error> {
+/// The clips of a run, whose features its folder may keep, if their keywords and their digest are accepted.
+fn dataset(
+    source: &Source,
+    seed: u64,
+    run: &Path,
+    keep: bool,
+    accept: impl FnOnce(&[String], Option<&str>) -> Result<(), Error>,
+) -> Result<Dataset, Error> {
     match source {
-        Source::Folder(folder) => Dataset::folder(folder, &run.join("cache"), keep),
-        &Source::Synthetic { keywords, voices } => Ok(Dataset::synthetic(seed, keywords, voices)),
+        Source::Folder(folder) => {
+            let clips = Clips::find(folder)?;
+            accept(&clips.keywords, Some(&clips.digest))?;
+            Dataset::of_clips(clips, &run.join("cache"), keep)
+        }
+        &Source::Synthetic { keywords, voices } => {
+            accept(&synthetic_keywords(keywords), None)?;
+            Ok(Dataset::synthetic(seed, keywords, voices))
+        }
+    }
+}
+
+/// Where a run's clips were, if they still are.
+fn still_there(folder: &Path) -> Result<Source, Error> {
+    match folder.is_dir() {
+        true => Ok(Source::Folder(folder.into())),
+        false => Err(Error::Content {
+            path: folder.into(),
+            reason: "the clips of the run are no longer there: say where they are with --data"
+                .into(),
+        }),
     }
 }
 
@@ -119,7 +144,7 @@ fn configuration(arguments: &Train, given: &dyn Fn(&str) -> bool) -> Result<RunC
                     folder.display()
                 )));
             }
-            Source::Folder(folder.clone())
+            still_there(folder)?
         }
         (None, _) if arguments.synthetic => Source::Synthetic {
             keywords: arguments.keywords,
@@ -184,7 +209,8 @@ pub(crate) fn train(arguments: &Train, given: &dyn Fn(&str) -> bool) -> Result<(
         "seed {}, {}: preparing the clips",
         config.seed, config.device
     ));
-    let mut data = dataset(&config.source, config.seed, &arguments.out, true)?;
+    let accept = |keywords: &[String], clips: Option<&str>| claim.accept(keywords, clips);
+    let mut data = dataset(&config.source, config.seed, &arguments.out, true, accept)?;
     let device = config.device;
     let run = claim.begin(config, &mut data)?;
     let protocol = run.protocol();
@@ -216,11 +242,14 @@ pub(crate) fn evaluate(arguments: &Evaluate) -> Result<(), Error> {
                 "this run was trained on synthesised keywords: it takes no --data".into(),
             ));
         }
+        (Source::Folder(folder), None) => still_there(folder)?,
         (source, None) => source.clone(),
     };
+    let finished = Finished::read(&arguments.run)?;
     let devices = arguments.device.training_devices()?;
-    let mut data = dataset(&source, config.seed, &arguments.run, false)?;
-    let run = Run::open(&arguments.run, config, &mut data)?;
-    sessions::print(&run.evaluate(&data, &devices)?);
+    let accept = |keywords: &[String], clips: Option<&str>| finished.accept(keywords, clips);
+    let mut data = dataset(&source, config.seed, &arguments.run, false, accept)?;
+    let run = Run::of(&arguments.run, config, &data);
+    sessions::print(&run.evaluate(finished, &mut data, &devices)?);
     Ok(())
 }

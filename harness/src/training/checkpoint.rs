@@ -48,6 +48,25 @@ fn files(folder: &Path) -> Result<[Vec<u8>; 3], Error> {
     Ok([read(MODEL)?, read(OPTIMIZER)?, read(METRICS)?])
 }
 
+/// Writes a new folder, of what is to come to `place`.
+fn write(
+    folder: &Path,
+    place: &Path,
+    network: &Network,
+    optimizer: &ModuleOptimizer,
+    metrics: &[EpochMetrics],
+) -> Result<(), Error> {
+    fs::create_dir(folder).map_err(Error::io(folder))?;
+    // `valid` folds the pending running statistics in: without it the record is one step behind.
+    let (model, places) =
+        record::model(network.valid().into_record()).map_err(Error::unwritable(place))?;
+    let state = record::optimizer(optimizer, &places).map_err(Error::unwritable(place))?;
+    write_atomically(&folder.join(MODEL), &model)?;
+    write_atomically(&folder.join(OPTIMIZER), &state)?;
+    write_lines(&folder.join(METRICS), metrics)?;
+    write_json(&folder.join(DIGEST), &digest(&files(folder)?))
+}
+
 impl Checkpoint {
     /// Writes a run's checkpoint, whole or not at all: it is a folder made beside its place.
     pub(super) fn save(
@@ -59,15 +78,11 @@ impl Checkpoint {
         let [place, beside, old] =
             ["checkpoint", "checkpoint.new", "checkpoint.old"].map(|name| run.join(name));
         let _ = fs::remove_dir_all(&beside);
-        fs::create_dir(&beside).map_err(Error::io(&beside))?;
-        // `valid` folds the pending running statistics in: without it the record is one step behind.
-        let (model, places) =
-            record::model(network.valid().into_record()).map_err(Error::unwritable(&place))?;
-        let state = record::optimizer(optimizer, &places).map_err(Error::unwritable(&place))?;
-        write_atomically(&beside.join(MODEL), &model)?;
-        write_atomically(&beside.join(OPTIMIZER), &state)?;
-        write_lines(&beside.join(METRICS), metrics)?;
-        write_json(&beside.join(DIGEST), &digest(&files(&beside)?))?;
+        if let Err(error) = write(&beside, &place, network, optimizer, metrics) {
+            // The disk may be full.
+            let _ = fs::remove_dir_all(&beside);
+            return Err(error);
+        }
         if place.exists() {
             let _ = fs::remove_dir_all(&old);
             fs::rename(&place, &old).map_err(Error::io(&place))?;

@@ -72,6 +72,9 @@ impl Claim {
             path: folder.into(),
             reason: reason.into(),
         };
+        if fs::symlink_metadata(folder).is_ok() && !folder.is_dir() {
+            return Err(content("it is there, and no folder"));
+        }
         let missing = |path: &&Path| !path.as_os_str().is_empty() && !path.exists();
         let made: Vec<PathBuf> = folder
             .ancestors()
@@ -110,7 +113,23 @@ impl Claim {
         Ok(claim)
     }
 
-    /// Begins a run on these clips, or goes on with it.
+    /// Refuses clips that are not those of the run that goes on, before anything is made of them.
+    pub(crate) fn accept(&self, keywords: &[String], clips: Option<&str>) -> Result<(), Error> {
+        if !has_begun(&self.folder) {
+            return Ok(());
+        }
+        let begun = Data::read(&self.folder)?;
+        let others = begun.clips.is_some() && begun.clips.as_deref() != clips;
+        if others || begun.keywords != keywords {
+            return Err(Error::Content {
+                path: self.folder.clone(),
+                reason: "the clips are not those that the run began with".into(),
+            });
+        }
+        Ok(())
+    }
+
+    /// Begins a run on clips that were [accepted](Self::accept), or goes on with it.
     pub(crate) fn begin(mut self, config: RunConfig, dataset: &mut Dataset) -> Result<Run, Error> {
         let mut data = Data {
             keywords: dataset.keywords.clone(),
@@ -118,21 +137,14 @@ impl Claim {
             clips: dataset.clips.clone(),
         };
         let folder = &self.folder;
-        let (data_path, config_path) = (folder.join("data.json"), folder.join("config.json"));
+        let config_path = folder.join("config.json");
         if has_begun(folder) {
-            let begun: Data = read_json(&data_path)?;
-            let others = begun.clips.is_some() && begun.clips != data.clips;
-            if others || begun.keywords != data.keywords {
-                return Err(Error::Content {
-                    path: folder.clone(),
-                    reason: "the clips are not those that the run began with".into(),
-                });
-            }
+            let begun = Data::read(folder)?;
             // Another machine may round otherwise.
             data.scaling = begun.scaling;
             dataset.scaling = begun.scaling;
             if begun != data {
-                write_json(&data_path, &data)?;
+                data.write(folder)?;
             }
             // The clips may have come to another place.
             if read_json::<RunConfig>(&config_path)? != config {
@@ -140,7 +152,7 @@ impl Claim {
             }
         } else {
             write_json(&config_path, &config)?;
-            write_json(&data_path, &data)?;
+            data.write(folder)?;
         }
         clear_unfinished(folder);
         clear_old(folder);

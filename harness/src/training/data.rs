@@ -1,5 +1,6 @@
 //! Keywords as features: from a Speech-Commands folder, or synthesised.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use rand::seq::SliceRandom;
@@ -67,7 +68,7 @@ pub(crate) struct Dataset {
     pub keywords: Vec<String>,
     pub train: Examples,
     pub test: Examples,
-    /// Mean and deviation of each input over the training clips.
+    /// Mean and deviation of each input over the base classes' training clips: of the others no more is known than their shots.
     pub scaling: [(f32, f32); INPUTS],
     /// The digest of the files, with what they are for; none of what is synthesised.
     pub clips: Option<String>,
@@ -75,15 +76,16 @@ pub(crate) struct Dataset {
 
 impl Dataset {
     fn new(keywords: Vec<String>, train: Examples, test: Examples, clips: Option<String>) -> Self {
+        let rows = train.of(0..Protocol::for_keywords(keywords.len()).base);
         let scaling = std::array::from_fn(|input| {
             let values = || {
-                train.features.iter().flat_map(|f| {
-                    f[input * INPUT..(input + 1) * INPUT]
+                rows.iter().flat_map(|&row| {
+                    train.features[row][input * INPUT..(input + 1) * INPUT]
                         .iter()
                         .map(|&v| f64::from(v))
                 })
             };
-            let count = (train.len() * INPUT) as f64;
+            let count = (rows.len() * INPUT) as f64;
             let mean = values().sum::<f64>() / count;
             let variance = values().map(|v| (v - mean).powi(2)).sum::<f64>() / count;
             (mean as f32, variance.sqrt().max(1e-6) as f32)
@@ -121,81 +123,20 @@ impl Dataset {
                 labels: tasks.iter().map(|&(word, _)| word).collect(),
             }
         };
-        let names = (0..keywords).map(|word| format!("word{word:02}")).collect();
         let test = make(1_000_000, voices.div_ceil(4));
-        Self::new(names, make(0, voices), test, None)
+        Self::new(synthetic_keywords(keywords), make(0, voices), test, None)
     }
 
-    /// A Speech-Commands folder: `DIR/<keyword>/*.wav`, with `testing_list.txt` and `validation_list.txt`.
-    /// Features are taken from the folder `cache`, and left there if they are to be kept.
-    pub(crate) fn folder(root: &Path, cache: &Path, keep: bool) -> Result<Self, Error> {
-        let wrong = |reason: String| Error::Content {
-            path: root.into(),
-            reason,
-        };
-        let keywords = keywords(root)?;
-        if keywords.len() < 2 {
-            return Err(wrong(format!(
-                "{} folders with WAV files, expected a folder a keyword, at least 2",
-                keywords.len()
-            )));
-        }
-        let testing = list(root, "testing_list.txt", &keywords)?;
-        let validation = list(root, "validation_list.txt", &keywords)?;
-        let (mut train, mut test) = (Vec::new(), Vec::new());
-        for (label, keyword) in keywords.iter().enumerate() {
-            let before = [train.len(), test.len()];
-            let mut validated = 0;
-            for path in wavs(&root.join(keyword))? {
-                let name = path.file_name().unwrap_or_default().to_string_lossy();
-                let entry = format!("{keyword}/{name}");
-                if testing.contains(&entry) {
-                    test.push((path, label));
-                } else if validation.contains(&entry) {
-                    validated += 1;
-                } else {
-                    train.push((path, label));
-                }
-            }
-            let clips = [train.len() - before[0], test.len() - before[1]];
-            if clips.contains(&0) {
-                return Err(wrong(format!(
-                    "keyword {keyword} has {} clips to train on, {} in testing_list.txt and {validated} in validation_list.txt: \
-                     some must be for training, and some in testing_list.txt",
-                    clips[0], clips[1]
-                )));
-            }
-        }
-        let labels = |clips: &[(PathBuf, usize)]| clips.iter().map(|&(_, label)| label).collect();
-        let (train_labels, test_labels): (Vec<usize>, Vec<usize>) = (labels(&train), labels(&test));
-        let trained = train.len();
-        let files: Vec<PathBuf> = train
-            .into_iter()
-            .chain(test)
-            .map(|(path, _)| path)
-            .collect();
-        let digests = digests(&files)?;
-        let mut all = blake3::Hasher::new();
-        for (i, (digest, label)) in digests
-            .iter()
-            .zip(train_labels.iter().chain(&test_labels))
-            .enumerate()
-        {
-            all.update(&[u8::from(i < trained)]);
-            all.update(&(*label as u64).to_le_bytes());
-            all.update(digest.as_bytes());
-        }
-        let clips = Some(all.finalize().to_hex().to_string());
-        let mut features = cached(&files, &digests, cache, keep)?;
+    /// Features of clips are taken from the folder `cache`, and left there if they are to be kept.
+    pub(crate) fn of_clips(clips: Clips, cache: &Path, keep: bool) -> Result<Self, Error> {
+        let mut features = cached(&clips.files, &clips.digests, cache, keep)?;
+        let mut labels = clips.labels;
         let test = Examples {
-            features: features.split_off(trained),
-            labels: test_labels,
+            features: features.split_off(clips.trained),
+            labels: labels.split_off(clips.trained),
         };
-        let train = Examples {
-            features,
-            labels: train_labels,
-        };
-        Ok(Self::new(keywords, train, test, clips))
+        let train = Examples { features, labels };
+        Ok(Self::new(clips.keywords, train, test, Some(clips.digest)))
     }
 
     /// The protocol, with as many shots as every keyword has clips for.
@@ -232,6 +173,94 @@ impl Dataset {
     }
 }
 
+/// The names of synthesised keywords.
+pub(crate) fn synthetic_keywords(count: usize) -> Vec<String> {
+    (0..count).map(|word| format!("word{word:02}")).collect()
+}
+
+/// The clips of a Speech-Commands folder, before anything is made of them.
+pub(crate) struct Clips {
+    pub keywords: Vec<String>,
+    /// Those to train on first.
+    files: Vec<PathBuf>,
+    labels: Vec<usize>,
+    /// How many are to train on.
+    trained: usize,
+    /// Of the content of each.
+    digests: Vec<blake3::Hash>,
+    /// Of all, with what they are for.
+    pub digest: String,
+}
+
+impl Clips {
+    /// Those of `DIR/<keyword>/*.wav`, with `testing_list.txt` and `validation_list.txt`.
+    pub(crate) fn find(root: &Path) -> Result<Self, Error> {
+        let wrong = |reason: String| Error::Content {
+            path: root.into(),
+            reason,
+        };
+        let keywords = keywords(root)?;
+        if keywords.len() < 2 {
+            return Err(wrong(format!(
+                "folders with WAV files: {}, expected a folder a keyword, at least 2",
+                keywords.len()
+            )));
+        }
+        let mut clips = Vec::new();
+        for (label, keyword) in keywords.iter().enumerate() {
+            for path in wavs(&root.join(keyword))? {
+                let name = path.file_name().unwrap_or_default().to_string_lossy();
+                clips.push((format!("{keyword}/{name}"), path, label));
+            }
+        }
+        let there: HashSet<&str> = clips.iter().map(|(entry, ..)| entry.as_str()).collect();
+        let of = |name: &str| list(root, name, &keywords, &there);
+        let testing = of("testing_list.txt")?.ok_or_else(|| {
+            wrong("there is no testing_list.txt, which names the test clips".into())
+        })?;
+        let validation = of("validation_list.txt")?.unwrap_or_default();
+        let mut counts = vec![[0; 3]; keywords.len()];
+        let (mut train, mut test) = (Vec::new(), Vec::new());
+        for (entry, path, label) in &clips {
+            let place = if testing.contains(entry) {
+                test.push((path.clone(), *label));
+                1
+            } else if validation.contains(entry) {
+                2
+            } else {
+                train.push((path.clone(), *label));
+                0
+            };
+            counts[*label][place] += 1;
+        }
+        for (keyword, [trained, tested, validated]) in keywords.iter().zip(counts) {
+            if trained == 0 || tested == 0 {
+                return Err(wrong(format!(
+                    "keyword {keyword} has {trained} clips to train on, {tested} in testing_list.txt and {validated} in \
+                     validation_list.txt: some must be for training, and some in testing_list.txt"
+                )));
+            }
+        }
+        let trained = train.len();
+        let (files, labels): (Vec<PathBuf>, Vec<usize>) = train.into_iter().chain(test).unzip();
+        let digests = digests(&files)?;
+        let mut all = blake3::Hasher::new();
+        for (i, (digest, &label)) in digests.iter().zip(&labels).enumerate() {
+            all.update(&[u8::from(i < trained)]);
+            all.update(&(label as u64).to_le_bytes());
+            all.update(digest.as_bytes());
+        }
+        Ok(Self {
+            keywords,
+            files,
+            labels,
+            trained,
+            digests,
+            digest: all.finalize().to_hex().to_string(),
+        })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -259,5 +288,22 @@ mod tests {
             assert_eq!(protocol.classes(), keywords);
             assert!(protocol.base >= 2);
         }
+    }
+
+    /// Else the base session would know of clips that come later.
+    #[test]
+    fn inputs_are_scaled_by_what_the_base_classes_are_trained_on() {
+        let scaling = |later: f32| {
+            let examples = || Examples {
+                features: (0..7)
+                    .map(|label| vec![if label < 4 { label as f32 } else { later }; INPUTS * INPUT])
+                    .collect(),
+                labels: (0..7).collect(),
+            };
+            Dataset::new(synthetic_keywords(7), examples(), examples(), None).scaling
+        };
+        let (mean, deviation) = (1.5, 1.25f32.sqrt());
+        assert_eq!(scaling(100.0), [(mean, deviation); INPUTS]);
+        assert_eq!(scaling(-3.0), scaling(100.0));
     }
 }

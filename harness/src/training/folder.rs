@@ -26,7 +26,9 @@ pub(super) fn wavs(folder: &Path) -> Result<Vec<PathBuf>, Error> {
         let named = path
             .extension()
             .is_some_and(|e| e.eq_ignore_ascii_case("wav"));
-        named && !hidden && path.is_file()
+        // A link to nothing is a clip that is missing.
+        let is_file = path.metadata().map_or(true, |found| found.is_file());
+        named && !hidden && is_file
     };
     Ok(entries(folder)?.into_iter().filter(is_wav).collect())
 }
@@ -51,18 +53,23 @@ pub(super) fn keywords(root: &Path) -> Result<Vec<String>, Error> {
     Ok(found)
 }
 
-/// The clips that a list names, as `<keyword>/<file>`; none if there is no list. Every one must be a clip of a keyword, or a name
-/// with a misprint would be trained on: but for those of keywords that are not there at all, as in a part of the dataset.
-pub(super) fn list(root: &Path, name: &str, keywords: &[String]) -> Result<HashSet<String>, Error> {
+/// The clips that a list names, as `<keyword>/<file>`; `None` if there is no list. Every one must be among the `clips` of a keyword, or
+/// one with a misprint would be trained on: but for those of keywords that are not there at all, as in a part of the dataset.
+pub(super) fn list(
+    root: &Path,
+    name: &str,
+    keywords: &[String],
+    clips: &HashSet<&str>,
+) -> Result<Option<HashSet<String>>, Error> {
     let path = root.join(name);
     let text = match fs::read_to_string(&path) {
         Ok(text) => text,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(HashSet::new()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(Error::io(&path)(error)),
     };
     // Some editors put a mark before the first line.
     let lines = text.trim_start_matches('\u{feff}').lines().map(str::trim);
-    let mut clips = HashSet::new();
+    let mut named = HashSet::new();
     for line in lines.filter(|line| !line.is_empty()) {
         let clip = line.trim_start_matches("./");
         let wrong = |reason: &str| Error::Content {
@@ -79,10 +86,10 @@ pub(super) fn list(root: &Path, name: &str, keywords: &[String]) -> Result<HashS
             return Err(wrong("which is not <keyword>/<file>"));
         }
         let is_known = keywords.iter().any(|known| known == keyword);
-        if is_known && !root.join(clip).is_file() {
-            return Err(wrong("and there is no such file"));
+        if is_known && !clips.contains(clip) {
+            return Err(wrong("and there is no such clip"));
         }
-        clips.insert(clip.to_owned());
+        named.insert(clip.to_owned());
     }
-    Ok(clips)
+    Ok(Some(named))
 }

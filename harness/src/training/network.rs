@@ -1,5 +1,7 @@
 //! The shared encoder and its three cosine heads, and the loss of a batch.
 
+use std::ops::Range;
+
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use protohead::LossOptions;
@@ -57,12 +59,12 @@ impl Network {
         }
     }
 
-    /// `[INPUTS, rows, dim]` on the heads' device: the three inputs go through the encoder as one batch.
-    pub(crate) fn embed(&self, inputs: Tensor<4>, heads: &Device) -> Tensor<3> {
+    /// `[inputs, rows, dim]` on the heads' device: all inputs of the rows go through the encoder as one batch.
+    pub(crate) fn embed(&self, inputs: Tensor<4>, rows: usize, heads: &Device) -> Tensor<3> {
         let embeddings = self.encoder.forward(inputs);
         let [stacked, dim] = embeddings.dims();
         embeddings
-            .reshape([INPUTS, stacked / INPUTS, dim])
+            .reshape([stacked / rows, rows, dim])
             .to_device(heads)
     }
 
@@ -75,8 +77,8 @@ impl Network {
         lambdas: Lambdas,
         heads: &Device,
     ) -> Result<BatchLoss, Error> {
-        let embeddings = self.embed(inputs, heads);
         let rows = labels.len();
+        let embeddings = self.embed(inputs, rows, heads);
         let targets = integers(labels, heads);
         let classification =
             self.heads
@@ -125,20 +127,23 @@ fn integers(values: &[usize], device: &Device) -> Tensor<1, Int> {
     Tensor::from_data(TensorData::new(values, [count]), device)
 }
 
-/// The inputs of some examples, `[INPUTS · rows, 1, BANDS, FRAMES]`, scaled: all speech, all formants, all residuals.
+/// The inputs of some examples, `[inputs · rows, 1, BANDS, FRAMES]`, scaled: all speech, all formants, all residuals, as far as they are
+/// among `inputs`.
 pub(crate) fn batch(
     dataset: &Dataset,
     examples: &Examples,
     rows: &[usize],
+    inputs: Range<usize>,
     device: &Device,
 ) -> Tensor<4> {
-    let mut values = Vec::with_capacity(INPUTS * rows.len() * INPUT);
-    for (input, (mean, deviation)) in dataset.scaling.into_iter().enumerate() {
+    let mut values = Vec::with_capacity(inputs.len() * rows.len() * INPUT);
+    let shape = [inputs.len() * rows.len(), 1, BANDS, FRAMES];
+    for input in inputs {
+        let (mean, deviation) = dataset.scaling[input];
         for &row in rows {
             let features = &examples.features[row][input * INPUT..(input + 1) * INPUT];
             values.extend(features.iter().map(|v| (v - mean) / deviation));
         }
     }
-    let shape = [INPUTS * rows.len(), 1, BANDS, FRAMES];
     Tensor::from_data(TensorData::new(values, shape), device)
 }

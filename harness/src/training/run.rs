@@ -35,6 +35,64 @@ pub(super) struct Data {
     pub clips: Option<String>,
 }
 
+impl Data {
+    pub(super) fn read(run: &Path) -> Result<Self, Error> {
+        read_json(&run.join("data.json"))
+    }
+
+    pub(super) fn write(&self, run: &Path) -> Result<(), Error> {
+        write_json(&run.join("data.json"), self)
+    }
+}
+
+/// What a finished run has left.
+pub(crate) struct Finished {
+    data: Data,
+    model: Vec<u8>,
+}
+
+impl Finished {
+    /// Of the run in a folder.
+    pub(crate) fn read(folder: &Path) -> Result<Self, Error> {
+        let [path, digest] = model(folder);
+        if !path.exists() || !digest.exists() {
+            return Err(Error::Content {
+                path: folder.into(),
+                reason: format!(
+                    "the run is not finished: train --resume --out {} continues it",
+                    folder.display()
+                ),
+            });
+        }
+        let model = fs::read(&path).map_err(Error::io(&path))?;
+        if Digest::of(&[&model]) != read_json(&digest)? {
+            return Err(Error::damaged(&path)("it is not the file that was written"));
+        }
+        let data = Data::read(folder)?;
+        Ok(Self { data, model })
+    }
+
+    /// Refuses other keywords than the run's, and tells of other clips.
+    pub(crate) fn accept(&self, keywords: &[String], clips: Option<&str>) -> Result<(), Error> {
+        if self.data.keywords != keywords {
+            return Err(Error::Usage(format!(
+                "the run was trained on the keywords {}, these are {}",
+                self.data.keywords.join(" "),
+                keywords.join(" ")
+            )));
+        }
+        if self.data.clips.as_deref() != clips {
+            tell("these clips are not those that the run was trained with");
+        }
+        Ok(())
+    }
+}
+
+/// The trained network of a run, and its digest, which is written last.
+fn model(run: &Path) -> [PathBuf; 2] {
+    ["model.bpk", "model.json"].map(|name| run.join(name))
+}
+
 /// A run's folder.
 pub(crate) struct Run {
     folder: PathBuf,
@@ -53,28 +111,8 @@ impl Run {
         Ok(config)
     }
 
-    /// The run in a folder, to be evaluated on these clips, which get the scaling of those that it was trained on.
-    pub(crate) fn open(
-        folder: &Path,
-        config: RunConfig,
-        dataset: &mut Dataset,
-    ) -> Result<Self, Error> {
-        let data: Data = read_json(&folder.join("data.json"))?;
-        if data.keywords != dataset.keywords {
-            return Err(Error::Content {
-                path: folder.into(),
-                reason: format!(
-                    "was trained on the keywords {}, these are {}",
-                    data.keywords.join(" "),
-                    dataset.keywords.join(" ")
-                ),
-            });
-        }
-        dataset.scaling = data.scaling;
-        Ok(Self::of(folder, config, dataset))
-    }
-
-    fn of(folder: &Path, config: RunConfig, dataset: &Dataset) -> Self {
+    /// The run in a folder.
+    pub(crate) fn of(folder: &Path, config: RunConfig, dataset: &Dataset) -> Self {
         Self {
             folder: folder.into(),
             config,
@@ -136,6 +174,7 @@ impl Run {
         let steps = rows.div_ceil(config.batch);
         let bar = progress((config.epochs * steps) as u64);
         bar.set_position((metrics.len() * steps) as u64);
+        bar.set_message(format!("epoch {}", metrics.len() + 1));
         let lambdas = Lambdas {
             plain: config.lambda,
             shuffled: config.lambda_shuffled,
@@ -158,7 +197,8 @@ impl Run {
                     .collect();
                 let partners = [2 * step, 2 * step + 1]
                     .map(|draw| Dataset::partners(&labels, config.seed, draw));
-                let inputs = batch(dataset, &dataset.train, chosen, &devices.encoder);
+                let device = &devices.encoder;
+                let inputs = batch(dataset, &dataset.train, chosen, 0..INPUTS, device);
                 let loss = network.loss(inputs, &labels, &partners, lambdas, &devices.heads)?;
                 let total: f32 = loss.total.clone().into_scalar();
                 if !total.is_finite() {
@@ -215,7 +255,7 @@ impl Run {
         if !weights.iter().all(|weight| weight.is_finite()) {
             return Err(Error::DivergedLast);
         }
-        let [path, digest] = self.model();
+        let [path, digest] = model(&self.folder);
         let (bytes, _) =
             record::model(network.clone().into_record()).map_err(Error::unwritable(&path))?;
         // Until the new digest is there, none is: the run is not finished.
@@ -227,24 +267,16 @@ impl Run {
         Ok(table)
     }
 
-    /// Evaluates the trained network of the run.
+    /// Evaluates the trained network of the run on clips that were [accepted](Finished::accept), scaled as those that it was trained on.
     pub(crate) fn evaluate(
         &self,
-        dataset: &Dataset,
+        finished: Finished,
+        dataset: &mut Dataset,
         devices: &Devices,
     ) -> Result<Vec<sessions::Accuracy>, Error> {
-        let [path, digest] = self.model();
-        if !path.exists() || !digest.exists() {
-            return Err(Error::Content {
-                path: self.folder.clone(),
-                reason: "the run is not finished: if it trains no more, train --resume --out with it goes on".into(),
-            });
-        }
-        let bytes = fs::read(&path).map_err(Error::io(&path))?;
-        if Digest::of(&[&bytes]) != read_json(&digest)? {
-            return Err(Error::damaged(&path)("it is not the file that was written"));
-        }
-        let record = ModuleRecord::from_bytes(Bytes::from_bytes_vec(bytes))
+        dataset.scaling = finished.data.scaling;
+        let [path, _] = model(&self.folder);
+        let record = ModuleRecord::from_bytes(Bytes::from_bytes_vec(finished.model))
             .map_err(Error::damaged(&path))?;
         let network = self
             .network(devices)
@@ -257,11 +289,6 @@ impl Run {
             self.config.seed,
             devices,
         )
-    }
-
-    /// The trained network, and its digest, which is written last.
-    fn model(&self) -> [PathBuf; 2] {
-        ["model.bpk", "model.json"].map(|name| self.folder.join(name))
     }
 
     /// Writes metrics and curves for those who follow the run.

@@ -1,9 +1,11 @@
 //! After the base session: prototypes of all three heads become class means; then each incremental session sets the
 //! speech head's rows of its new classes to the means of their shots, and accuracy is taken on all classes so far.
 
+use std::ops::Range;
+
 use burn::tensor::{Device, Tensor};
 use indicatif::ProgressBar;
-use protohead::burn::{ClassSums, class_means, cosine_cross_entropy};
+use protohead::burn::{ClassSums, class_means, predictions};
 use protohead::cosine_cross_entropy::Options;
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
@@ -12,6 +14,7 @@ use serde::Serialize;
 
 use super::data::{Dataset, Examples, Protocol};
 use super::network::{Devices, Network, batch};
+use crate::audio::features::INPUTS;
 use crate::error::Error;
 use crate::output::{progress, say};
 
@@ -29,12 +32,16 @@ pub(crate) struct Accuracy {
     pub harmonic_mean: Option<f64>,
 }
 
-/// Embeddings `[INPUTS, rows, dim]` of examples, by the network as it is evaluated.
+/// The input whose head is evaluated.
+const SPEECH: Range<usize> = 0..1;
+
+/// Embeddings `[inputs, rows, dim]` of examples, by the network as it is evaluated.
 fn embeddings(
     network: &Network,
     dataset: &Dataset,
     examples: &Examples,
     rows: &[usize],
+    inputs: Range<usize>,
     devices: &Devices,
     bar: &ProgressBar,
 ) -> Tensor<3> {
@@ -43,13 +50,9 @@ fn embeddings(
         .chunks(CHUNK)
         .map(|rows| {
             bar.inc(rows.len() as u64);
-            let inputs = batch(
-                dataset,
-                examples,
-                rows,
-                &devices.encoder.clone().without_autodiff(),
-            );
-            network.embed(inputs, &plain)
+            let encoder = devices.encoder.clone().without_autodiff();
+            let inputs = batch(dataset, examples, rows, inputs.clone(), &encoder);
+            network.embed(inputs, rows.len(), &plain)
         })
         .collect();
     Tensor::cat(chunks, 1)
@@ -78,7 +81,8 @@ pub(crate) fn replace_prototypes(
     let bar = progress(rows.len() as u64);
     bar.set_message("prototypes");
     for rows in rows.chunks(CHUNK) {
-        let embedded = embeddings(&evaluated, dataset, &dataset.train, rows, devices, &bar);
+        let train = &dataset.train;
+        let embedded = embeddings(&evaluated, dataset, train, rows, 0..INPUTS, devices, &bar);
         sums.accumulate(embedded, labels(&dataset.train, rows, &device))?;
     }
     bar.finish_and_clear();
@@ -100,36 +104,21 @@ pub(crate) fn evaluate(
 ) -> Result<Vec<Accuracy>, Error> {
     let device = devices.heads.clone().without_autodiff();
     let tested = dataset.test.of(0..protocol.classes());
-    let speech = |embedded: Tensor<3>| {
-        let [_, rows, dim] = embedded.dims();
-        embedded.slice([0..1, 0..rows, 0..dim])
-    };
     let bar = progress((tested.len() + protocol.sessions * protocol.ways * protocol.shots) as u64);
     bar.set_message("test clips");
-    let queries = speech(embeddings(
-        network,
-        dataset,
-        &dataset.test,
-        &tested,
-        devices,
-        &bar,
-    ));
+    let speech = |examples, rows: &[usize]| {
+        embeddings(network, dataset, examples, rows, SPEECH, devices, &bar)
+    };
+    let queries = speech(&dataset.test, &tested);
     let mut weights = network.heads.weight.val().without_autodiff();
     let [_, classes, dim] = weights.dims();
-    weights = weights.slice([0..1, 0..classes, 0..dim]);
+    weights = weights.slice([SPEECH, 0..classes, 0..dim]);
     let mut table = Vec::new();
     for session in 0..=protocol.sessions {
         let known = protocol.base + session * protocol.ways;
         if session > 0 {
             let shots = shots(dataset, known - protocol.ways..known, protocol.shots, seed);
-            let embedded = speech(embeddings(
-                network,
-                dataset,
-                &dataset.train,
-                &shots,
-                devices,
-                &bar,
-            ));
+            let embedded = speech(&dataset.train, &shots);
             let targets = labels(&dataset.train, &shots, &device);
             // Only the new classes have shots, so only their rows change.
             let means = class_means(embedded, weights, targets, known, &Default::default())?;
@@ -140,16 +129,7 @@ pub(crate) fn evaluate(
             active: Some(known),
             ..Options::default()
         };
-        // For its predictions, which need no label: Burn's argmax would measure the machine for seconds first.
-        let ignored = vec![options.loss.ignore_index; tested.len()];
-        let loss = cosine_cross_entropy(
-            queries.clone(),
-            weights.clone(),
-            Tensor::from_data(ignored.as_slice(), &device),
-            &options,
-        )?;
-        let predicted = loss
-            .predictions
+        let predicted = predictions(queries.clone(), weights.clone(), &options)?
             .try_into_vec_as::<i64>()
             .map_err(Error::of_device)?;
         let answers: Vec<(usize, i64)> = tested

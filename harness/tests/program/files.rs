@@ -8,9 +8,9 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use crate::{protohead, refused};
 
 /// A tensor to be written: name, dtype, shape, bytes.
-type Tensor<'a> = (&'a str, Dtype, Vec<usize>, Vec<u8>);
+pub(crate) type Tensor<'a> = (&'a str, Dtype, Vec<usize>, Vec<u8>);
 
-fn floats<'a>(name: &'a str, shape: &[usize]) -> Tensor<'a> {
+pub(crate) fn floats<'a>(name: &'a str, shape: &[usize]) -> Tensor<'a> {
     let count: usize = shape.iter().product();
     let bytes = (0..count)
         .flat_map(|i| (((i * 37 + 11) % 17) as f32 - 8.0).to_le_bytes())
@@ -18,7 +18,7 @@ fn floats<'a>(name: &'a str, shape: &[usize]) -> Tensor<'a> {
     (name, Dtype::F32, shape.to_vec(), bytes)
 }
 
-fn labels(values: &[i64]) -> Tensor<'static> {
+pub(crate) fn labels(values: &[i64]) -> Tensor<'static> {
     let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
     ("labels", Dtype::I64, vec![values.len()], bytes)
 }
@@ -31,7 +31,7 @@ fn good() -> Vec<Tensor<'static>> {
     ]
 }
 
-fn write(path: &Path, tensors: &[Tensor]) {
+pub(crate) fn write(path: &Path, tensors: &[Tensor]) {
     let views = tensors.iter().map(|(name, dtype, shape, bytes)| {
         let view =
             TensorView::new(*dtype, shape.clone(), bytes).expect("the test's tensors are sound");

@@ -1,6 +1,9 @@
 //! The program as its users see it: what it computes, and what it says of damaged input.
 
+mod clips;
 mod files;
+#[cfg(unix)]
+mod limits;
 mod speech;
 mod training;
 mod values;

@@ -9,7 +9,7 @@ gpu = $(shell nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | he
 # On a CPU whatever there is: on a GPU, compiling and tuning so small a network takes longer than training it.
 demo_flags := --synthetic --device cpu --keywords 21 --voices 30 --tau 1 --epochs 20 --batch 24 --out runs/demo
 
-.PHONY: demo help setup setup-tests build test check bench bench-table bench-torch kernel-table clean
+.PHONY: demo step help setup setup-tests build test check bench bench-table bench-torch kernel-table clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,6 +26,9 @@ build: setup ## the program, in target/release/protohead, and the tests
 demo: build ## train on synthesised keywords and print the table of accuracies
 	rm -rf runs/demo
 	$${CARGO_TARGET_DIR:-target}/release/protohead train $(demo_flags)
+
+step: setup ## the kernels alone: trains cosine heads on the CPU with plain CubeCL
+	cargo run --release -p protohead --features cpu --example step
 
 test: setup-tests ## all tests, on the CPU, on whatever Vulkan driver there is, and on a CUDA GPU if there is one
 	cargo test $(cargo_flags)

@@ -80,7 +80,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let loss = model
             .heads
             .loss(model.embed(inputs), targets, &LossOptions::default())?;
-        // Waits for the device, and tells of labels that are no class.
+        // Waits for the device, and reports labels that are not a class.
         loss.heads.check()?;
         if step % 10 == 9 {
             let total: f32 = loss.total.clone().into_scalar();
@@ -114,14 +114,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     means.check()?;
     let heads = heads.with_active(TRAINED + 1)?;
     let (inputs, labels) = batch(&centers, 0..TRAINED + 1, 450);
-    // Predictions come with the loss, without logits in memory.
-    let loss = heads.loss(
-        model.embed(inputs),
-        on_heads(&labels, &device),
-        &LossOptions::default(),
-    )?;
-    loss.heads.check()?;
-    let right = accuracy(loss.heads.predictions, &labels);
+    // Without labels, and without logits in memory.
+    let right = accuracy(heads.predict(model.embed(inputs))?, &labels);
     println!(
         "{} classes, one of them from five examples: accuracy {right:.2}",
         TRAINED + 1

@@ -68,7 +68,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let upstream = Upstream::Total(1.0);
         let (output, gradients) =
             forward_backward(&client, &inputs, &options, &upstream, Wanted::WEIGHTS)?;
-        // Waits for the device, and tells of labels that are no class.
+        // Waits for the device, and reports labels that are not a class.
         let values = output.read(&client)?;
         let by_head = &values.loss;
         println!(

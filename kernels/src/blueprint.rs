@@ -22,16 +22,16 @@ use crate::tiles::{Engine, Tile};
 pub enum Variant {
     /// One unit a core owns register tiles: the CPU's shape, on CPU devices only.
     Unit,
-    /// A cube of 256 units shares tiles in shared memory: the GPU's shape, on every GPU that WebGPU admits.
+    /// A cube of 256 units shares tiles in shared memory: the GPU's shape, on any GPU that meets WebGPU's limits.
     Plane,
-    /// A cube multiplies tiles on tensor cores: for ops with a product, where the device has them for the operands. Where it
-    /// has none, the same in multiply-adds, for checking it; that is never inferred.
+    /// A cube multiplies tiles on tensor cores: for ops with a product, where the device has them for the operands.
+    /// If forced on a device without them, the same kernels run in multiply-adds, for tests.
     Cmma,
     /// Four planes multiply tiles together on Hopper's tensor cores: for ops with a product of f16 or bf16 operands, on NVIDIA GPUs of
-    /// compute capability 9.0; f32 operands are as in [`Cmma`](Self::Cmma). Compiled, assembled and emulated, but so far not run, so it is
+    /// compute capability 9.0; f32 operands run as in [`Cmma`](Self::Cmma). Compiled, assembled and emulated, but so far not run, so it is
     /// never inferred.
     Wgmma,
-    /// Both passes in two launches, on a GPU: for `cosine_cross_entropy` whose operands fit in its caches.
+    /// Both passes in two launches, on a GPU: for `cosine_cross_entropy` with operands that fit in the GPU's caches.
     Small,
 }
 
@@ -43,15 +43,16 @@ pub enum Strategy {
     #[default]
     Inferred,
     /// This one, or an error where the device cannot run it or the op has no such variant: for tests and benches. On a CPU it takes
-    /// all cores, which for a small problem is not the quickest.
+    /// all cores, which is slower for a small problem.
     Forced(Variant),
 }
 
 impl Strategy {
-    /// Which variant runs on the device, of an op with a product of operands of this dtype that is not small.
+    /// The variant that an op with a product would run on this device, for operands of this dtype, without `allow_tf32`, if the
+    /// problem is not small.
     ///
     /// # Errors
-    /// [`Error::Variant`] with what the device lacks, or [`Error::NoCpu`].
+    /// [`Error::Variant`] with what the device lacks, [`Error::NoCpu`], [`Error::NoGpu`] or [`Error::NoHopper`].
     pub fn check(self, client: &Client, dtype: ElemType) -> Result<Variant, Error> {
         let blueprint = match self {
             Self::Forced(Variant::Small) => Blueprint::small(client)?,
@@ -178,6 +179,9 @@ impl Blueprint {
                     units: cores.min(hardware.max_units_per_cube).max(1) as usize,
                     forced: strategy != Strategy::Inferred,
                 })
+            }
+            Variant::Plane if hardware.num_cpu_cores.is_some() => {
+                Err(Error::NoGpu { variant: "plane" })
             }
             Variant::Plane if fits => Ok(Self {
                 variant,

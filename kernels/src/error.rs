@@ -52,7 +52,7 @@ pub enum Error {
         /// The dtypes that are taken.
         expected: String,
     },
-    /// More classes are asked for than there are.
+    /// No active classes are asked for, or more than there are.
     #[error("{active} active classes were asked for, expected between 1 and {classes}")]
     ActiveClasses {
         /// K
@@ -78,6 +78,16 @@ pub enum Error {
         /// What is done.
         expected: &'static str,
     },
+    /// A tensor begins where the device's kernels cannot read it.
+    #[error("{operand} begins at byte {offset} of its buffer, expected a multiple of {alignment}")]
+    Offset {
+        /// The operand's name.
+        operand: &'static str,
+        /// Where it begins, in bytes.
+        offset: u64,
+        /// What the device asks for.
+        alignment: u64,
+    },
     /// There is not one head weight per head.
     #[error("{got} head weights for {heads} heads")]
     HeadWeights {
@@ -96,7 +106,7 @@ pub enum Error {
         /// The most that there may be.
         most: u128,
     },
-    /// A forced variant cannot run on this device.
+    /// A variant cannot run on this device. If none was forced, the device has less than WebGPU guarantees.
     #[error(
         "the {variant} variant needs {needed} units a cube and {shared} bytes of shared memory, the device has {units} and {memory}"
     )]
@@ -113,8 +123,14 @@ pub enum Error {
         memory: usize,
     },
     /// The unit variant was forced on a device that is no CPU.
-    #[error("the unit variant runs on CPU devices only")]
+    #[error("the unit variant runs on CPUs only")]
     NoCpu,
+    /// A variant of GPUs was forced on a CPU.
+    #[error("the {variant} variant runs on GPUs only")]
+    NoGpu {
+        /// The variant's name.
+        variant: &'static str,
+    },
     /// The wgmma variant was forced on a device that is no such GPU, or in a build without CUDA.
     #[error(
         "the wgmma variant runs on NVIDIA GPUs of compute capability 9.0 only, with the `cuda` feature"

@@ -8,14 +8,16 @@ use cubecl::std::tensor::TensorHandle;
 use crate::blueprint::{Blueprint, Strategy};
 use crate::error::Error;
 use crate::math::narrow::narrow;
-use crate::operand::{F32, addressable, contiguous, count, empty, offset, whole, widest};
+use crate::operand::{
+    F32, addressable, contiguous, count, empty, float_dtype, offset, whole, widest,
+};
 
-/// The operands whose gradients are computed. The product of one that is left out is not.
+/// Which gradients to compute. The product for one that is left out is skipped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Wanted {
-    /// That of the embeddings.
+    /// The gradient of the embeddings.
     pub embeddings: bool,
-    /// That of the class weights.
+    /// The gradient of the class weights.
     pub weights: bool,
 }
 
@@ -25,12 +27,12 @@ impl Wanted {
         embeddings: true,
         weights: true,
     };
-    /// That of the embeddings alone: the heads are frozen.
+    /// The embeddings' alone: the heads are frozen.
     pub const EMBEDDINGS: Self = Self {
         embeddings: true,
         weights: false,
     };
-    /// That of the class weights alone: what made the embeddings is frozen.
+    /// The class weights' alone: what made the embeddings is frozen.
     pub const WEIGHTS: Self = Self {
         embeddings: false,
         weights: true,
@@ -44,14 +46,14 @@ impl Wanted {
 /// The gradients of a cosine head's operands that were asked for, contiguous and of the operands' dtype.
 #[derive(Clone, Debug, Default)]
 pub struct Gradients {
-    /// `[heads, rows, dim]`; rows that are ignored have zeros.
+    /// `[heads, rows, dim]`; rows that are ignored have zeros, if their embeddings are finite.
     pub embeddings: Option<TensorHandle>,
     /// `[heads, classes, dim]`; the rows `K..classes` have zeros.
     pub weights: Option<TensorHandle>,
 }
 
 impl Gradients {
-    /// New gradients, head `h` times `by_head[h]` (f32, `[heads]`): for when the gradient that arrives is only known after
+    /// New gradients, head `h` times `by_head[h]` (f32, `[heads]`): for an upstream gradient that is only known after
     /// [`forward_backward`](crate::cosine_cross_entropy::forward_backward).
     ///
     /// # Errors
@@ -84,6 +86,13 @@ pub(crate) fn scaled(
             expected: "3 axes".into(),
         });
     };
+    if shape.contains(&0) {
+        return Err(Error::Empty {
+            operand,
+            got: shape,
+        });
+    }
+    float_dtype(client, operand, gradient.dtype)?;
     contiguous(client, operand, gradient, &shape, gradient.dtype)?;
     contiguous(client, "factors", by_head, &[heads], F32)?;
     addressable(operand, count(&shape))?;

@@ -1,5 +1,5 @@
 //! CubeCL kernels for cosine-classifier heads: many heads at once, at any number of classes, on any CubeCL device.
-//! [`cosine_cross_entropy`] takes no memory that grows with `rows × classes`: its workspaces are bounded.
+//! Beside its outputs [`cosine_cross_entropy`] takes no memory that grows with `rows × classes`; its page has the numbers.
 //!
 //! | op | what it does |
 //! |---|---|
@@ -9,18 +9,18 @@
 //! | [`class_means`] | prototype averaging, streamed over batches |
 //! | [`reconstruction`] | `1 − mean cos(whole, first + second)` |
 //!
-//! Float operands are [`TensorHandle`](cubecl::std::tensor::TensorHandle)s of f32, f16 or bf16, all of a call of one dtype,
-//! accumulated in f32; the last axis is packed (stride 1), the others have any stride. Labels are i32, i64 or u32; they and
-//! the gradients of losses are contiguous. Inputs are never modified, results are new contiguous tensors, and the same input gives the
-//! same bits on the same device.
+//! Float operands are [`TensorHandle`](cubecl::std::tensor::TensorHandle)s of f32, f16 or bf16. All operands of a product have one
+//! dtype; sums, losses and the gradients of losses are f32. The last axis of an operand is packed (stride 1), the others may have any
+//! stride. Labels are i32, i64 or u32; they and the gradients of losses are contiguous. Inputs are never modified, results are new
+//! contiguous tensors, and the same input gives the same bits on the same device.
 //!
 //! Shapes, strides, dtypes, devices and options are checked before anything is launched, and what does not fit is an [`Error`] with
-//! the numbers. The values of labels are only known to the device: a row whose label is no class counts as ignored, and whatever
-//! waits for a result (`check`, `read`, `read_total` and its like; `check` in Burn) returns [`Error::Label`]. Raw handles and
-//! gradients can be read without that, so check first.
+//! the numbers. The values of labels are only known to the device: a row whose label is not a class counts as ignored, and every
+//! function that waits for a result (`check`, `read` and the other `read_…`; in Burn only `check`) returns [`Error::Label`]. Reading raw
+//! handles or gradients does not check, so call `check` first.
 //!
-//! The crate links no runtime of its own accord: turn on `cpu`, `cuda` or `wgpu`, here or in `cubecl`. `examples/step.rs` is a whole
-//! program.
+//! By default the crate links no runtime: turn on `cpu`, `cuda` or `wgpu`. Turn them on here rather than only in `cubecl`, since Burn's
+//! functions and the CUDA kernels' own instructions need them. `examples/step.rs` is a whole program.
 //!
 //! | feature | |
 //! |---|---|

@@ -7,7 +7,7 @@ use cubecl::prelude::*;
 use cubecl::server::Handle;
 use cubecl::std::tensor::TensorHandle;
 
-use crate::blueprint::Blueprint;
+use crate::blueprint::{Blueprint, PLANE_UNITS};
 use crate::error::Error;
 
 /// f32, the dtype of everything that is accumulated or saved.
@@ -76,19 +76,24 @@ impl Strided {
         // Gradients are as large, whatever the strides are.
         at_most(operand, count(&shape), isize::MAX as u128 / 8)?;
         let elements = elements_of(tensor);
+        let wrong = |strides| Error::Strides {
+            operand,
+            shape: shape.clone(),
+            strides,
+            elements,
+            expected: "the last axis packed (stride 1)",
+        };
+        if strides.len() != rank {
+            return Err(wrong(strides));
+        }
         let last = shape.iter().zip(&strides).fold(0u128, |last, (&n, &s)| {
             last.saturating_add((n as u128 - 1) * s as u128)
         });
         let packed = shape[rank - 1] == 1 || strides[rank - 1] == 1;
         if !packed || last >= elements as u128 {
-            return Err(Error::Strides {
-                operand,
-                shape,
-                strides,
-                elements,
-                expected: "the last axis packed (stride 1)",
-            });
+            return Err(wrong(strides));
         }
+        aligned(client, operand, tensor)?;
         addressed(client, operand, elements as u128)?;
         let stride = |axis: usize| if shape[axis] == 1 { 0 } else { strides[axis] };
         Ok(Self {
@@ -223,11 +228,11 @@ pub(crate) fn contiguous(
         });
     }
     let elements = elements_of(tensor);
-    let mut packed = 1;
-    let mut is_contiguous = true;
+    let mut packed = 1usize;
+    let mut is_contiguous = shape.len() == strides.len();
     for (&length, &stride) in shape.iter().zip(&strides).rev() {
         is_contiguous &= length == 1 || stride == packed;
-        packed *= length;
+        packed = packed.saturating_mul(length);
     }
     if !is_contiguous || count(&shape) > elements as u128 {
         return Err(Error::Strides {
@@ -238,7 +243,25 @@ pub(crate) fn contiguous(
             expected: "contiguous ones",
         });
     }
-    Ok(())
+    aligned(client, operand, tensor)
+}
+
+/// Refuses a tensor that begins inside its buffer where wgpu can bind none, and would panic. Elsewhere an address is a pointer.
+fn aligned(client: &Client, operand: &'static str, tensor: &TensorHandle) -> Result<(), Error> {
+    let properties = client.properties();
+    let hardware = &properties.hardware;
+    let has_pointers =
+        hardware.num_cpu_cores.is_some() || hardware.num_streaming_multiprocessors.is_some();
+    let offset = tensor.handle.offset_start.unwrap_or(0);
+    let alignment = properties.memory.alignment;
+    if has_pointers || offset.is_multiple_of(alignment) {
+        return Ok(());
+    }
+    Err(Error::Offset {
+        operand,
+        offset,
+        alignment,
+    })
 }
 
 /// Refuses what is no dtype of float operands, or not one of the device's.
@@ -378,9 +401,12 @@ pub(crate) fn memory_beside(client: &Client, bytes: usize, largest: usize) -> Ha
     }
 }
 
+/// Elements that 32-bit indices reach: a unit goes on by as many elements as a grid has units, beyond the last.
+pub(crate) const REACH: u32 = u32::MAX - 65_535 * PLANE_UNITS as u32;
+
 /// The indices of a kernel whose buffers have so many elements.
 pub(crate) fn address_type(elements: &[usize]) -> AddressType {
-    let wide = elements.iter().any(|&count| count > u32::MAX as usize);
+    let wide = elements.iter().any(|&count| count > REACH as usize);
     if wide {
         AddressType::U64
     } else {
@@ -402,7 +428,7 @@ pub(crate) fn addressed(
 
 /// Refuses what 32-bit indices cannot reach.
 pub(crate) fn addressable(operand: &'static str, elements: u128) -> Result<(), Error> {
-    at_most(operand, elements, u128::from(u32::MAX))
+    at_most(operand, elements, REACH.into())
 }
 
 /// Refuses what no buffer of the device holds. CubeCL would find it out after the launch, and leave what a later launch writes as if

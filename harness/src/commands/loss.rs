@@ -33,7 +33,7 @@ pub(crate) struct Arguments {
     /// and `grad_prototypes [H,C,D]`, in the dtype of the input; all else is f32, predictions are i64.
     #[arg(long)]
     out: PathBuf,
-    /// What cosines are multiplied with: the inverse temperature.
+    /// The factor on the cosines: the inverse temperature.
     #[arg(long, default_value_t = 16.0, allow_hyphen_values = true)]
     scale: f32,
     /// Only the first K classes take part.
@@ -50,7 +50,7 @@ pub(crate) struct Arguments {
         allow_hyphen_values = true
     )]
     label_smoothing: f32,
-    /// The label of rows that are left out (u32 labels cannot be the default).
+    /// The label of rows that are left out (the default matches no u32 label).
     #[arg(long, value_name = "I", default_value_t = -100, allow_negative_numbers = true)]
     ignore_index: i32,
     /// A weight for each head, separated by commas, for `total` and the gradients.

@@ -24,7 +24,7 @@ pub(crate) struct Arguments {
     /// The number of classes K; if absent, one more than the highest label that is not ignored.
     #[arg(long, value_name = "K", allow_negative_numbers = true)]
     classes: Option<usize>,
-    /// Rows with this label are left out (u32 labels cannot have the default).
+    /// Rows with this label are left out (the default matches no u32 label).
     #[arg(long, default_value_t = -100, allow_negative_numbers = true)]
     ignore_index: i32,
     /// Normalize each embedding before averaging.

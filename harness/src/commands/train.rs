@@ -16,9 +16,9 @@ use crate::training::sessions;
 
 /// How a run goes, after the options.
 const PROTOCOL: &str = "\
-Of 35 keywords, in the order of their names, the first 20 are base classes, which are trained, and the others come in five sessions \
-of three, of which the speech head knows the means of up to 5 clips each; with fewer keywords there are fewer sessions, and with \
-fewer than 7 none. The table has a line a session: accuracy in percent on the test clips of all classes so far, of the base \
+Of 35 keywords the first 20 by name are base classes, which are trained. The others come in five sessions of three, of which the \
+speech head knows the means of up to 5 clips each. With more keywords there are more base classes, with fewer there are fewer \
+sessions, and with fewer than 7 none. The table has a line a session: accuracy in percent on the test clips of all classes so far, of the base \
 classes (seen), of the others (unseen), and the harmonic mean of these two.";
 
 /// What a Speech-Commands folder is, after the options.
@@ -30,16 +30,16 @@ validation_list.txt are left out. Folders whose names begin with _ or a dot are 
 #[derive(Args)]
 #[command(after_help = format!("{PROTOCOL}\n\n{FOLDER}"))]
 pub(crate) struct Train {
-    /// A Speech-Commands folder: `DIR/<keyword>/*.wav` with `testing_list.txt`.
+    /// Train on a Speech-Commands folder: `DIR/<keyword>/*.wav` with `testing_list.txt`. Needed unless --synthetic.
     #[arg(long, value_name = "DIR", conflicts_with_all = ["synthetic", "keywords", "voices"])]
     data: Option<PathBuf>,
-    /// Train on synthesised keywords: needs no file.
+    /// Train on synthesised keywords instead: needs no files.
     #[arg(long)]
     synthetic: bool,
     /// The folder of the run.
     #[arg(long, value_name = "RUN", default_value = "runs/latest")]
     out: PathBuf,
-    /// Continue a run that was broken off, with the options that it began with.
+    /// Continue an interrupted run, with the options that it began with.
     #[arg(long)]
     resume: bool,
     /// Passes over the base classes' clips.
@@ -48,10 +48,10 @@ pub(crate) struct Train {
     /// Clips per step.
     #[arg(long, default_value_t = 128, allow_negative_numbers = true)]
     batch: usize,
-    /// The encoder's width, 1 to 64: 8 gives embeddings of 256.
+    /// The encoder's width, 1 to 64: embeddings have 32 times as many columns.
     #[arg(long, default_value_t = 8, allow_negative_numbers = true)]
     tau: usize,
-    /// What cosines are multiplied with: the inverse temperature.
+    /// The factor on the cosines: the inverse temperature.
     #[arg(long, default_value_t = 16.0, allow_hyphen_values = true)]
     scale: f64,
     /// The highest learning rate, before cosine decay.

@@ -17,6 +17,7 @@ use super::total;
 use crate::class_means::ClassSums;
 use crate::gradients::scaled;
 use crate::loss::{LossOutput, Saved};
+use crate::operand::REACH;
 use crate::{
     Error, Upstream, Wanted, cosine_cross_entropy as fused, cosine_logits as logits, cross_entropy,
     reconstruction,
@@ -34,7 +35,7 @@ fn operand(tensor: CubeTensor) -> TensorHandle {
     let tensor = untile(tensor);
     let is_packed = tensor.meta.strides().last() == Some(&1);
     let elements = tensor.handle.size() / tensor.dtype.size() as u64;
-    let tensor = if is_packed && elements <= u32::MAX.into() {
+    let tensor = if is_packed && elements <= REACH.into() {
         tensor
     } else {
         into_contiguous(tensor)

@@ -22,9 +22,9 @@ pub struct CosineHeadsConfig {
     pub classes: usize,
     /// D
     pub dim: usize,
-    /// K: the classes that take part, the first of them; all if absent. What is 0, or more than C, the calls refuse.
+    /// K: the first classes, which take part; all if absent. 0, or more than C, is refused when the heads are used, not by `init`.
     pub active: Option<usize>,
-    /// What cosines are multiplied with.
+    /// The factor on the cosines.
     #[config(default = 16.0)]
     pub scale: f64,
     /// Whether f32 products may round their operands to TF32 on an NVIDIA GPU.
@@ -88,7 +88,7 @@ pub struct HeadsLoss {
 }
 
 impl CosineHeads {
-    /// What would make heads like these. A record holds the class weights alone: keep this beside it, and load into
+    /// The configuration of these heads. A record holds only the class weights: save this with it, and load the record into
     /// `config.init(device)`.
     pub fn config(&self) -> CosineHeadsConfig {
         let [heads, classes, dim] = self.weight.dims();
@@ -107,7 +107,7 @@ impl CosineHeads {
         self.active
     }
 
-    /// What cosines are multiplied with.
+    /// The factor on the cosines.
     pub fn scale(&self) -> f64 {
         self.scale
     }
@@ -204,8 +204,8 @@ impl CosineHeads {
     }
 
     /// Replaces the first `active` class weights of every head with the means of `embeddings [heads, rows, dim]` by label. A class
-    /// without rows keeps its weights, so the examples of new classes can be given alone. What is returned beside says how many rows
-    /// each class had, and of bad labels. How many classes take part in logits and losses stays as it is: see
+    /// without rows keeps its weights, so you can pass examples of new classes only. The returned [`ClassMeans`] counts the rows of each
+    /// class, and [`check`](ClassMeans::check) reports bad labels. How many classes take part in logits and losses stays as it is: see
     /// [`with_active`](Self::with_active).
     ///
     /// # Errors

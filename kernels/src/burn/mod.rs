@@ -1,14 +1,14 @@
 //! The ops as functions on [Burn](https://burn.dev) tensors, differentiable on an autodiff device, and a module to put
 //! in a model.
 //!
-//! They run on CubeCL's devices (with the crate's features `cpu`, `cuda` and `wgpu`), under Burn's fusion with the feature
-//! `fusion`, which has to be on where Burn's is. Shapes and options are checked at the call and returned as an [`Error`]; the
+//! They run on CubeCL's devices, with the crate's features `cpu`, `cuda` and `wgpu`. If Burn's fusion is on, the feature `fusion` must
+//! be on too. Shapes and options are checked at the call and returned as an [`Error`]; the
 //! operands of a product have fewer than 2³² elements together, the padding that kernels add included. Labels are data on the device: a row whose
-//! label is no class counts as ignored, and only [`CrossEntropy::check`] and [`ClassMeans::check`] tell. The strategy of options is
-//! ignored: the device picks the variant. Of the results only losses, logits and reconstruction are differentiable.
+//! label is not a class counts as ignored, and only [`CrossEntropy::check`] and [`ClassMeans::check`] report it. The `strategy` of options
+//! is ignored: the device picks the variant. Only losses, logits and reconstruction are differentiable.
 //!
-//! On a CPU, wait for every step, as `check` does: a thread that runs ahead of Burn's and CubeCL's queues takes a core from the
-//! kernels, and a small step then takes ten times as long.
+//! On a CPU, wait for every step, as `check` does: a thread that fills Burn's and CubeCL's queues takes a core from the kernels, and a
+//! small step then takes ten times as long.
 
 mod autodiff;
 mod cube;
@@ -467,7 +467,7 @@ mod tests {
             Err(Error::TooLarge {
                 operand: "class weights",
                 elements: 4_352_000_000,
-                most: u32::MAX.into()
+                most: operand::REACH.into()
             })
         );
         assert_eq!(sized("class weights", &[1, 16_000_000, 256]), Ok(()));

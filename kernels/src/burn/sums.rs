@@ -11,7 +11,7 @@ use crate::class_means::SUMS_STATUS_FIELDS;
 use crate::{Error, Strategy, class_means as means};
 
 /// Sums of rows by class, over batches: [`class_means::ClassSums`](crate::class_means::ClassSums) on Burn tensors. Not [`Clone`], since
-/// a copy would share the buffers. To be used from one thread, since CubeCL orders what one thread does.
+/// a copy would share the buffers. Use it from one thread: CubeCL orders only the calls of one thread.
 ///
 /// # Examples
 /// ```no_run

@@ -17,7 +17,7 @@ use crate::operand::{
     whole, widest,
 };
 
-/// What is averaged.
+/// Options of [`ClassSums`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Options {
@@ -43,8 +43,8 @@ impl Default for Options {
 /// Of a state's status: rows with a bad label, the first of them in its batch, its label in [`halves`](crate::loss::target::halves).
 pub(crate) const SUMS_STATUS_FIELDS: usize = 4;
 
-/// Sums and counts of rows by class, on the device. Not [`Clone`], since a copy would share the buffers. To be used from one thread,
-/// since CubeCL orders what one thread does.
+/// Sums and counts of rows by class, on the device. Not [`Clone`], since a copy would share the buffers. Use it from one thread:
+/// CubeCL orders only the calls of one thread.
 ///
 /// # Examples
 /// ```no_run
@@ -68,7 +68,7 @@ pub(crate) const SUMS_STATUS_FIELDS: usize = 4;
 #[derive(Debug)]
 pub struct ClassSums {
     pub(super) sums: TensorHandle,    // f32, [lanes, heads, classes, dim]
-    pub(super) carries: TensorHandle, // f32, of the same shape: what rounding has taken, to be subtracted
+    pub(super) carries: TensorHandle, // f32, of the same shape: the rounding error of the sums, to be subtracted
     pub(super) counts: TensorHandle,  // u32, [classes]
     pub(super) status: TensorHandle,  // u32, [SUMS_STATUS_FIELDS]
     pub(super) options: Options,
@@ -135,7 +135,8 @@ impl ClassSums {
         &self.sums
     }
 
-    /// f32, of the shape of the sums, unspecified where they are: what rounding has taken from them so far, to be subtracted.
+    /// f32, of the shape of the sums, and unspecified where they are: the rounding error of the sums so far. The compensated sum is
+    /// `sums − carries`.
     pub fn carries(&self) -> &TensorHandle {
         &self.carries
     }
@@ -272,8 +273,8 @@ impl ClassSums {
         Ok(())
     }
 
-    /// A copy of `weights [heads, stored, dim]` whose first `classes` rows are the class means. A class without
-    /// rows keeps its old row, and so do the rows behind.
+    /// A copy of `weights [heads, stored, dim]`, of their dtype, whose first `classes` rows are the class means. A class without rows
+    /// keeps its old weights, as do the classes behind.
     ///
     /// # Errors
     /// A typed [`Error`] if the weights do not fit.

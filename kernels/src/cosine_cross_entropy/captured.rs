@@ -12,16 +12,17 @@ use crate::error::Error;
 use crate::gradients::{Gradients, Wanted};
 use crate::loss::{LossOutput, Upstream};
 
-/// A [`forward_backward`] over the same buffers again and again, without the host's part of its launches: on CUDA and HIP one
-/// graph launch, on wgpu prepared dispatches. Where a device records no graphs, as a CPU does, it is the call itself.
+/// A [`forward_backward`] that is recorded once and replayed over the same buffers, so that the host does not launch each kernel
+/// again: on CUDA and HIP a replay is one graph launch, on wgpu prepared dispatches. On a device that records no graphs, such as a
+/// CPU, a replay is the ordinary call.
 ///
-/// New embeddings, weights or labels are written into the handles of [`inputs`](Self::inputs) before a replay. After it, take
-/// [`output`](Self::output) and [`gradients`](Self::gradients) anew: where the step was recorded they are the same buffers each
+/// Write new embeddings, weights or labels into the handles of [`inputs`](Self::inputs) before a replay. After it, call
+/// [`output`](Self::output) and [`gradients`](Self::gradients) again: where the step was recorded they are the same buffers each
 /// time, otherwise new ones. The gradients have the same bits as those of [`forward_backward`].
 ///
 /// It stays on the thread that recorded it, since that is what orders writes, replays and reads: a client's stream is its
-/// thread's. Clones of its handles must not be written or read from another thread, nor by a client that was moved to another
-/// stream by hand, while it replays: the values would be of before or after, or of both.
+/// thread's. Clones of its handles must not be written or read from another thread while it replays, nor by a client that was moved
+/// to another stream by hand: they might see old values, new ones, or a mix.
 ///
 /// # Examples
 /// ```no_run

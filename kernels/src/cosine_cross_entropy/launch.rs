@@ -28,11 +28,11 @@ pub struct Inputs {
     pub labels: TensorHandle,
 }
 
-/// What the loss is.
+/// Options of [`forward`], [`backward`] and [`forward_backward`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Options {
-    /// What cosines are multiplied with: the inverse temperature. Any finite number; it has no gradient.
+    /// The factor on the cosines: the inverse temperature. Any finite number; it has no gradient.
     pub scale: f32,
     /// K: only the classes `0..K` take part; all of them if absent.
     pub active: Option<usize>,
@@ -87,13 +87,13 @@ pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<Lo
     })
 }
 
-/// The gradients of the operands, from a [`forward`] with the same inputs and options. May be called again.
+/// The gradients of the operands, from the output of [`forward`]. It can be called more than once.
 ///
-/// Inputs, scale, active classes and ignored label must be those of the forward pass, which is not checked; the reduction, label
-/// smoothing and head weights may be others.
+/// Inputs, scale, active classes and ignored label must be those of the forward pass; this is not checked. Reduction, label smoothing
+/// and head weights may differ.
 ///
 /// # Errors
-/// As [`forward`], of the upstream gradient and of `output`, too.
+/// As [`forward`], and if the upstream gradient or `output` does not fit.
 pub fn backward(
     client: &Client,
     inputs: &Inputs,
@@ -134,11 +134,10 @@ pub(crate) fn backward_from(
 /// [`forward`] and [`backward`] in one, for when the upstream gradient is known beforehand, as it is where the loss itself
 /// is minimized.
 ///
-/// On a CPU it saves the second computation of the logits, as long as their exponentials find a place to wait in: a bounded workspace,
-/// a chunk of rows at a time, or the memory of `dW`. On a GPU it does so for a small step, and, if the scale is positive, in f32
-/// multiply-adds, for the classes that a bounded workspace holds at once where those are a quarter of all or more. The results agree
-/// with those of the two calls to f32's rounding, not to the bit.
-/// `examples/step.rs` is a whole program around it.
+/// It usually computes the logits once, not twice. On a CPU it does as long as their exponentials find a place to wait in: a bounded
+/// workspace, a chunk of rows at a time, or the memory of `dW`. On a GPU it does for a small step; and in f32 multiply-adds, if the
+/// scale is positive, for the classes that a bounded workspace holds at once, if those are at least a quarter of all. The results agree
+/// with those of the two calls up to f32's rounding, not to the bit. `examples/step.rs` is a whole program around it.
 ///
 /// # Errors
 /// As [`forward`] and [`backward`].

@@ -10,7 +10,7 @@
 //! ```
 //!
 //! It is `F.cross_entropy(scale * F.linear(F.normalize(x), F.normalize(w))[:, :K], y)` of PyTorch, per head. The
-//! backward pass rebuilds the logits a tile at a time from the saved `lse`:
+//! backward pass multiplies the logits again, a tile at a time, and the saved `lse` turns them into probabilities:
 //!
 //! ```text
 //! g  = u · (e^(z − lse) − t)
@@ -26,8 +26,8 @@
 //!
 //! | device | |
 //! |---|---|
-//! | CPU | 60 MiB, or 8 MiB a core where there are many; more only where a panel of rows and 32 classes for each core are more, and where f16 or bf16 gradients of a head with more rows than fit are carried in f32 |
-//! | GPU | 160 MiB for what has a class axis, or one tile of classes with all rows; a copy of the embeddings and their gradient in f32, rows and columns padded to whole tiles of 64 or 128; `12·H·N` bytes (`16` with label smoothing) for each part that a row's softmax is found in; up to 32 MiB for either operand where its gradient is summed in parts |
+//! | CPU | 60 MiB, or 8 MiB a core if that is more. More only if a panel of rows and 32 classes for each core do not fit; and in f16 and bf16 if a head's rows do not fit: its weight gradients are then carried in f32 |
+//! | GPU | 160 MiB for everything with a class axis, or one tile of classes × all rows if that is more; a copy of the embeddings and their gradient in f32, rows and columns padded to whole tiles of 64 or 128; `12·H·N` bytes (`16` with label smoothing) for each part that a row's softmax is found in; up to 32 MiB for either operand where its gradient is summed in parts |
 //! | GPU, a small step | the logit gradients, at most 32 MiB |
 //!
 //! Every output element has one owner that adds in a fixed order, so the same input gives the same bits on the same device.

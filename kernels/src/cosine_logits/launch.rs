@@ -19,11 +19,11 @@ pub struct Inputs {
     pub weights: TensorHandle,
 }
 
-/// What the logits are.
+/// Options of [`forward`] and [`backward`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Options {
-    /// What cosines are multiplied with: the inverse temperature.
+    /// The factor on the cosines: the inverse temperature.
     pub scale: f32,
     /// K: only the classes `0..K` take part; all of them if absent.
     pub active: Option<usize>,

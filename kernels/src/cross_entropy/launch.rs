@@ -20,7 +20,7 @@ pub struct Inputs {
     pub labels: TensorHandle,
 }
 
-/// What the loss is.
+/// Options of [`forward`] and [`backward`].
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Options {
@@ -92,7 +92,7 @@ pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<Lo
     ))
 }
 
-/// The gradient of the logits, `[heads, rows, classes]`, contiguous, of their dtype. May be called again.
+/// The gradient of the logits, `[heads, rows, classes]`, contiguous, of their dtype. It can be called more than once.
 ///
 /// # Errors
 /// As [`forward`]; and a typed [`Error`] if the upstream gradient or `output` does not fit.

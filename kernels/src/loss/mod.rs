@@ -19,12 +19,12 @@ use crate::error::Error;
 use crate::operand::{F32, Labels, U32, contiguous};
 use reduce::STATUS_FIELDS;
 
-/// The gradient that arrives at a loss from above. A loss without heads is its own total.
+/// The gradient that arrives at a loss from above. [`reconstruction`](crate::reconstruction) has no heads: its loss is its total.
 #[derive(Clone, Debug)]
 pub enum Upstream {
-    /// Of the weighted total, `Σ_h α_h · Σ loss[h]`.
+    /// The gradient of the weighted total, `Σ_h α_h · Σ loss[h]`.
     Total(f32),
-    /// Of the loss: f32, contiguous, `[heads]`, or `[heads, rows]` under [`Reduction::None`], or `[1]` where there are no heads.
+    /// The gradient of each loss: f32, contiguous, `[heads]`, or `[heads, rows]` under [`Reduction::None`], or `[1]` where there are no heads.
     /// The head weights take no part.
     Loss(TensorHandle),
 }
@@ -44,7 +44,7 @@ pub struct LossOutput {
     pub total: TensorHandle,
     /// f32, `[heads, rows]`: `ln Σ_c e^z`, for the backward pass.
     pub lse: TensorHandle,
-    /// u32, `[heads, rows]`: the class of the highest logit, the first of them.
+    /// u32, `[heads, rows]`: the class of the highest logit; of equal ones, the first.
     pub predictions: TensorHandle,
     /// u32, `[3]`: rows that count, rows whose label is invalid, the first of these (`u32::MAX − 1` if there is none).
     pub status: TensorHandle,
@@ -123,12 +123,17 @@ impl LossOutput {
     /// # Errors
     /// As [`check`](Self::check).
     pub fn read(&self, client: &Client) -> Result<LossValues, Error> {
-        let tensors = [&self.total, &self.loss, &self.predictions];
+        contiguous(client, "total", &self.total, &[1], F32)?;
+        let tensors = [
+            (&self.total, F32),
+            (&self.loss, F32),
+            (&self.predictions, U32),
+        ];
         let (counted, [total, loss, predictions]) = self.read_checked(client, tensors)?;
         Ok(LossValues {
-            total: f32::from_bytes(&total)[0],
-            loss: f32::from_bytes(&loss).to_vec(),
-            predictions: u32::from_bytes(&predictions).to_vec(),
+            total: values(&total, &self.total)[0],
+            loss: values(&loss, &self.loss),
+            predictions: values(&predictions, &self.predictions),
             counted,
         })
     }
@@ -138,8 +143,9 @@ impl LossOutput {
     /// # Errors
     /// As [`check`](Self::check).
     pub fn read_total(&self, client: &Client) -> Result<f32, Error> {
-        let (_, [total]) = self.read_checked(client, [&self.total])?;
-        Ok(f32::from_bytes(&total)[0])
+        contiguous(client, "total", &self.total, &[1], F32)?;
+        let (_, [total]) = self.read_checked(client, [(&self.total, F32)])?;
+        Ok(values(&total, &self.total)[0])
     }
 
     /// Waits, and reads the loss: `heads` numbers, or `heads · rows` under [`Reduction::None`].
@@ -147,8 +153,8 @@ impl LossOutput {
     /// # Errors
     /// As [`check`](Self::check).
     pub fn read_loss(&self, client: &Client) -> Result<Vec<f32>, Error> {
-        let (_, [loss]) = self.read_checked(client, [&self.loss])?;
-        Ok(f32::from_bytes(&loss).to_vec())
+        let (_, [loss]) = self.read_checked(client, [(&self.loss, F32)])?;
+        Ok(values(&loss, &self.loss))
     }
 
     /// Waits, and reads the `heads · rows` predictions.
@@ -156,39 +162,41 @@ impl LossOutput {
     /// # Errors
     /// As [`check`](Self::check).
     pub fn read_predictions(&self, client: &Client) -> Result<Vec<u32>, Error> {
-        let (_, [predictions]) = self.read_checked(client, [&self.predictions])?;
-        Ok(u32::from_bytes(&predictions).to_vec())
+        let tensors = [(&self.predictions, U32)];
+        let (_, [predictions]) = self.read_checked(client, tensors)?;
+        Ok(values(&predictions, &self.predictions))
     }
 
     /// How many rows count, and some tensors, if every label is a class or ignored.
     fn read_checked<const N: usize>(
         &self,
         client: &Client,
-        tensors: [&TensorHandle; N],
+        tensors: [(&TensorHandle, ElemType); N],
     ) -> Result<(usize, [Bytes; N]), Error> {
         contiguous(client, "status", &self.status, &[STATUS_FIELDS], U32)?;
-        for tensor in tensors {
-            contiguous(client, "a result", tensor, tensor.shape(), tensor.dtype)?;
+        for (tensor, dtype) in tensors {
+            contiguous(client, "a result", tensor, tensor.shape(), dtype)?;
         }
-        let mut handles: Vec<_> = tensors.map(|tensor| tensor.handle.clone()).into();
+        let mut handles: Vec<_> = tensors.map(|(tensor, _)| tensor.handle.clone()).into();
         handles.push(self.status.handle.clone());
         let mut read = client.read(handles).map_err(Error::device)?;
-        let status = read.pop().map(|bytes| u32::from_bytes(&bytes).to_vec());
-        let (Some(&[counted, invalid, first]), Ok(values)) = (status.as_deref(), read.try_into())
+        let status: Option<Vec<u32>> = read.pop().map(|bytes| values(&bytes, &self.status));
+        let (Some(&[counted, invalid, first]), Ok(read)) = (status.as_deref(), read.try_into())
         else {
             return Err(Error::Device("a read returned too few buffers".into()));
         };
         if invalid == 0 {
-            return Ok((counted as usize, values));
+            return Ok((counted as usize, read));
         }
         let row = first as usize;
         let labels = client
             .read_one(self.labels.handle.clone())
             .map_err(Error::device)?;
-        let label = match self.labels.dtype {
-            ElemType::Int(IntKind::I32) => i32::from_bytes(&labels).get(row).map(|&l| l.into()),
-            ElemType::Int(_) => i64::from_bytes(&labels).get(row).copied(),
-            _ => u32::from_bytes(&labels).get(row).map(|&l| l.into()),
+        let of = &self.labels;
+        let label: Option<i64> = match of.dtype {
+            ElemType::Int(IntKind::I32) => values::<i32>(&labels, of).get(row).map(|&l| l.into()),
+            ElemType::Int(_) => values::<i64>(&labels, of).get(row).copied(),
+            _ => values::<u32>(&labels, of).get(row).map(|&l| l.into()),
         };
         let label =
             label.ok_or_else(|| Error::Device(format!("there is no label of row {row}")))?;
@@ -199,4 +207,10 @@ impl LossOutput {
             rows: invalid as usize,
         })
     }
+}
+
+/// The values of a tensor that was proved, of what was read from its buffer, which may hold more.
+fn values<T: CubeElement>(bytes: &[u8], tensor: &TensorHandle) -> Vec<T> {
+    let count: usize = tensor.shape().iter().product();
+    T::from_bytes(&bytes[..count * size_of::<T>()]).to_vec()
 }

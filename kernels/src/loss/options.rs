@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
 
-/// What becomes of the losses of a head's rows (torch's `reduction`).
+/// How the losses of a head's rows are reduced (torch's `reduction`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Reduction {
@@ -42,8 +42,8 @@ pub struct LossOptions {
     pub reduction: Reduction,
     /// ε, between 0 and 1.
     pub label_smoothing: f32,
-    /// A row with this label has no loss and no gradient, if its embedding is finite: what is NaN spreads through the products of the
-    /// fused op. It may be a valid class. Labels of u32 can equal no negative one.
+    /// Rows with this label have no loss and no gradient. Their embeddings must be finite: a NaN spreads through the products of the
+    /// fused op. It may be the index of a class. A negative one matches no u32 label.
     pub ignore_index: i32,
     /// α of `total = Σ_h α_h · loss_h`, one a head; all 1 if absent.
     pub head_weights: Option<Vec<f32>>,

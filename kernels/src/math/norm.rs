@@ -67,7 +67,8 @@ pub(crate) fn row_norm<F: Float, N: Size>(
 /// What a row of this norm is multiplied with.
 #[cube]
 pub(crate) fn inverse_norm(norm: f32) -> f32 {
-    1.0 / max(norm, EPSILON)
+    // A norm that is NaN stays: `max` would take the other.
+    1.0 / select(norm < EPSILON, EPSILON, norm)
 }
 
 /// `along`, the product of a row with its gradient, or nothing where the norm was clamped and the length of the row is free.

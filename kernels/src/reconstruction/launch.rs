@@ -23,7 +23,7 @@ pub struct Inputs {
     pub second: TensorHandle,
 }
 
-/// How it runs.
+/// Options of [`forward`] and [`backward`].
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Options {
@@ -32,12 +32,12 @@ pub struct Options {
     pub strategy: Strategy,
 }
 
-/// The operands whose gradients are computed; what is left out costs nothing.
+/// Which gradients to compute; one that is left out costs nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Wanted {
-    /// That of the whole.
+    /// The gradient of the whole.
     pub whole: bool,
-    /// That of either part.
+    /// The gradient of the parts: both have the same.
     pub part: bool,
 }
 

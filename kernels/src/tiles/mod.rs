@@ -157,10 +157,13 @@ impl Tile {
     }
 
     fn checked(self, client: &Client, variant: &'static str) -> Result<Self, Error> {
+        let hardware = &client.properties().hardware;
+        if hardware.num_cpu_cores.is_some() {
+            return Err(Error::NoGpu { variant });
+        }
         if self.fits(client) {
             return Ok(self);
         }
-        let hardware = &client.properties().hardware;
         Err(Error::Variant {
             variant,
             needed: self.units(),

@@ -1,6 +1,7 @@
 //! Operands and options that the host can see to be wrong.
 
-use cubecl::ir::{AddressType, ElemType, UIntKind};
+use cubecl::ir::{AddressType, ElemType, IntKind, UIntKind};
+use cubecl::prelude::CubeElement;
 use cubecl::std::tensor::TensorHandle;
 use protohead::class_means::ClassSums;
 use protohead::cosine_cross_entropy::{Inputs, Options, backward, forward};
@@ -87,6 +88,9 @@ fn what_the_host_can_see_is_a_typed_error() {
         let mut outside = good();
         outside.embeddings.metadata.strides = vec![21, 5, 1].into();
         assert!(refused(outside, Options::default()).contains("in a buffer of 40 elements"));
+        let mut few = good();
+        few.embeddings.metadata.strides = vec![1].into();
+        assert!(refused(few, Options::default()).starts_with("embeddings has strides [1]"));
         let mut integers = good();
         integers.embeddings.dtype = ElemType::UInt(UIntKind::U32);
         assert!(refused(integers, Options::default()).starts_with("embeddings has dtype"));
@@ -163,6 +167,13 @@ fn a_handle_shorter_than_its_shape_says_is_refused() {
         refused(output.check(client), "status has dtype");
         output.status = status;
         assert_eq!(back(&output), Ok(()));
+        let total = std::mem::replace(&mut output.total, floats(client, &[2]));
+        refused(output.read(client).map(|_| ()), "total has shape [2]");
+        output.total = total;
+        let loss = std::mem::replace(&mut output.loss, labels(client, &[0, 1]));
+        refused(output.read_loss(client).map(|_| ()), "a result has dtype");
+        output.loss = loss;
+        assert_eq!(output.read(client).map(|_| ()), Ok(()));
 
         let whole = floats(client, &[4, 5]);
         let parts = reconstruction::Inputs {
@@ -271,6 +282,91 @@ fn rows_whose_packed_copy_no_buffer_of_the_device_holds_are_refused() {
     }
 }
 
+/// Labels may lie in a buffer that holds more, and no whole number of them.
+#[test]
+fn a_bad_label_is_told_whatever_lies_behind_the_labels() {
+    for device in devices() {
+        let client = &device.client;
+        let long = ElemType::Int(IntKind::I64);
+        if !client.properties().supports_type(long) {
+            continue;
+        }
+        let mut bytes: Vec<u8> = [0i64, 1, 9, 2]
+            .iter()
+            .flat_map(|l| l.to_le_bytes())
+            .collect();
+        bytes.extend([1, 2, 3, 4]);
+        let handle = client.create_from_slice(&bytes);
+        let inputs = Inputs {
+            labels: TensorHandle::new_contiguous([4], handle, long),
+            ..inputs(client)
+        };
+        let output = forward(client, &inputs, &Options::default()).expect("shapes fit");
+        assert_eq!(
+            output.check(client),
+            Err(Error::Label {
+                row: 2,
+                label: 9,
+                active: 3,
+                rows: 1
+            }),
+            "{}",
+            device.name
+        );
+    }
+}
+
+/// wgpu binds buffers at its own alignment only, and would panic.
+#[test]
+fn a_tensor_that_begins_inside_its_buffer_is_read_or_refused() {
+    for device in devices() {
+        let client = &device.client;
+        let good = inputs(client);
+        let mut elsewhere = good.clone();
+        let values: Vec<f32> = (0..43).map(|i| i as f32).collect();
+        let inside = client
+            .create_from_slice(f32::as_bytes(&values))
+            .offset_start(12);
+        elsewhere.embeddings.handle = inside;
+        let result = forward(client, &elsewhere, &Options::default()).map(|_| ());
+        match device.name {
+            "wgpu" => assert_eq!(
+                result,
+                Err(Error::Offset {
+                    operand: "embeddings",
+                    offset: 12,
+                    alignment: client.properties().memory.alignment
+                })
+            ),
+            _ => assert_eq!(result, Ok(()), "{}", device.name),
+        }
+    }
+}
+
+#[test]
+fn gradients_that_cannot_be_scaled_are_refused() {
+    for device in devices() {
+        let client = &device.client;
+        let scaled = |tensor: TensorHandle| {
+            let gradients = Gradients {
+                embeddings: Some(tensor),
+                weights: None,
+            };
+            let error = gradients.scaled(client, &floats(client, &[2])).map(drop);
+            error.expect_err("must be refused")
+        };
+        let mut integers = floats(client, &[2, 4, 5]);
+        integers.dtype = ElemType::Int(IntKind::I32);
+        assert!(matches!(scaled(integers), Error::Dtype { .. }));
+        let empty = TensorHandle::new_contiguous([2, 0, 5], client.empty(4), Dtype::F32.elem());
+        assert!(matches!(scaled(empty), Error::Empty { .. }));
+        let mut huge = floats(client, &[2, 4, 5]);
+        huge.metadata.shape = vec![1usize << 40, 1 << 30, 1].into();
+        huge.metadata.strides = vec![0, 0, 1].into();
+        assert!(matches!(scaled(huge), Error::Strides { .. }));
+    }
+}
+
 /// Rows and classes lie in one element, so that nothing but the result is large.
 #[test]
 fn results_that_no_buffer_of_the_device_holds_are_refused() {
@@ -284,7 +380,8 @@ fn results_that_no_buffer_of_the_device_holds_are_refused() {
             tensor
         };
         let page = client.properties().memory.max_page_size / 4;
-        let narrow = page.min(u32::MAX.into());
+        // A grid beyond the last element is within reach of 32-bit indices too.
+        let narrow = page.min(u64::from(u32::MAX) - 65_535 * 256);
         let on_cpu = client.properties().hardware.num_cpu_cores.is_some();
         let wide = !on_cpu && client.properties().supports_address(AddressType::U64);
         let rows_beyond = |most: u64| most as usize / CLASSES + 1;

@@ -22,7 +22,7 @@ fn a_variant_the_device_cannot_run_is_refused() {
                     matches!(result, Err(Error::NoHopper))
                 }
                 Variant::Plane | Variant::Cmma | Variant::Small if on_cpu => {
-                    matches!(result, Err(Error::Variant { .. }))
+                    matches!(result, Err(Error::NoGpu { .. }))
                 }
                 _ => result == Ok(()),
             };

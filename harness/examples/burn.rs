@@ -2,7 +2,7 @@
 //! a new class from five examples.
 //!
 //! ```sh
-//! cargo run --release -p protohead-harness --example burn
+//! cargo run --release --example burn
 //! ```
 
 use burn::module::Module;

@@ -22,12 +22,12 @@ pub(crate) fn write_piecewise(
 ) -> Result<(), Error> {
     let failed = |error: io::Error| Error::unwritable(path)(cause(&error));
     let place = place(path)?;
-    let mut file = unfinished(path, &place)?;
-    let _mark = Mark::new(file.path());
-    let mut buffered = BufWriter::new(&mut file);
+    let mut unfinished = unfinished(path, &place)?;
+    let mut buffered = BufWriter::new(&mut unfinished.file);
     write(&mut buffered).map_err(failed)?;
     buffered.flush().map_err(failed)?;
     drop(buffered);
+    let file = unfinished.file;
     file.as_file().sync_all().map_err(failed)?;
     file.persist(&place).map_err(|error| failed(error.error))?;
     Ok(())
@@ -36,17 +36,15 @@ pub(crate) fn write_piecewise(
 /// The files that are being written.
 static BEING_WRITTEN: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
-/// While it lives, a file is being written.
-struct Mark(PathBuf);
-
-impl Mark {
-    fn new(path: &Path) -> Self {
-        if let Ok(mut files) = BEING_WRITTEN.lock() {
-            files.push(path.into());
-        }
-        Self(path.into())
-    }
+/// A file that is being written, gone when it is dropped.
+struct Unfinished {
+    // First, so that it is gone before its mark.
+    file: tempfile::NamedTempFile,
+    _mark: Mark,
 }
+
+/// While it lives, a file is among those that are being written.
+struct Mark(PathBuf);
 
 impl Drop for Mark {
     fn drop(&mut self) {
@@ -56,9 +54,9 @@ impl Drop for Mark {
     }
 }
 
-/// Removes what is half-written, where the program ends without dropping it.
+/// Removes what is half-written, where memory runs out and nothing is dropped.
 pub(crate) fn remove_unfinished() {
-    // Whoever holds this only adds or removes a name.
+    // This thread may hold it.
     if let Ok(files) = BEING_WRITTEN.try_lock() {
         for path in files.iter() {
             let _ = fs::remove_file(path);
@@ -78,14 +76,32 @@ pub(crate) fn watch_signals() -> io::Result<()> {
 
     let passed = Arc::new(AtomicBool::new(false));
     signal_hook::flag::register(SIGXFSZ, passed)?;
-    let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM])?;
+    // What is ignored, as SIGINT is by what a shell runs in the background, stays so.
+    let heeded = [SIGINT, SIGTERM]
+        .into_iter()
+        .filter(|&signal| !is_ignored(signal));
+    let mut signals = signal_hook::iterator::Signals::new(heeded)?;
     std::thread::Builder::new().spawn(move || {
         for signal in signals.forever() {
-            remove_unfinished();
+            // Held to the end, so that no other file is begun.
+            let files = BEING_WRITTEN.lock();
+            for path in files.iter().flat_map(|files| files.iter()) {
+                let _ = fs::remove_file(path);
+            }
             let _ = emulate_default_handler(signal);
         }
     })?;
     Ok(())
+}
+
+#[cfg(unix)]
+fn is_ignored(signal: i32) -> bool {
+    let mut now = std::mem::MaybeUninit::<libc::sigaction>::zeroed();
+    // SAFETY: no new action is given, and zeros are a sigaction where none is written.
+    unsafe {
+        libc::sigaction(signal, std::ptr::null(), now.as_mut_ptr());
+        now.assume_init().sa_sigaction == libc::SIG_IGN
+    }
 }
 
 #[cfg(not(unix))]
@@ -139,8 +155,8 @@ pub(crate) fn is_unfinished(path: &Path) -> bool {
     name.to_string_lossy().starts_with(UNFINISHED)
 }
 
-/// A file in the folder of `place`, gone when it is dropped.
-fn unfinished(path: &Path, place: &Path) -> Result<tempfile::NamedTempFile, Error> {
+/// A file in the folder of `place`.
+fn unfinished(path: &Path, place: &Path) -> Result<Unfinished, Error> {
     let folder = match place.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
@@ -154,8 +170,13 @@ fn unfinished(path: &Path, place: &Path) -> Result<tempfile::NamedTempFile, Erro
     builder.prefix(UNFINISHED);
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    // Not between the file and its mark.
+    let mut files = BEING_WRITTEN.lock().map_err(Error::unwritable(path))?;
     let file = builder.tempfile_in(folder);
-    file.map_err(|error| Error::unwritable(path)(cause(&error)))
+    let file = file.map_err(|error| Error::unwritable(path)(cause(&error)))?;
+    files.push(file.path().into());
+    let _mark = Mark(file.path().into());
+    Ok(Unfinished { file, _mark })
 }
 
 fn of_folder(folder: &Path, error: &io::Error) -> String {

@@ -63,13 +63,15 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Error> {
     };
     let refused = |error| file.refused(error);
     // On a CPU, memory that is not there is promised all the same, and its use ends the program.
+    let properties = client.properties();
     let means = heads as u128 * classes as u128 * dim as u128;
     let bytes = means * (8 + 4 * embeddings.dtype.size() as u128) + 16 * classes as u128;
-    if let Some(most) = client.properties().memory.max_memory()
+    if properties.hardware.num_cpu_cores.is_some()
+        && let Some(most) = properties.memory.max_memory()
         && bytes > most.into()
     {
         return Err(Error::Usage(format!(
-            "--classes: {classes} classes take {bytes} bytes, the device has {most}"
+            "{classes} classes of {heads} × {dim} take {bytes} bytes, the machine has {most}"
         )));
     }
     let mut sums = ClassSums::new(&client, heads, classes, dim, &options).map_err(refused)?;

@@ -81,7 +81,8 @@ impl Finished {
                 keywords.join(" ")
             )));
         }
-        if self.data.clips.as_deref() != clips {
+        // A run of before they had a digest has none.
+        if self.data.clips.is_some() && self.data.clips.as_deref() != clips {
             tell("these clips are not those that the run was trained with");
         }
         Ok(())

@@ -11,6 +11,8 @@ use crate::{protohead, refused};
 /// The program with a limit of the shell's.
 fn limited(limit: &str, arguments: &[&str]) -> Output {
     Command::new("sh")
+        // The least that CubeCL gives the thread of a core.
+        .env("CUBECL_CPU_STACK_MB", "16")
         .args(["-c", &format!("ulimit {limit}; exec \"$@\""), "sh"])
         .arg(env!("CARGO_BIN_EXE_protohead"))
         .args(arguments)
@@ -40,7 +42,10 @@ fn one_column(classes: &str) -> (Vec<Tensor<'static>>, [&str; 4]) {
 #[test]
 fn memory_that_is_not_there_is_told_in_one_line() {
     // What the machine has not, and what the process may not have.
-    for (classes, limit) in [("4294967295", "-c 0"), ("150000000", "-v 2500000")] {
+    let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
+    // Some for the stacks of every core's thread.
+    let most = format!("-v {}", 2_500_000 + 20_000 * cores);
+    for (classes, limit) in [("4294967295", "-c 0"), ("200000000", &most)] {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let [input, out] = ["in", "out"].map(|name| folder.path().join(name));
         let (tensors, options) = one_column(classes);
@@ -51,10 +56,8 @@ fn memory_that_is_not_there_is_told_in_one_line() {
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(2), "{stderr}");
         assert_eq!(stderr.trim_end().lines().count(), 1, "{stderr}");
-        assert!(
-            stderr.contains("memory") || stderr.contains("the device has"),
-            "{stderr}"
-        );
+        let told = ["memory", "the machine has", "that fit"];
+        assert!(told.iter().any(|told| stderr.contains(told)), "{stderr}");
         assert!(!out.exists() && unfinished(folder.path()).is_empty());
     }
 }
@@ -85,6 +88,7 @@ fn a_program_that_is_stopped_while_it_writes_leaves_nothing() {
     let (tensors, options) = one_column("20000000");
     write(&input, &tensors);
     let stopped = |signal: &str| {
+        let _ = fs::remove_file(&out);
         let mut program = Command::new(env!("CARGO_BIN_EXE_protohead"))
             .arg("prototypes")
             .arg(&input)
@@ -107,16 +111,15 @@ fn a_program_that_is_stopped_while_it_writes_leaves_nothing() {
             unfinished(folder.path()).is_empty(),
             "{signal}: something is left"
         );
-        // Sooner or later than it was done.
-        assert_eq!(ended.success(), out.exists(), "{signal}");
-        !ended.success()
+        assert!(!ended.success() || out.exists(), "{signal}");
+        // Not too late.
+        !out.exists()
     };
     for signal in ["-TERM", "-INT"] {
         assert!(
             (0..5).any(|_| stopped(signal)),
             "{signal} came too late five times"
         );
-        let _ = fs::remove_file(&out);
     }
 }
 

@@ -3,7 +3,7 @@
 //!
 //! They run on CubeCL's devices, with the crate's features `cpu`, `cuda` and `wgpu`. If Burn's fusion is on, the feature `fusion` must
 //! be on too. Shapes and options are checked at the call and returned as an [`Error`]; the
-//! operands of a product have fewer than 2³² elements together, the padding that kernels add included. Labels are data on the device: a row whose
+//! operands of a product have at most 2³² − 2²⁴ elements together, the padding that kernels add included. Labels are data on the device: a row whose
 //! label is not a class counts as ignored, and only [`CrossEntropy::check`] and [`ClassMeans::check`] report it. The `strategy` of options
 //! is ignored: the device picks the variant. Only losses, logits and reconstruction are differentiable.
 //!
@@ -227,7 +227,7 @@ pub fn predictions(
         ..options.clone()
     };
     // The loss finds them, whatever the labels are.
-    let labels = Tensor::zeros([rows], &embeddings.device());
+    let labels = Tensor::zeros([rows], (&embeddings.device(), DType::I32));
     let untracked = [embeddings, weights].map(Tensor::detach);
     let [embeddings, weights] = untracked;
     Ok(cosine_cross_entropy(embeddings, weights, labels, &options)?.predictions)

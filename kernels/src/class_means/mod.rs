@@ -7,6 +7,7 @@
 
 mod launch;
 mod plane;
+mod state;
 mod unit;
 
 #[cfg(feature = "burn")]

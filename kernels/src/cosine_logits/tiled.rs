@@ -68,6 +68,7 @@ pub(super) fn launch_backward(
                 upstream.buffer_arg(1),
                 upstream.strides_arg(1),
                 BufferArg::from_raw_parts(values.clone(), elements),
+                sizes.heads,
                 sizes.rows,
                 sizes.rows_padded,
                 chunk.first,
@@ -129,7 +130,8 @@ fn forward<E: Float, F: Float, N: Size>(
 fn copy<F: Float, E: Float>(
     upstream: &[F], // [heads, rows, active]
     strides: RowStrides,
-    logits: &mut [E], // [heads, rows_padded, padded]
+    logits: &mut [E], // [heads, rows_padded, padded] at least
+    heads: usize,
     rows: usize,
     rows_padded: usize,
     first: usize,
@@ -139,12 +141,13 @@ fn copy<F: Float, E: Float>(
     #[define(E)] _packed: ElemType,
 ) {
     let at = ABSOLUTE_POS;
-    if at >= logits.len() {
-        terminate!();
-    }
     let class = at % padded;
     let row = at / padded % rows_padded;
     let head = at / padded / rows_padded;
+    // Not by the length of a buffer that is as large as the largest chunk.
+    if head >= heads {
+        terminate!();
+    }
     let mut value = E::new(0.0);
     if row < rows && class < classes {
         value = E::cast_from(upstream[head * strides.head + row * strides.row + first + class]);

@@ -42,9 +42,21 @@ impl Backward<'_> {
             let sums = chunks.client.empty(parts * heads * rows * dim * float);
             (grad, sums, parts)
         });
-        for first in (0..sizes.active).step_by(step) {
+        let firsts = || (0..sizes.active).step_by(step);
+        let for_weights = self.gradients.weights.as_ref().map(|grad| {
+            let elements = |first| {
+                let (_, padded) = chunks.classes(first, step);
+                parts_of(padded, rows) * heads * padded * dim
+            };
+            // The last chunk may have fewer classes, and more parts.
+            let most = firsts().map(elements).max().unwrap_or(0);
+            (grad, chunks.client.empty(most * float))
+        });
+        let mut before = None;
+        for first in firsts() {
             let has_cosines = kept.is_some();
-            let of = kept.take().unwrap_or_else(|| chunks.gradient_chunk(first));
+            let next = || chunks.gradient_chunk(first, before.take());
+            let of = kept.take().unwrap_or_else(next);
             fill(&of, has_cosines);
             let chunk = &of.chunk;
             if let Some((_, sums, parts)) = &for_rows {
@@ -59,22 +71,19 @@ impl Backward<'_> {
                     Lies::Rows,
                 );
             }
-            if let Some(grad) = &self.gradients.weights {
+            if let Some((grad, sums)) = &for_weights {
                 let parts = parts_of(chunk.padded, rows);
-                let sums = chunks
-                    .client
-                    .empty(parts * heads * chunk.padded * dim * float);
                 self.product(
                     chunks.values_arg(&of),
                     chunks.embeddings_arg(),
-                    &sums,
+                    sums,
                     parts,
                     chunk.padded,
                     rows,
                     true,
                     Lies::Columns,
                 );
-                add_parts(chunks.client, &sums, heads * chunk.padded * dim, parts);
+                add_parts(chunks.client, sums, heads * chunk.padded * dim, parts);
                 let last = first + chunk.classes == sizes.active;
                 let count = match last {
                     true => chunks.problem.classes - first,
@@ -87,13 +96,14 @@ impl Backward<'_> {
                     first,
                     chunk.classes,
                     count,
-                    &sums,
+                    sums,
                     chunk.padded,
                     dim,
                     &self.factors,
                     grad,
                 );
             }
+            before = Some(of);
         }
         if let Some((grad, sums, parts)) = &for_rows {
             add_parts(chunks.client, sums, heads * rows * dim, *parts);

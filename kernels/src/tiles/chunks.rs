@@ -13,6 +13,9 @@ use crate::operand::F32;
 const WORKSPACE: usize = 160 << 20;
 
 /// A problem whose embeddings are packed, and whose classes come in chunks.
+///
+/// The chunks of a pass take turns in one place, allocated before the first: where there is no memory for it, no chunk writes
+/// results. If each had its own, CubeCL would forget that one was missing as soon as a later one has written the same results.
 pub(crate) struct Chunks<'a> {
     pub client: &'a Client,
     pub blueprint: &'a Blueprint,
@@ -30,14 +33,15 @@ pub(crate) struct Chunk {
     pub classes: usize,
     /// The same, padded to whole tiles.
     pub padded: usize,
-    /// Unit rows, `[heads, padded, dim_padded]`.
+    /// Unit rows, `[heads, padded, dim_padded]`, in a buffer for the largest chunk.
     pub weights: Handle,
 }
 
 /// A chunk of a backward pass.
 pub(crate) struct GradientChunk {
     pub chunk: Chunk,
-    /// The place of its logit gradients, where their cosines may lie before: `[heads, rows_padded, chunk.padded]` of the packed dtype.
+    /// The place of its logit gradients, where their cosines may lie before: `[heads, rows_padded, chunk.padded]` of the packed dtype, in
+    /// a buffer for the largest chunk.
     pub values: Handle,
 }
 
@@ -51,22 +55,26 @@ impl<'a> Chunks<'a> {
         sign: f32,
     ) -> Self {
         let sizes = &problem.sizes;
+        let elements = sizes.heads * sizes.rows_padded * sizes.dim_padded;
+        let embeddings = client.empty(elements * tile.packed.size());
+        pack_chunk(
+            client,
+            blueprint,
+            &problem.embeddings,
+            0,
+            sizes.rows,
+            sizes.rows_padded,
+            sizes.dim_padded,
+            sign,
+            tile.packed,
+            &embeddings,
+        );
         Self {
             client,
             blueprint,
             tile,
             problem,
-            embeddings: pack_chunk(
-                client,
-                blueprint,
-                &problem.embeddings,
-                0,
-                sizes.rows,
-                sizes.rows_padded,
-                sizes.dim_padded,
-                sign,
-                tile.packed,
-            ),
+            embeddings,
         }
     }
 
@@ -85,25 +93,39 @@ impl<'a> Chunks<'a> {
         self.tile.packed.size()
     }
 
-    fn chunk(&self, first: usize, step: usize) -> Chunk {
+    /// A place for the packed weights of so many classes.
+    fn place(&self, classes: usize) -> Handle {
         let sizes = &self.problem.sizes;
-        let classes = step.min(sizes.active - first);
-        let padded = classes.next_multiple_of(self.tile.side);
+        let elements = sizes.heads * classes * sizes.dim_padded;
+        self.client.empty(elements * self.size())
+    }
+
+    /// The classes from `first` on, `step` of them or what is left, and those padded to whole tiles.
+    pub(super) fn classes(&self, first: usize, step: usize) -> (usize, usize) {
+        let classes = step.min(self.problem.sizes.active - first);
+        (classes, classes.next_multiple_of(self.tile.side))
+    }
+
+    /// Packs a chunk's weights into a place for `step` classes.
+    fn chunk(&self, first: usize, step: usize, weights: Handle) -> Chunk {
+        let (classes, padded) = self.classes(first, step);
+        pack_chunk(
+            self.client,
+            self.blueprint,
+            &self.problem.weights,
+            first,
+            classes,
+            padded,
+            self.problem.sizes.dim_padded,
+            1.0,
+            self.tile.packed,
+            &weights,
+        );
         Chunk {
             first,
             classes,
             padded,
-            weights: pack_chunk(
-                self.client,
-                self.blueprint,
-                &self.problem.weights,
-                first,
-                classes,
-                padded,
-                sizes.dim_padded,
-                1.0,
-                self.tile.packed,
-            ),
+            weights,
         }
     }
 
@@ -121,8 +143,12 @@ impl<'a> Chunks<'a> {
                 (0, self.step(bytes, bytes))
             }
         };
-        let firsts: Vec<usize> = (start..sizes.active).step_by(step).collect();
-        firsts.into_iter().map(move |first| self.chunk(first, step))
+        let firsts = (start..sizes.active).step_by(step);
+        let place = (start < sizes.active).then(|| self.place(step));
+        let places = place.iter().cycle().cloned();
+        let chunks: Vec<(usize, Handle)> = firsts.zip(places).collect();
+        let chunks = chunks.into_iter();
+        chunks.map(move |(first, place)| self.chunk(first, step, place))
     }
 
     /// The first chunk of a backward pass, for a forward pass before it to leave its cosines in. None where logit gradients have too few
@@ -130,7 +156,7 @@ impl<'a> Chunks<'a> {
     pub(crate) fn keep_first(&self) -> Option<GradientChunk> {
         let few = self.problem.sizes.active.div_ceil(self.backward_step()) <= 4;
         let exact = self.tile.packed == F32;
-        (few && exact).then(|| self.gradient_chunk(0))
+        (few && exact).then(|| self.gradient_chunk(0, None))
     }
 
     /// Classes of a backward pass's chunk, at most.
@@ -145,13 +171,24 @@ impl<'a> Chunks<'a> {
         self.step(bytes, in_one)
     }
 
-    pub(super) fn gradient_chunk(&self, first: usize) -> GradientChunk {
+    /// The chunk from `first` on, in the place of the one before.
+    pub(super) fn gradient_chunk(
+        &self,
+        first: usize,
+        before: Option<GradientChunk>,
+    ) -> GradientChunk {
         let sizes = &self.problem.sizes;
-        let chunk = self.chunk(first, self.backward_step());
-        let elements = sizes.heads * sizes.rows_padded * chunk.padded;
+        let step = self.backward_step();
+        let (weights, values) = match before {
+            Some(before) => (before.chunk.weights, before.values),
+            None => {
+                let elements = sizes.heads * sizes.rows_padded * step;
+                (self.place(step), self.client.empty(elements * self.size()))
+            }
+        };
         GradientChunk {
-            values: self.client.empty(elements * self.size()),
-            chunk,
+            chunk: self.chunk(first, step, weights),
+            values,
         }
     }
 
@@ -180,7 +217,7 @@ impl<'a> Chunks<'a> {
     }
 
     fn vectors(&self, handle: &Handle, elements: usize) -> BufferArg {
-        // SAFETY: the callers name the elements that they allocated, whole tiles of them.
+        // SAFETY: the callers name no more elements than they allocated, whole tiles of them.
         unsafe { BufferArg::from_raw_parts(handle.clone(), elements / self.tile.vector) }
     }
 }

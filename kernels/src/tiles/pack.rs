@@ -61,7 +61,7 @@ impl RowOfGroup {
 
 /// `sign · x / max(‖x‖, EPSILON)` of the rows `first .. first + real` of every head, zero-padded to `[heads, count, dim_padded]`, rounded to
 /// `dtype`.
-#[allow(clippy::too_many_arguments)] // a range, and how it is packed
+#[allow(clippy::too_many_arguments)] // a range, how it is packed, where it goes
 pub(crate) fn pack_chunk(
     client: &Client,
     blueprint: &Blueprint,
@@ -72,12 +72,12 @@ pub(crate) fn pack_chunk(
     dim_padded: usize,
     sign: f32,
     dtype: ElemType,
-) -> Handle {
+    packed: &Handle, // `heads · count` rows at least
+) {
     let [heads, _, dim] = operand.dims3();
     let vector = operand.vector_size(blueprint);
     let group = Group::of(blueprint, dim / vector);
     let elements = heads * count * dim_padded;
-    let packed = client.empty(elements * dtype.size());
     // SAFETY: `Strided` proved the operand, which has rows up to `first + real`; `packed` has `heads · count` rows.
     unsafe {
         pack::launch_unchecked(
@@ -96,7 +96,6 @@ pub(crate) fn pack_chunk(
             dtype,
         );
     }
-    packed
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]

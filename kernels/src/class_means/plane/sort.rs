@@ -10,7 +10,8 @@ use cubecl::prelude::*;
 use cubecl::server::Handle;
 
 use crate::blueprint::{PLANE_UNITS, cubes_for};
-use crate::class_means::launch::{AccumulateCall, SUMS_STATUS_FIELDS, add_status};
+use crate::class_means::launch::{AccumulateCall, SUMS_STATUS_FIELDS};
+use crate::class_means::state::add_status;
 use crate::loss::target::{IGNORED, INVALID, LabelRule, halves, is_class, label_rule, target_of};
 use crate::math::group::{Group, group_count, group_min};
 use crate::operand::whole;

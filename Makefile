@@ -25,7 +25,7 @@ build: setup ## the program, in target/release/protohead, and the tests
 
 demo: build ## train on synthesised keywords and print the table of accuracies
 	rm -rf runs/demo
-	$${CARGO_TARGET_DIR:-target}/release/protohead train $(demo_flags)
+	"$${CARGO_TARGET_DIR:-target}"/release/protohead train $(demo_flags)
 
 step: setup ## the kernels alone: trains cosine heads on the CPU with plain CubeCL
 	cargo run --release -p protohead --features cpu --example step
@@ -44,26 +44,27 @@ check: setup-tests ## formatting, lints, documentation, combinations of features
 	cargo test --profile once -p protohead-tests --no-default-features --features cpu --test suite burn_tensors # with Burn's fusion off
 
 bench: setup ## throughput of every op at every shape beside its peers: about a quarter of an hour
-	rm -rf $${CARGO_TARGET_DIR:-target}/criterion
+	rm -rf "$${CARGO_TARGET_DIR:-target}"/criterion
 	cargo bench --workspace --bench heads
 
 bench-table: build ## the last bench as a table in benches/results
 	@mkdir -p benches/results
-	@set -e; table=$${CARGO_TARGET_DIR:-target}/release/table; device=$$($$table device); \
+	@set -e; target="$${CARGO_TARGET_DIR:-target}"; table="$$target/release/table"; device=$$("$$table" device); \
 	if [ $$device = cuda ]; then name="$(gpu)"; else name="$(cpu), $$(nproc) cores"; fi; \
-	$$table $${CARGO_TARGET_DIR:-target} "$$name, $$(date +%F)" > bench-table.tmp; \
+	"$$table" "$$target" "$$name, $$(date +%F)" > bench-table.tmp; \
 	mv bench-table.tmp benches/results/$$(date +%F)-$$device.md; cat benches/results/$$(date +%F)-$$device.md
 
 bench-torch: build ## the fused op and class means beside PyTorch, taking turns (TORCH_BENCH="--device cuda" on a GPU)
-	@set -e; target=$${CARGO_TARGET_DIR:-target}; \
-	[ -x $$target/peers/bin/pip ] || python3 -m venv $$target/peers; \
-	$$target/peers/bin/pip install --quiet --disable-pip-version-check \
+	@scripts/setup.sh --peers
+	@set -e; target="$${CARGO_TARGET_DIR:-target}"; \
+	[ -x "$$target/peers/bin/pip" ] || python3 -m venv "$$target/peers"; \
+	"$$target/peers/bin/pip" install --quiet --disable-pip-version-check \
 	  -r benches/peers/$(if $(findstring cuda,$(TORCH_BENCH)),requirements-cuda,requirements).txt; \
-	$$target/peers/bin/python benches/peers/torch_bench.py --serve $$target/release/serve $(TORCH_BENCH)
+	"$$target/peers/bin/python" benches/peers/torch_bench.py --serve "$$target/release/serve" $(TORCH_BENCH)
 
 kernel-table: setup-tests ## registers, shared memory and instructions of every kernel on NVIDIA GPUs, in benches/results
 	cargo build $(cargo_flags) --bins --tests
-	$${CARGO_TARGET_DIR:-target}/release/kernels > kernel-table.tmp
+	"$${CARGO_TARGET_DIR:-target}"/release/kernels > kernel-table.tmp
 	@mv kernel-table.tmp benches/results/$$(date +%F)-nvidia-kernels.md
 	@cat benches/results/$$(date +%F)-nvidia-kernels.md
 

@@ -2,6 +2,7 @@
 # What a build needs beside Rust: a C++ compiler, and LLVM for CubeCL's CPU and CUDA compilers. With --tests also what the
 # tests need: espeak-ng, which speaks the keywords that a test trains on; a software Vulkan driver, on which they run the
 # GPU-shaped kernels; and NVIDIA's assembler and device library, with which they compile every kernel for GPUs that are not there.
+# With --peers what a virtual environment of Python needs, for the benches beside PyTorch.
 # Installs what is missing, says what, and does nothing the second time.
 set -euo pipefail
 
@@ -59,11 +60,17 @@ if ! command -v c++ >/dev/null; then
   apt_install g++ || fail "no C++ compiler: install one (Debian's g++), then run this again"
 fi
 
+# Whether the LLVM that is marked as installed is there, too: Debian's can be removed behind it.
+has_llvm() {
+  [ -e "$llvm_dir/.tracel-llvm-installed" ] && "$llvm_dir/bin/llvm-config" --version 2>/dev/null | grep -q .
+}
+
 # Elsewhere than on Linux it is left to CubeCL's build script.
-if [ "$(uname -s)" = Linux ] && [ ! -e "$llvm_dir/.tracel-llvm-installed" ]; then
+if [ "$(uname -s)" = Linux ] && ! has_llvm; then
   if ! download_llvm; then
-    if [ ! -x "$debian_llvm/bin/llvm-config" ] || [ ! -e /usr/share/doc/libpolly-22-dev ]; then
-      apt_install llvm-22-dev libpolly-22-dev libzstd-dev libz3-dev zlib1g-dev libxml2-dev ||
+    debian=(llvm-22-dev libpolly-22-dev libzstd-dev libz3-dev zlib1g-dev libxml2-dev)
+    if ! dpkg -s "${debian[@]}" >/dev/null 2>&1; then
+      apt_install "${debian[@]}" ||
         fail "no LLVM: neither GitHub (with curl and xz) nor apt-get (as root or with sudo) could provide it, so nothing can be built here"
     fi
     echo "setup: using Debian's LLVM 22 for CubeCL, through $llvm_dir"
@@ -79,13 +86,14 @@ WRAPPER
 fi
 
 if [ "${1:-}" = "--tests" ] && ! command -v espeak-ng >/dev/null; then
-  apt_install espeak-ng || fail "the tests train on speech that espeak-ng makes, and it could not be installed"
+  apt_install espeak-ng ||
+    echo "setup: espeak-ng could not be installed: the tests will not train on speech, and say so" >&2
 fi
 if [ "${1:-}" = "--tests" ] && ! ls /usr/share/vulkan/icd.d/*.json >/dev/null 2>&1; then
   apt_install mesa-vulkan-drivers libvulkan1 ||
     echo "setup: no Vulkan driver could be installed: the tests will skip wgpu and say so" >&2
 fi
-if [ "${1:-}" = "--tests" ] && [ -z "${CUDA_PATH:-}" ] && [ "$(cat "$cuda_dir/version" 2>/dev/null)" != "$cuda_version" ]; then
+if [ "${1:-}" = "--tests" ] && [ "$(cat "$cuda_dir/version" 2>/dev/null)" != "$cuda_version" ]; then
   python3 -m pip --version >/dev/null 2>&1 || apt_install python3-pip || true
   echo "setup: installing NVIDIA's assembler $cuda_version from PyPI into $cuda_dir"
   rm -rf "$cuda_dir"
@@ -95,4 +103,7 @@ if [ "${1:-}" = "--tests" ] && [ -z "${CUDA_PATH:-}" ] && [ "$(cat "$cuda_dir/ve
   else
     echo "setup: it could not be installed: the tests will not compile kernels for NVIDIA GPUs, and say so" >&2
   fi
+fi
+if [ "${1:-}" = "--peers" ] && ! python3 -c 'import ensurepip, venv' 2>/dev/null; then
+  apt_install python3-venv || fail "no Python with virtual environments: install one (Debian's python3-venv), then run this again"
 fi

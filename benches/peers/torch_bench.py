@@ -11,9 +11,10 @@ inputs, and how much of that are the gradients.
 
 On CUDA (--device cuda) a turn is CALLS calls one after another on random inputs that lie on the device, and a wait at the end, the
 same for all; the time is that of a call. Shares are of PyTorch's own product of two 8192² matrices in the same dtype. `graph` is
-PyTorch's compiled step as a CUDA graph, beside our `captured`. Liger and CCE join in where they are installed, on inputs that
-are normalised already, which spares them the normalisation and its backward. Memory is what a step needs beside its inputs, its
-gradients included.
+PyTorch's compiled step as a CUDA graph, head by head or with all heads in one, beside our `captured`. Liger and CCE join in where
+they are installed, on inputs that are normalised already, which spares them the normalisation and its backward. CCE by default leaves
+out blocks of gradients that are small (`filter_eps`); `cce, all gradients` does not. Memory is what a step needs beside its inputs, its
+gradients included; of a graph, which holds all of it, it is not known.
 """
 
 import argparse
@@ -54,8 +55,9 @@ DTYPES = {  # PyTorch's, and how our cases are named
 def loss_of(x, w, labels, active):
     """The three-head loss: one cosine head after another, as the model's forward has them."""
     total = 0.0
-    for head in range(x.shape[0]):
-        z = SCALE * F.linear(F.normalize(x[head]), F.normalize(w[head, :active]))
+    # By unbind, whose backward stacks the heads' gradients: that of an index fills as many zeros for each head.
+    for of_rows, of_classes in zip(x.unbind(0), w[:, :active].unbind(0)):
+        z = SCALE * F.linear(F.normalize(of_rows), F.normalize(of_classes))
         total = total + F.cross_entropy(z, labels)
     return total
 
@@ -110,7 +112,9 @@ class Torch:
         return 1e3 * (time.perf_counter() - start)
 
     def repeat(self, inputs):
-        """Milliseconds of a call, of CALLS of them."""
+        """Milliseconds of a call, of CALLS of them, after two that find the device awake, as ours do."""
+        for _ in range(2):
+            self.run(*inputs)
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(CALLS):
@@ -125,6 +129,15 @@ class Torch:
         else:
             with torch.no_grad():
                 self.function(x, w, labels, active)
+
+
+class Normalised(Torch):
+    """The same on rows that are normalised already."""
+
+    def inputs(self, shape, seed):
+        x, w, labels, active = super().inputs(shape, seed)
+        unit = lambda rows: F.normalize(rows.detach(), dim=-1).requires_grad_(self.backward)
+        return unit(x), unit(w), labels, active
 
 
 class Graph(Torch):
@@ -199,19 +212,21 @@ def normalised_peers(device, dtype):
                 for h in range(x.shape[0])
             )
 
-        peers["liger"] = Torch(liger, True, device, dtype)
+        peers["liger"] = Normalised(liger, True, device, dtype)
     except ImportError:
         pass
     try:
         from cut_cross_entropy import linear_cross_entropy
 
-        def cce(x, w, labels, active):
+        def cce(x, w, labels, active, **how):
             return sum(
-                linear_cross_entropy(SCALE * x[h], w[h, :active], labels)
+                linear_cross_entropy(SCALE * x[h], w[h, :active], labels, **how)
                 for h in range(x.shape[0])
             )
 
-        peers["cce"] = Torch(cce, True, device, dtype)
+        peers["cce"] = Normalised(cce, True, device, dtype)
+        unfiltered = functools.partial(cce, filter_eps=None)
+        peers["cce, all gradients"] = Normalised(unfiltered, True, device, dtype)
     except ImportError:
         pass
     return peers
@@ -225,10 +240,14 @@ def cuda_peers(op, backward, heads, dtype):
     torch._dynamo.reset()
     compiled = torch.compile(loss_of)
     peers = {"eager": make(loss_of), "compile": make(compiled)}
+    batched = torch.compile(batched_loss_of)
     if heads > 1:
-        peers["compile, heads batched"] = make(torch.compile(batched_loss_of))
+        peers["eager, heads batched"] = make(batched_loss_of)
+        peers["compile, heads batched"] = make(batched)
     if backward:
         peers["graph"] = Graph(compiled, backward, "cuda", dtype)
+        if heads > 1:
+            peers["graph, heads batched"] = Graph(batched, backward, "cuda", dtype)
         peers.update(normalised_peers("cuda", dtype))
     return peers
 
@@ -286,6 +305,8 @@ def on_cuda(options):
                     torch.cuda.reset_peak_memory_stats()
                     peer.repeat(inputs)
                     used[who] = (torch.cuda.max_memory_allocated() - before) >> 20
+                    if isinstance(peer, Graph):
+                        used[who] = "–"
                     calls[who] = functools.partial(peer.repeat, inputs)
                 except Exception as error:  # a peer that cannot is named, not hidden
                     print(f"{who} at {name}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
@@ -357,6 +378,7 @@ def on_cpu(options):
                 }
                 if heads > 1:
                     batched = torch.compile(batched_loss_of)
+                    peers["eager, heads batched"] = Torch(batched_loss_of, backward, "cpu", dtype)
                     peers["compile, heads batched"] = Torch(batched, backward, "cpu", dtype)
                 ops[op] = (peers, work)
         for op, (peers, work) in ops.items():

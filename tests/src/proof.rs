@@ -64,15 +64,16 @@ pub struct Assembled {
     pub spilled: u32,
 }
 
-/// The CUDA toolkit's folder: `CUDA_PATH`, or where `scripts/setup.sh --tests` puts the parts that are needed.
+/// The CUDA toolkit's folder: where `scripts/setup.sh --tests` puts the parts that are needed, or `CUDA_PATH`, which may have an older
+/// assembler.
 pub fn toolkit() -> Option<PathBuf> {
     let data = std::env::var_os("XDG_DATA_HOME").map_or_else(
         || PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".local/share"),
         PathBuf::from,
     );
     [
-        std::env::var_os("CUDA_PATH").map(PathBuf::from),
         Some(data.join("protohead/cuda/nvidia/cu13")),
+        std::env::var_os("CUDA_PATH").map(PathBuf::from),
     ]
     .into_iter()
     .flatten()

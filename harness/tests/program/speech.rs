@@ -1,5 +1,6 @@
 //! Training on speech that espeak-ng makes: real files, in voices of which some are only heard in the test.
 
+use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Output};
 
@@ -22,7 +23,9 @@ fn can_speak() -> bool {
         "no espeak-ng: scripts/setup.sh --tests should have installed it"
     );
     if !is_here {
-        eprintln!("no espeak-ng: nothing is trained on speech");
+        // Past the harness, which keeps what passing tests print.
+        let told = "protohead tests: no espeak-ng, so nothing is trained on speech";
+        let _ = writeln!(std::io::stderr(), "{told}");
     }
     is_here
 }

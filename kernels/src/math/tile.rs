@@ -24,7 +24,8 @@ pub(crate) struct Lanes {
     pub step_stride: usize,
 }
 
-/// [`accumulate`] onto a tile that lies at `out`, its rows one after another, in the same space as the operands.
+/// [`accumulate`] onto a tile that lies at `out`, its rows one after another, in the same space as the operands: step by step, or, if the
+/// steps are summed `apart`, their sum at the end, which loses less where there are millions.
 #[cube]
 pub(crate) fn add_to<N: Size>(
     space: &mut [f32],
@@ -34,18 +35,27 @@ pub(crate) fn add_to<N: Size>(
     steps: usize,
     #[comptime] rows: usize,
     #[comptime] vectors: usize,
+    #[comptime] apart: bool,
 ) {
     let mut tile = Array::<Vector<f32, N>>::new(comptime!(rows * vectors));
     let operands = space.as_vectorized().with_vector_size::<N>();
     #[unroll]
     for i in 0..rows * vectors {
-        tile[i] = operands[out + i];
+        if comptime!(apart) {
+            tile[i] = Vector::<f32, N>::new(0.0);
+        } else {
+            tile[i] = operands[out + i];
+        }
     }
     accumulate::<N>(&mut tile, &*space, a, operands, b, steps, rows, vectors);
     let results = space.as_vectorized_mut().with_vector_size_mut::<N>();
     #[unroll]
     for i in 0..rows * vectors {
-        results[out + i] = tile[i];
+        if comptime!(apart) {
+            results[out + i] += tile[i];
+        } else {
+            results[out + i] = tile[i];
+        }
     }
 }
 

@@ -390,6 +390,8 @@ fn add_rows<N: Size>(
                     (end - at) * width,
                     tile_rows,
                     TILE_VECTORS,
+                    // How many rows come at once depends on the chunk, and the sums must not.
+                    false,
                 );
             }
             at = end;

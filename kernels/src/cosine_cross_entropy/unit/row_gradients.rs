@@ -126,6 +126,7 @@ pub(super) fn add_classes<N: Size>(
                 block.count,
                 tile_rows,
                 TILE_VECTORS,
+                true,
             );
         }
     }

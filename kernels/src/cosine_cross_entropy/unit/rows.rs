@@ -169,7 +169,9 @@ pub(super) fn fold<N: Size>(
         let higher = (peak - before).greater_than(&Vector::<f32, N>::new(MARGIN));
         let base = select_many(higher, peak, before);
         let factor = (before - base).exp();
-        let mut sum = vectors[state.sum / lanes + v] * factor;
+        let carried = vectors[state.sum / lanes + v] * factor;
+        // A sum of sums, which loses less than one of millions of numbers.
+        let mut sum = Vector::<f32, N>::new(0.0);
         for c in 0..real {
             let e = (vectors[logits + c * TILE_VECTORS] - base).exp();
             vectors[logits + c * TILE_VECTORS] = e;
@@ -178,7 +180,7 @@ pub(super) fn fold<N: Size>(
         for c in real..block.count {
             vectors[logits + c * TILE_VECTORS] = Vector::<f32, N>::new(0.0);
         }
-        vectors[state.sum / lanes + v] = sum;
+        vectors[state.sum / lanes + v] = carried + sum;
         vectors[state.base / lanes + v] = base;
         if comptime!(phases.at_once()) {
             if comptime!(phases.weights) {

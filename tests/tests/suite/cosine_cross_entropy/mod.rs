@@ -1,5 +1,6 @@
 //! The fused op against the reference.
 
+mod equal;
 mod special;
 
 use cubecl::std::tensor::TensorHandle;

@@ -58,55 +58,23 @@ impl Drop for Mark {
 pub(crate) fn remove_unfinished() {
     // This thread may hold it.
     if let Ok(files) = BEING_WRITTEN.try_lock() {
-        for path in files.iter() {
-            let _ = fs::remove_file(path);
-        }
+        remove(&files);
     }
 }
 
-/// Has SIGINT and SIGTERM remove what is half-written before they end the program, and a file that passes a limit be an error of
-/// the write.
-#[cfg(unix)]
-pub(crate) fn watch_signals() -> io::Result<()> {
-    use std::sync::Arc;
-    use std::sync::atomic::AtomicBool;
-
-    use signal_hook::consts::{SIGINT, SIGTERM, SIGXFSZ};
-    use signal_hook::low_level::emulate_default_handler;
-
-    let passed = Arc::new(AtomicBool::new(false));
-    signal_hook::flag::register(SIGXFSZ, passed)?;
-    // What is ignored, as SIGINT is by what a shell runs in the background, stays so.
-    let heeded = [SIGINT, SIGTERM]
-        .into_iter()
-        .filter(|&signal| !is_ignored(signal));
-    let mut signals = signal_hook::iterator::Signals::new(heeded)?;
-    std::thread::Builder::new().spawn(move || {
-        for signal in signals.forever() {
-            // Held to the end, so that no other file is begun.
-            let files = BEING_WRITTEN.lock();
-            for path in files.iter().flat_map(|files| files.iter()) {
-                let _ = fs::remove_file(path);
-            }
-            let _ = emulate_default_handler(signal);
-        }
-    })?;
-    Ok(())
-}
-
-#[cfg(unix)]
-fn is_ignored(signal: i32) -> bool {
-    let mut now = std::mem::MaybeUninit::<libc::sigaction>::zeroed();
-    // SAFETY: no new action is given, and zeros are a sigaction where none is written.
-    unsafe {
-        libc::sigaction(signal, std::ptr::null(), now.as_mut_ptr());
-        now.assume_init().sa_sigaction == libc::SIG_IGN
+/// The same, for as long as the result is held: no other file is begun.
+pub(crate) fn remove_unfinished_for_good() -> impl Sized {
+    let files = BEING_WRITTEN.lock();
+    if let Ok(files) = &files {
+        remove(files);
     }
+    files
 }
 
-#[cfg(not(unix))]
-pub(crate) fn watch_signals() -> io::Result<()> {
-    Ok(())
+fn remove(files: &[PathBuf]) {
+    for path in files {
+        let _ = fs::remove_file(path);
+    }
 }
 
 /// Of an error, what the system said: with the name of a temporary file, it would name one that the user has never heard of.

@@ -7,6 +7,7 @@ mod error;
 mod files;
 mod memory;
 mod output;
+mod signals;
 mod tensors;
 mod training;
 
@@ -18,7 +19,6 @@ use clap::parser::ValueSource;
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::error::Error;
-use crate::files::watch_signals;
 use crate::output::{complain, lost, tell};
 
 /// Trains and evaluates three-head cosine classifiers, and applies the ops of protohead to files.
@@ -91,7 +91,7 @@ fn main() -> ExitCode {
         }
         Err(help) => help.exit(),
     };
-    let watched = watch_signals().map_err(|error| Error::Usage(format!("signals: {error}")));
+    let watched = signals::watch().map_err(|error| Error::Usage(format!("signals: {error}")));
     let ended = watched
         .and_then(|()| run(cli, &matches))
         .and_then(|()| match lost() {

@@ -119,8 +119,7 @@ impl Claim {
             return Ok(());
         }
         let begun = Data::read(&self.folder)?;
-        let others = begun.clips.is_some() && begun.clips.as_deref() != clips;
-        if others || begun.keywords != keywords {
+        if begun.has_others(clips) || begun.keywords != keywords {
             return Err(Error::Content {
                 path: self.folder.clone(),
                 reason: "the clips are not those that the run began with".into(),

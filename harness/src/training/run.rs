@@ -40,6 +40,11 @@ impl Data {
         read_json(&run.join("data.json"))
     }
 
+    /// Whether it is known of other clips than those of this digest: a run of before there were digests has none.
+    pub(super) fn has_others(&self, clips: Option<&str>) -> bool {
+        self.clips.is_some() && self.clips.as_deref() != clips
+    }
+
     pub(super) fn write(&self, run: &Path) -> Result<(), Error> {
         write_json(&run.join("data.json"), self)
     }
@@ -81,8 +86,7 @@ impl Finished {
                 keywords.join(" ")
             )));
         }
-        // A run of before they had a digest has none.
-        if self.data.clips.is_some() && self.data.clips.as_deref() != clips {
+        if self.data.has_others(clips) {
             tell("these clips are not those that the run was trained with");
         }
         Ok(())

@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::Duration;
 
-use crate::files::{Tensor, floats, labels, write};
+use tempfile::TempDir;
+
+use crate::files::{floats, labels, write};
 use crate::{protohead, refused};
 
 /// The program with a limit of the shell's.
@@ -34,9 +36,46 @@ fn unfinished(folder: &Path) -> Vec<(PathBuf, u64)> {
         .collect()
 }
 
-fn one_column(classes: &str) -> (Vec<Tensor<'static>>, [&str; 4]) {
-    let tensors = vec![floats("embeddings", &[1, 2, 1]), labels(&[0, 1])];
-    (tensors, ["--classes", classes, "--device", "cpu"])
+/// Two rows of one column, for `prototypes` of any number of classes, in a folder of their own.
+struct Input {
+    folder: TempDir,
+    file: String,
+    out: PathBuf,
+}
+
+impl Input {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let [file, out] = ["in", "out"].map(|name| folder.path().join(name));
+        write(&file, &[floats("embeddings", &[1, 2, 1]), labels(&[0, 1])]);
+        let file = file.to_string_lossy().into_owned();
+        Self { folder, file, out }
+    }
+
+    fn arguments<'a>(&'a self, out: &'a str, classes: &'a str) -> [&'a str; 8] {
+        let device = "cpu";
+        [
+            "prototypes",
+            &self.file,
+            "--out",
+            out,
+            "--classes",
+            classes,
+            "--device",
+            device,
+        ]
+    }
+
+    /// One line under a limit of the shell's, exit code 2, and nothing left.
+    fn refused(&self, classes: &str, limit: &str) -> String {
+        let out = self.out.to_string_lossy();
+        let output = limited(limit, &self.arguments(&out, classes));
+        let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(2), "{stderr}");
+        assert_eq!(stderr.trim_end().lines().count(), 1, "{stderr}");
+        assert!(!self.out.exists() && unfinished(self.folder.path()).is_empty());
+        stderr
+    }
 }
 
 #[test]
@@ -46,58 +85,31 @@ fn memory_that_is_not_there_is_told_in_one_line() {
     // Some for the stacks of every core's thread.
     let most = format!("-v {}", 2_500_000 + 20_000 * cores);
     for (classes, limit) in [("4294967295", "-c 0"), ("200000000", &most)] {
-        let folder = tempfile::tempdir().expect("a temporary folder");
-        let [input, out] = ["in", "out"].map(|name| folder.path().join(name));
-        let (tensors, options) = one_column(classes);
-        write(&input, &tensors);
-        let [input, out_name] = [&input, &out].map(|p| p.to_string_lossy().into_owned());
-        let arguments = ["prototypes", &input, "--out", &out_name];
-        let output = limited(limit, &[&arguments[..], &options].concat());
-        let stderr = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(2), "{stderr}");
-        assert_eq!(stderr.trim_end().lines().count(), 1, "{stderr}");
+        let stderr = Input::new().refused(classes, limit);
         let told = ["memory", "the machine has", "that fit"];
         assert!(told.iter().any(|told| stderr.contains(told)), "{stderr}");
-        assert!(!out.exists() && unfinished(folder.path()).is_empty());
     }
 }
 
 #[test]
 fn a_file_that_passes_the_limit_is_told_and_not_left() {
-    let folder = tempfile::tempdir().expect("a temporary folder");
-    let [input, out] = ["in", "out"].map(|name| folder.path().join(name));
-    let (tensors, options) = one_column("1000");
-    write(&input, &tensors);
-    let [input, out_name] = [&input, &out].map(|p| p.to_string_lossy().into_owned());
-    let arguments = ["prototypes", &input, "--out", &out_name];
-    let output = limited("-f 1", &[&arguments[..], &options].concat());
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(2), "{stderr}");
-    assert!(
-        stderr.contains("out: cannot be written: File too large"),
-        "{stderr}"
-    );
-    assert!(!out.exists() && unfinished(folder.path()).is_empty());
+    let stderr = Input::new().refused("1000", "-f 1");
+    let told = "out: cannot be written: File too large";
+    assert!(stderr.contains(told), "{stderr}");
 }
 
 #[test]
 fn a_program_that_is_stopped_while_it_writes_leaves_nothing() {
-    let folder = tempfile::tempdir().expect("a temporary folder");
-    let [input, out] = ["in", "out"].map(|name| folder.path().join(name));
-    // 240 MB.
-    let (tensors, options) = one_column("20000000");
-    write(&input, &tensors);
+    let input = Input::new();
+    let (folder, out) = (input.folder.path(), &input.out);
     let stopped = |signal: &str| {
-        let _ = fs::remove_file(&out);
+        let _ = fs::remove_file(out);
         let mut program = Command::new(env!("CARGO_BIN_EXE_protohead"))
-            .arg("prototypes")
-            .arg(&input)
-            .arg("--out")
-            .arg(&out)
-            .args(options)
+            // 240 MB.
+            .args(input.arguments(&out.to_string_lossy(), "20000000"))
             .spawn()
             .expect("the program starts");
-        while !unfinished(folder.path()).iter().any(|&(_, size)| size > 0) {
+        while !unfinished(folder).iter().any(|&(_, size)| size > 0) {
             if program.try_wait().expect("it runs").is_some() {
                 return false;
             }
@@ -107,10 +119,7 @@ fn a_program_that_is_stopped_while_it_writes_leaves_nothing() {
         let sent = Command::new("kill").args([signal, &id]).status();
         assert!(sent.expect("there is kill").success());
         let ended = program.wait().expect("it ends");
-        assert!(
-            unfinished(folder.path()).is_empty(),
-            "{signal}: something is left"
-        );
+        assert!(unfinished(folder).is_empty(), "{signal}: something is left");
         assert!(!ended.success() || out.exists(), "{signal}");
         // Not too late.
         !out.exists()
@@ -125,28 +134,13 @@ fn a_program_that_is_stopped_while_it_writes_leaves_nothing() {
 
 #[test]
 fn a_name_that_is_too_long_is_refused_before_the_work() {
-    let folder = tempfile::tempdir().expect("a temporary folder");
-    let input = folder.path().join("in");
-    write(&input, &one_column("2").0);
-    let out = folder.path().join("a".repeat(300));
-    let [input, out_name] = [&input, &out].map(|p| p.to_string_lossy().into_owned());
-    let arguments = [
-        "prototypes",
-        &input,
-        "--out",
-        &out_name,
-        "--device",
-        "abacus",
-    ];
+    let input = Input::new();
+    let out = input.folder.path().join("a".repeat(300));
+    let name = out.to_string_lossy();
+    let mut arguments = input.arguments(&name, "2");
+    arguments[7] = "abacus";
     refused(&arguments, &out, "abacus");
-    let arguments = [
-        "prototypes",
-        &input,
-        "--out",
-        &out_name,
-        "--device",
-        "cuda:999",
-    ];
+    arguments[7] = "cuda:999";
     refused(&arguments, &out, "cannot be written: File name too long");
 }
 

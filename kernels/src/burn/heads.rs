@@ -145,14 +145,19 @@ impl CosineHeads {
     /// # Errors
     /// A typed [`Error`] if the embeddings do not fit.
     pub fn predict(&self, embeddings: Tensor<3>) -> Result<Tensor<2, Int>, Error> {
-        let options = fused::Options {
+        let options = self.fused_options(LossOptions::default());
+        let weights = self.weights_for(&embeddings)?;
+        predictions(embeddings, weights, &options)
+    }
+
+    fn fused_options(&self, loss: LossOptions) -> fused::Options {
+        fused::Options {
             scale: self.scale as f32,
             active: Some(self.active),
             allow_tf32: self.allow_tf32,
+            loss,
             ..fused::Options::default()
-        };
-        let weights = self.weights_for(&embeddings)?;
-        predictions(embeddings, weights, &options)
+        }
     }
 
     fn weights_for(&self, embeddings: &Tensor<3>) -> Result<Tensor<3>, Error> {
@@ -185,16 +190,10 @@ impl CosineHeads {
     ) -> Result<HeadsLoss, Error> {
         let [count, _, _] = self.weight.dims();
         options.validate(count)?;
-        let unweighted = fused::Options {
-            scale: self.scale as f32,
-            active: Some(self.active),
-            allow_tf32: self.allow_tf32,
-            loss: LossOptions {
-                head_weights: None,
-                ..options.clone()
-            },
-            ..fused::Options::default()
-        };
+        let unweighted = self.fused_options(LossOptions {
+            head_weights: None,
+            ..options.clone()
+        });
         let weights = self.weights_for(&embeddings)?;
         let heads = cosine_cross_entropy(embeddings, weights, labels, &unweighted)?;
         let alphas = options.head_weights.clone();

@@ -1,5 +1,6 @@
 //! Bad input: a typed error with the numbers in it, before anything is launched; bad labels are harmless and reported.
 
+mod buffers;
 mod labels;
 mod not_finite;
 mod operands;

@@ -1,4 +1,5 @@
 # What is used is built in one profile with one set of features (the tests' included), so that nothing is compiled twice.
+# Where Vulkan's drivers keep their sockets: without it they complain on every start.
 export XDG_RUNTIME_DIR ?= /tmp
 cargo_flags := --release --workspace
 

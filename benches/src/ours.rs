@@ -290,7 +290,7 @@ pub(crate) fn step(group: Group, shape: &Shape, data: &Data, dtype: Dtype) -> St
                     let mut sums =
                         ClassSums::new(client, heads, active, dim, &options).expect(VALID);
                     sums.accumulate(client, &embeddings, &labels).expect(VALID);
-                    vec![sums.write_means(client, &weights).expect(VALID)]
+                    vec![sums.means(client, &weights).expect(VALID)]
                 },
             )
         }

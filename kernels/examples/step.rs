@@ -96,7 +96,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let options = class_means::Options::default();
     let mut sums = ClassSums::new(&client, HEADS, ACTIVE, DIM, &options)?;
     sums.accumulate(&client, &inputs.embeddings, &inputs.labels)?;
-    let prototypes = sums.write_means(&client, &inputs.weights)?;
+    let prototypes = sums.means(&client, &inputs.weights)?;
     println!("rows by class: {:?}", sums.read_counts(&client)?);
     let prototypes = download(&client, prototypes)?;
     println!("the first prototype begins {:?}", &prototypes[..4]);

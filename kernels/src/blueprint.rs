@@ -1,4 +1,5 @@
-//! Which variant of an op runs, and on which grid: decided once a call, above every kernel.
+//! Which variant of an op runs, and on which grid: decided once per call, above every kernel. (`small` is chosen by the sizes of a
+//! problem, once they are checked: see `cosine_cross_entropy`.)
 //!
 //! A CPU device runs the units of a cube on its cores and the cubes one after another, so the *unit* variants
 //! take one cube of as many units as there are cores, and each unit owns whole register tiles. A GPU runs
@@ -22,7 +23,8 @@ use crate::tiles::{Engine, Tile};
 pub enum Variant {
     /// One unit a core owns register tiles: the CPU's shape, on CPU devices only.
     Unit,
-    /// A cube of 256 units shares tiles in shared memory: the GPU's shape, on any GPU that meets WebGPU's limits.
+    /// A cube of 256 units shares tiles in shared memory: the GPU's shape, on any GPU that meets WebGPU's limits. Tiles are larger where
+    /// a device says that it has room for them.
     Plane,
     /// A cube multiplies tiles on tensor cores: for ops with a product, where the device has them for the operands.
     /// If forced on a device without them, the same kernels run in multiply-adds, for tests.

@@ -1,4 +1,4 @@
-//! CubeCL kernels for cosine-classifier heads: many heads at once, at any number of classes, on any CubeCL device.
+//! CubeCL kernels for cosine-classifier heads: many heads at once, at any number of classes, on CubeCL's CPU, CUDA and wgpu devices.
 //! Beside its outputs [`cosine_cross_entropy`] takes no memory that grows with `rows × classes`; its page has the numbers.
 //!
 //! | op | what it does |
@@ -17,7 +17,7 @@
 //! Shapes, strides, dtypes, devices and options are checked before anything is launched, and what does not fit is an [`Error`] with
 //! the numbers. The values of labels are only known to the device: a row whose label is not a class counts as ignored, and every
 //! function that waits for a result (`check`, `read` and the other `read_…`; in Burn only `check`) returns [`Error::Label`]. Reading raw
-//! handles or gradients does not check, so call `check` first.
+//! handles or gradients does not check, so call `check` before you use them.
 //!
 //! By default the crate links no runtime: turn on `cpu`, `cuda` or `wgpu`. Turn them on here rather than only in `cubecl`, since Burn's
 //! functions and the CUDA kernels' own instructions need them. `examples/step.rs` is a whole program.

@@ -117,15 +117,18 @@ impl Strided {
         [shape[0], shape[1], shape[2]]
     }
 
-    /// The widest vector, up to the blueprint's, that every row starts and ends on.
+    /// The widest vector, up to the blueprint's, that every row starts and ends on. A single row counts with the stride that it has no
+    /// use for: sums over its columns then have the bits that they have among others.
     pub(crate) fn vector_size(&self, blueprint: &Blueprint) -> usize {
-        let columns = self.shape()[self.shape().len() - 1];
+        let rank = self.shape().len();
+        let strides = self.tensor.strides();
+        let outer = if rank == 3 { strides[0] } else { 0 };
         widest(
             blueprint.vector(self.dtype()),
             [
-                columns,
-                self.row_stride,
-                self.outer_stride,
+                self.shape()[rank - 1],
+                strides[rank - 2],
+                outer,
                 offset(&self.tensor),
             ],
         )

@@ -19,8 +19,6 @@ pub trait Real:
 {
     /// The value nearest to `value`.
     fn of(value: f64) -> Self;
-    /// This value as `f64`, exactly.
-    fn to_f64(self) -> f64;
     /// `√self`
     fn sqrt(self) -> Self;
     /// `e^self`
@@ -34,9 +32,6 @@ macro_rules! real {
         impl Real for $type {
             fn of(value: f64) -> Self {
                 value as Self
-            }
-            fn to_f64(self) -> f64 {
-                f64::from(self)
             }
             fn sqrt(self) -> Self {
                 self.sqrt()

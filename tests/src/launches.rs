@@ -110,7 +110,7 @@ fn fused(client: &Client, dtype: FloatKind, strategy: Strategy, allow_tf32: bool
         // In f32 the forward pass is another then, which leaves its cosines.
         if float == F32 && labels == LABELS && !allow_tf32 {
             let both = cosine_cross_entropy::forward_backward;
-            both(client, &inputs, &options, &upstream, Wanted::BOTH).expect(VALID);
+            let _ = both(client, &inputs, &options, &upstream, Wanted::BOTH).expect(VALID);
         }
     }
 }
@@ -132,7 +132,7 @@ fn small(client: &Client, dtype: FloatKind) {
         if reduction == Reduction::None {
             options.loss.label_smoothing = 0.1;
         }
-        cosine_cross_entropy::forward(client, &inputs, &options).expect(VALID);
+        let _ = cosine_cross_entropy::forward(client, &inputs, &options).expect(VALID);
         let upstream = Upstream::Total(1.0);
         for wanted in [Wanted::BOTH, Wanted::EMBEDDINGS, Wanted::WEIGHTS] {
             let both = cosine_cross_entropy::forward_backward(
@@ -248,7 +248,7 @@ fn means_of(client: &Client, float: ElemType, labels: ElemType, normalize: bool,
     first.accumulate(client, &embeddings, &labels).expect(VALID);
     first.merge(client, &second).expect(VALID);
     let weights = tensor(client, &[2, classes + 15, 256], float);
-    first.write_means(client, &weights).expect(VALID);
+    first.means(client, &weights).expect(VALID);
 }
 
 fn reconstruct(client: &Client, dtype: FloatKind) {

@@ -85,7 +85,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Error> {
         client.create_from_slice(u8::as_bytes(&vec![0u8; bytes])),
         embeddings.dtype,
     );
-    let means = sums.write_means(&client, &zeros)?;
+    let means = sums.means(&client, &zeros)?;
     let mut written = Written::default();
     written.floats(&client, "prototypes", &means, means.shape())?;
     written.integers("counts", &counts, &[classes]);

@@ -10,7 +10,7 @@ use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{AutodiffBackend, Backend, TensorMetadata};
 use burn::tensor::DType;
 
-use super::ops::{MaybeGrad, ProtoheadGradOps, ProtoheadOps};
+use super::ops::{Losses, MaybeGrad, Means, ProtoheadGradOps, ProtoheadOps, SavedRows};
 use super::sums::State;
 use crate::{Reduction, cosine_cross_entropy as fused, cosine_logits as logits, cross_entropy};
 
@@ -26,9 +26,7 @@ enum FusedState<B: Backend> {
     Saved {
         embeddings: NodeId,
         weights: NodeId,
-        labels: IntTensor<B>,
-        lse: FloatTensor<B>,
-        status: IntTensor<B>,
+        rows: SavedRows<B>,
         options: Box<fused::Options>,
     },
 }
@@ -56,9 +54,7 @@ impl<B: Backend + ProtoheadGradOps> Backward<B, 2> for FusedBackward {
             FusedState::Saved {
                 embeddings,
                 weights,
-                labels,
-                lse,
-                status,
+                rows,
                 options,
             } => {
                 let need = ops.parents.each_ref().map(Option::is_some);
@@ -66,9 +62,7 @@ impl<B: Backend + ProtoheadGradOps> Backward<B, 2> for FusedBackward {
                     grad,
                     checkpointer.retrieve_node_output(embeddings),
                     checkpointer.retrieve_node_output(weights),
-                    labels,
-                    lse,
-                    status,
+                    rows,
                     *options,
                     need,
                 )
@@ -112,13 +106,7 @@ impl<B: Backend + ProtoheadGradOps> Backward<B, 1> for TotalBackward {
 struct CrossEntropyBackward;
 
 impl<B: Backend + ProtoheadGradOps> Backward<B, 1> for CrossEntropyBackward {
-    type State = (
-        NodeId,
-        IntTensor<B>,
-        FloatTensor<B>,
-        IntTensor<B>,
-        cross_entropy::Options,
-    );
+    type State = (NodeId, SavedRows<B>, cross_entropy::Options);
 
     fn backward(
         self,
@@ -127,12 +115,11 @@ impl<B: Backend + ProtoheadGradOps> Backward<B, 1> for CrossEntropyBackward {
         checkpointer: &mut Checkpointer,
     ) {
         let grad = grads.consume::<B>(&ops.node);
-        let (logits, labels, lse, status, options) = ops.state;
+        let (logits, rows, options) = ops.state;
         let logits = checkpointer.retrieve_node_output(logits);
         let [parent] = ops.parents;
         if let Some(node) = parent {
-            let gradient =
-                B::protohead_cross_entropy_backward(grad, logits, labels, lse, status, options);
+            let gradient = B::protohead_cross_entropy_backward(grad, logits, rows, options);
             grads.register::<B>(node.id, gradient);
         }
     }
@@ -205,6 +192,21 @@ fn register<B: Backend>(grads: &mut Gradients, parent: Option<NodeId>, gradient:
     }
 }
 
+/// The results with a loss that is tracked, or not; the others never are.
+fn tracked<B: Backend, C: CheckpointStrategy>(
+    losses: Losses<B>,
+    finish: impl FnOnce(FloatTensor<B>) -> FloatTensor<Autodiff<B, C>>,
+) -> Losses<Autodiff<B, C>> {
+    let constant = <Autodiff<B, C> as AutodiffBackend>::from_inner;
+    Losses {
+        loss: finish(losses.loss),
+        lse: constant(losses.lse),
+        saved_lse: constant(losses.saved_lse),
+        predictions: losses.predictions,
+        status: losses.status,
+    }
+}
+
 impl<B: Backend + ProtoheadOps + ProtoheadGradOps, C: CheckpointStrategy> ProtoheadOps
     for Autodiff<B, C>
 {
@@ -213,37 +215,31 @@ impl<B: Backend + ProtoheadOps + ProtoheadGradOps, C: CheckpointStrategy> Protoh
         weights: FloatTensor<Self>,
         labels: IntTensor<Self>,
         options: fused::Options,
-    ) -> (
-        FloatTensor<Self>,
-        FloatTensor<Self>,
-        IntTensor<Self>,
-        IntTensor<Self>,
-    ) {
+    ) -> Losses<Self> {
         let prepared = <FusedBackward as Backward<B, 2>>::prepare::<C>(
             FusedBackward,
             [embeddings.node(), weights.node()],
         );
-        let (loss, lse, predictions, status) = match prepared.compute_bound().stateful() {
+        match prepared.compute_bound().stateful() {
             OpsKind::Tracked(prepared) if at_once(embeddings.primitive().dtype(), &options) => {
                 let need = [embeddings.is_tracked(), weights.is_tracked()];
-                let (loss, lse, predictions, status, of_embeddings, of_weights) =
-                    B::protohead_fused_at_once(
-                        embeddings.into_primitive(),
-                        weights.into_primitive(),
-                        labels,
-                        options,
-                        need,
-                    );
+                let (losses, of_embeddings, of_weights) = B::protohead_fused_at_once(
+                    embeddings.into_primitive(),
+                    weights.into_primitive(),
+                    labels,
+                    options,
+                    need,
+                );
                 let gradients = [of_embeddings, of_weights].map(MaybeGrad::computed);
                 let state = FusedState::Gradients(gradients);
-                (prepared.finish(state, loss), lse, predictions, status)
+                tracked(losses, |loss| prepared.finish(state, loss))
             }
             OpsKind::Tracked(mut prepared) => {
                 let saved = (
                     prepared.checkpoint(&embeddings),
                     prepared.checkpoint(&weights),
                 );
-                let (loss, lse, predictions, status) = B::protohead_fused(
+                let losses = B::protohead_fused(
                     embeddings.into_primitive(),
                     weights.into_primitive(),
                     labels.clone(),
@@ -252,25 +248,21 @@ impl<B: Backend + ProtoheadOps + ProtoheadGradOps, C: CheckpointStrategy> Protoh
                 let state = FusedState::Saved {
                     embeddings: saved.0,
                     weights: saved.1,
-                    labels,
-                    lse: lse.clone(),
-                    status: status.clone(),
+                    rows: losses.saved(labels),
                     options: Box::new(options),
                 };
-                (prepared.finish(state, loss), lse, predictions, status)
+                tracked(losses, |loss| prepared.finish(state, loss))
             }
             OpsKind::UnTracked(prepared) => {
-                let (loss, lse, predictions, status) = B::protohead_fused(
+                let losses = B::protohead_fused(
                     embeddings.into_primitive(),
                     weights.into_primitive(),
                     labels,
                     options,
                 );
-                (prepared.finish(loss), lse, predictions, status)
+                tracked(losses, |loss| prepared.finish(loss))
             }
-        };
-        let lse = <Self as AutodiffBackend>::from_inner(lse);
-        (loss, lse, predictions, status)
+        }
     }
 
     fn protohead_total(loss: FloatTensor<Self>, alphas: Vec<f32>) -> FloatTensor<Self> {
@@ -291,35 +283,27 @@ impl<B: Backend + ProtoheadOps + ProtoheadGradOps, C: CheckpointStrategy> Protoh
         logits: FloatTensor<Self>,
         labels: IntTensor<Self>,
         options: cross_entropy::Options,
-    ) -> (
-        FloatTensor<Self>,
-        FloatTensor<Self>,
-        IntTensor<Self>,
-        IntTensor<Self>,
-    ) {
+    ) -> Losses<Self> {
         let prepared = <CrossEntropyBackward as Backward<B, 1>>::prepare::<C>(
             CrossEntropyBackward,
             [logits.node()],
         );
-        let (loss, lse, predictions, status) = match prepared.compute_bound().stateful() {
+        match prepared.compute_bound().stateful() {
             OpsKind::Tracked(mut prepared) => {
                 let saved = prepared.checkpoint(&logits);
-                let (loss, lse, predictions, status) = B::protohead_cross_entropy(
+                let losses = B::protohead_cross_entropy(
                     logits.into_primitive(),
                     labels.clone(),
                     options.clone(),
                 );
-                let state = (saved, labels, lse.clone(), status.clone(), options);
-                (prepared.finish(state, loss), lse, predictions, status)
+                let state = (saved, losses.saved(labels), options);
+                tracked(losses, |loss| prepared.finish(state, loss))
             }
             OpsKind::UnTracked(prepared) => {
-                let (loss, lse, predictions, status) =
-                    B::protohead_cross_entropy(logits.into_primitive(), labels, options);
-                (prepared.finish(loss), lse, predictions, status)
+                let losses = B::protohead_cross_entropy(logits.into_primitive(), labels, options);
+                tracked(losses, |loss| prepared.finish(loss))
             }
-        };
-        let lse = <Self as AutodiffBackend>::from_inner(lse);
-        (loss, lse, predictions, status)
+        }
     }
 
     fn protohead_logits(
@@ -396,15 +380,13 @@ impl<B: Backend + ProtoheadOps + ProtoheadGradOps, C: CheckpointStrategy> Protoh
         weights: FloatTensor<Self>,
         status: IntTensor<Self>,
         state: State,
-    ) -> (
-        FloatTensor<Self>,
-        IntTensor<Self>,
-        IntTensor<Self>,
-        IntTensor<Self>,
-    ) {
-        let (means, counts, status, next) =
-            B::protohead_class_means(weights.into_primitive(), status, state);
-        let means = <Self as AutodiffBackend>::from_inner(means);
-        (means, counts, status, next)
+    ) -> Means<Self> {
+        let means = B::protohead_class_means(weights.into_primitive(), status, state);
+        Means {
+            weights: <Self as AutodiffBackend>::from_inner(means.weights),
+            counts: means.counts,
+            status: means.status,
+            next: means.next,
+        }
     }
 }

@@ -11,7 +11,7 @@ use cubecl::client::Client;
 use cubecl::ir::Type;
 use cubecl::std::tensor::TensorHandle;
 
-use super::ops::{MaybeGrad, ProtoheadGradOps, ProtoheadOps};
+use super::ops::{Losses, MaybeGrad, Means, ProtoheadGradOps, ProtoheadOps, SavedRows};
 use super::sums::State;
 use super::total;
 use crate::class_means::ClassSums;
@@ -84,17 +84,15 @@ fn tensor(like: &CubeTensor, handle: TensorHandle, dtype: DType) -> CubeTensor {
     )
 }
 
-/// Loss, lse, predictions, status.
-fn results(
-    like: &CubeTensor,
-    output: LossOutput,
-) -> (CubeTensor, CubeTensor, CubeTensor, CubeTensor) {
-    (
-        tensor(like, output.loss, DType::F32),
-        tensor(like, output.lse, DType::F32),
-        tensor(like, output.predictions, DType::U32),
-        tensor(like, output.status, DType::U32),
-    )
+fn losses(like: &CubeTensor, output: LossOutput) -> Losses<CubeBackend> {
+    let saved = output.saved();
+    Losses {
+        loss: tensor(like, output.loss, DType::F32),
+        lse: tensor(like, output.lse, DType::F32),
+        saved_lse: tensor(like, saved.lse, DType::F32),
+        predictions: tensor(like, output.predictions, DType::U32),
+        status: tensor(like, saved.status, DType::U32),
+    }
 }
 
 fn wanted([embeddings, weights]: [bool; 2]) -> Wanted {
@@ -117,19 +115,14 @@ impl ProtoheadOps for CubeBackend {
         weights: FloatTensor<Self>,
         rows: IntTensor<Self>,
         options: fused::Options,
-    ) -> (
-        FloatTensor<Self>,
-        FloatTensor<Self>,
-        IntTensor<Self>,
-        IntTensor<Self>,
-    ) {
+    ) -> Losses<Self> {
         let inputs = fused::Inputs {
             embeddings: operand(embeddings.clone()),
             weights: operand(weights),
             labels: labels(rows),
         };
         let output = checked(fused::forward(&embeddings.client, &inputs, &options));
-        results(&embeddings, output)
+        losses(&embeddings, output)
     }
 
     fn protohead_total(loss: FloatTensor<Self>, alphas: Vec<f32>) -> FloatTensor<Self> {
@@ -142,18 +135,13 @@ impl ProtoheadOps for CubeBackend {
         z: FloatTensor<Self>,
         rows: IntTensor<Self>,
         options: cross_entropy::Options,
-    ) -> (
-        FloatTensor<Self>,
-        FloatTensor<Self>,
-        IntTensor<Self>,
-        IntTensor<Self>,
-    ) {
+    ) -> Losses<Self> {
         let inputs = cross_entropy::Inputs {
             logits: operand(z.clone()),
             labels: labels(rows),
         };
         let output = checked(cross_entropy::forward(&z.client, &inputs, &options));
-        results(&z, output)
+        losses(&z, output)
     }
 
     fn protohead_logits(
@@ -204,15 +192,10 @@ impl ProtoheadOps for CubeBackend {
         weights: FloatTensor<Self>,
         _status: IntTensor<Self>,
         state: State,
-    ) -> (
-        FloatTensor<Self>,
-        IntTensor<Self>,
-        IntTensor<Self>,
-        IntTensor<Self>,
-    ) {
+    ) -> Means<Self> {
         let old = operand(weights.clone());
         with_sums(&weights.client, &state, |sums| {
-            let means = checked(sums.write_means(&weights.client, &old));
+            let means = checked(sums.means(&weights.client, &old));
             let shared = |handle: &TensorHandle| tensor(&weights, handle.clone(), DType::U32);
             // Copies of what later batches change; before the first there is nothing to copy.
             let now = |handle: &TensorHandle| match sums.fresh {
@@ -224,12 +207,12 @@ impl ProtoheadOps for CubeBackend {
                 }
                 false => shared(handle).copy(),
             };
-            (
-                tensor(&weights, means, weights.dtype),
-                now(sums.counts()),
-                now(sums.status()),
-                shared(sums.status()),
-            )
+            Means {
+                weights: tensor(&weights, means, weights.dtype),
+                counts: now(sums.counts()),
+                status: now(sums.status()),
+                next: shared(sums.status()),
+            }
         })
     }
 }
@@ -241,14 +224,7 @@ impl ProtoheadGradOps for CubeBackend {
         rows: IntTensor<Self>,
         options: fused::Options,
         need: [bool; 2],
-    ) -> (
-        FloatTensor<Self>,
-        FloatTensor<Self>,
-        IntTensor<Self>,
-        IntTensor<Self>,
-        MaybeGrad<Self>,
-        MaybeGrad<Self>,
-    ) {
+    ) -> (Losses<Self>, MaybeGrad<Self>, MaybeGrad<Self>) {
         let inputs = fused::Inputs {
             embeddings: operand(embeddings.clone()),
             weights: operand(weights),
@@ -261,12 +237,8 @@ impl ProtoheadGradOps for CubeBackend {
             &Upstream::Total(1.0),
             wanted(need),
         ));
-        let (loss, lse, predictions, status) = results(&embeddings, output);
         (
-            loss,
-            lse,
-            predictions,
-            status,
+            losses(&embeddings, output),
             gradient(&embeddings, gradients.embeddings),
             gradient(&embeddings, gradients.weights),
         )
@@ -276,20 +248,18 @@ impl ProtoheadGradOps for CubeBackend {
         grad: FloatTensor<Self>,
         embeddings: FloatTensor<Self>,
         weights: FloatTensor<Self>,
-        rows: IntTensor<Self>,
-        lse: FloatTensor<Self>,
-        status: IntTensor<Self>,
+        rows: SavedRows<Self>,
         options: fused::Options,
         need: [bool; 2],
     ) -> (MaybeGrad<Self>, MaybeGrad<Self>) {
         let inputs = fused::Inputs {
             embeddings: operand(embeddings.clone()),
             weights: operand(weights),
-            labels: labels(rows),
+            labels: labels(rows.labels),
         };
         let saved = Saved {
-            lse: handle(lse),
-            status: handle(status),
+            lse: handle(rows.lse),
+            status: handle(rows.status),
         };
         let gradients = checked(fused::backward_from(
             &embeddings.client,
@@ -327,18 +297,16 @@ impl ProtoheadGradOps for CubeBackend {
     fn protohead_cross_entropy_backward(
         grad: FloatTensor<Self>,
         z: FloatTensor<Self>,
-        rows: IntTensor<Self>,
-        lse: FloatTensor<Self>,
-        status: IntTensor<Self>,
+        rows: SavedRows<Self>,
         options: cross_entropy::Options,
     ) -> FloatTensor<Self> {
         let inputs = cross_entropy::Inputs {
             logits: operand(z.clone()),
-            labels: labels(rows),
+            labels: labels(rows.labels),
         };
         let saved = Saved {
-            lse: handle(lse),
-            status: handle(status),
+            lse: handle(rows.lse),
+            status: handle(rows.status),
         };
         let upstream = Upstream::Loss(handle(into_contiguous(grad)));
         let gradient = checked(cross_entropy::backward_from(

@@ -65,8 +65,8 @@ impl CosineHeadsConfig {
 ///     .with_active(Some(20))
 ///     .init(&embeddings.device());
 /// let loss = heads.loss(embeddings, labels, &LossOptions::default())?;
-/// let gradients = loss.total.backward();
 /// loss.heads.check()?; // waits: were all labels classes?
+/// let gradients = loss.total.backward();
 /// # Ok(()) }
 /// ```
 #[derive(Module, Debug)]
@@ -79,6 +79,7 @@ pub struct CosineHeads {
 }
 
 /// The losses of [`CosineHeads::loss`].
+#[must_use = "labels that are no class are only reported by `check`"]
 #[derive(Clone, Debug)]
 pub struct HeadsLoss {
     /// `[1]`: the weighted sum of the heads' losses.
@@ -110,6 +111,11 @@ impl CosineHeads {
     /// The factor on the cosines.
     pub fn scale(&self) -> f64 {
         self.scale
+    }
+
+    /// Another factor on the cosines, as where the temperature follows a schedule.
+    pub fn with_scale(self, scale: f64) -> Self {
+        Self { scale, ..self }
     }
 
     /// Lets another number of classes take part.

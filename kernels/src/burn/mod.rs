@@ -24,7 +24,6 @@ pub use sums::{ClassMeans, ClassSums, class_means};
 
 use burn::backend::Dispatch;
 use burn::backend::cubecl::dtype_to_elem_type;
-use burn::backend::tensor::FloatTensor;
 use burn::tensor::{DType, Device, Int, Tensor};
 use cubecl::client::Client;
 use cubecl::ir::ElemType;
@@ -37,9 +36,10 @@ use crate::{
     Error, LossOptions, Reduction, Strategy, cosine_cross_entropy as fused,
     cosine_logits as logits_op, cross_entropy as cross_entropy_op,
 };
-use ops::ProtoheadOps;
+use ops::{Losses, ProtoheadOps};
 
 /// The result of a cross-entropy.
+#[must_use = "labels that are no class are only reported by `check`"]
 #[derive(Clone, Debug)]
 pub struct CrossEntropy<const D: usize> {
     /// `[heads]`, or `[heads, rows]` without a reduction; f32, without head weights. Differentiable.
@@ -91,24 +91,17 @@ impl Judged {
     }
 }
 
-/// A tensor of whichever backend.
-type Any = FloatTensor<Dispatch>;
-
 impl<const D: usize> CrossEntropy<D> {
-    /// Of loss, lse, predictions and status; predictions in the device's own integers.
-    fn new(
-        (loss, lse, predictions, status): (Any, Any, Any, Any),
-        labels: Tensor<1, Int>,
-        active: usize,
-    ) -> Self {
+    /// With predictions in the device's own integers.
+    fn new(losses: Losses<Dispatch>, labels: Tensor<1, Int>, active: usize) -> Self {
         let int = labels.device().settings().int_dtype;
         Self {
-            loss: Tensor::from_dispatch(loss),
-            lse: Tensor::from_dispatch(lse),
-            predictions: Tensor::<2, Int>::from_dispatch(predictions).cast(int),
+            loss: Tensor::from_dispatch(losses.loss),
+            lse: Tensor::from_dispatch(losses.lse),
+            predictions: Tensor::<2, Int>::from_dispatch(losses.predictions).cast(int),
             labels: Judged {
                 labels: Some(labels),
-                status: Tensor::from_dispatch(status),
+                status: Tensor::from_dispatch(losses.status),
                 active,
             },
         }
@@ -228,8 +221,8 @@ pub fn predictions(
     };
     // The loss finds them, whatever the labels are.
     let labels = Tensor::zeros([rows], (&embeddings.device(), DType::I32));
-    let untracked = [embeddings, weights].map(Tensor::detach);
-    let [embeddings, weights] = untracked;
+    // A parameter that is only detached still has a gradient computed, and kept for a backward pass that never comes.
+    let [embeddings, weights] = [embeddings, weights].map(|t| t.detach().set_require_grad(false));
     Ok(cosine_cross_entropy(embeddings, weights, labels, &options)?.predictions)
 }
 
@@ -243,11 +236,14 @@ pub fn cross_entropy_by_row(
     labels: Tensor<1, Int>,
     options: &cross_entropy_op::Options,
 ) -> Result<CrossEntropy<2>, Error> {
-    cube_client(&logits.device())?;
+    let client = cube_client(&logits.device())?;
     let [heads, rows, active] = logits.dims();
     sized("logits", &logits.dims())?;
+    storable("logits", &logits)?;
     // What a backward pass knows of each row.
-    sized("row states", &[heads, 2, rows])?;
+    let row_states = [heads, 2, rows];
+    sized("row states", &row_states)?;
+    allocatable(&client, "row states", count(&row_states), F32)?;
     float_dtype("logits", &logits)?;
     let mut options = options.clone();
     options.loss.reduction = Reduction::None;
@@ -324,6 +320,7 @@ pub fn reconstruction(
         }
     }
     sized("whole", &whole.dims())?;
+    storable("whole", &whole)?;
     Ok(Tensor::from_dispatch(
         <Dispatch as ProtoheadOps>::protohead_reconstruction(
             whole.into_dispatch(),
@@ -379,6 +376,13 @@ fn sized(operand: &'static str, dims: &[usize]) -> Result<(), Error> {
     Ok(())
 }
 
+/// Refuses an operand whose gradient, or whose contiguous copy, no buffer of the device holds: a view may be larger than its buffer.
+fn storable<const D: usize>(operand: &'static str, tensor: &Tensor<D>) -> Result<(), Error> {
+    let client = cube_client(&tensor.device())?;
+    let dtype = float_dtype(operand, tensor)?;
+    allocatable(&client, operand, count(&tensor.dims()), dtype)
+}
+
 /// What the launchers would refuse, refused at the call; gives K.
 fn head_operands(
     embeddings: &Tensor<3>,
@@ -391,8 +395,8 @@ fn head_operands(
     sized("class weights", &weights.dims())?;
     let active = active_classes(embeddings.dims(), weights.dims(), scale, active)?;
     together("class weights", &weights.device(), &embeddings.device())?;
-    float_dtype("embeddings", embeddings)?;
-    float_dtype("class weights", weights)?;
+    storable("embeddings", embeddings)?;
+    storable("class weights", weights)?;
     Ok(active)
 }
 

@@ -29,6 +29,48 @@ impl<B: Backend> MaybeGrad<B> {
     }
 }
 
+/// The results of a cross-entropy.
+#[derive(ExtensionType)]
+#[cfg_attr(feature = "fusion", extension_type(fusion))]
+pub(super) struct Losses<B: Backend> {
+    pub loss: FloatTensor<B>,
+    pub lse: FloatTensor<B>,
+    pub saved_lse: FloatTensor<B>,
+    pub predictions: IntTensor<B>,
+    pub status: IntTensor<B>,
+}
+
+/// What the backward pass of a cross-entropy reads of the forward pass.
+#[derive(Clone, Debug, ExtensionType)]
+#[cfg_attr(feature = "fusion", extension_type(fusion))]
+pub(super) struct SavedRows<B: Backend> {
+    pub labels: IntTensor<B>,
+    pub lse: FloatTensor<B>,
+    pub status: IntTensor<B>,
+}
+
+/// The results of class means.
+#[derive(ExtensionType)]
+#[cfg_attr(feature = "fusion", extension_type(fusion))]
+pub(super) struct Means<B: Backend> {
+    /// Class weights with the means in place.
+    pub weights: FloatTensor<B>,
+    pub counts: IntTensor<B>,
+    pub status: IntTensor<B>,
+    /// The status of the sums, which orders the calls.
+    pub next: IntTensor<B>,
+}
+
+impl<B: Backend> Losses<B> {
+    pub(super) fn saved(&self, labels: IntTensor<B>) -> SavedRows<B> {
+        SavedRows {
+            labels,
+            lse: self.saved_lse.clone(),
+            status: self.status.clone(),
+        }
+    }
+}
+
 /// The ops, differentiable where the autodiff backend wraps them.
 #[backend_extension(
     Cube: cfg(any(feature = "cpu", feature = "cuda", feature = "wgpu")),
@@ -36,7 +78,6 @@ impl<B: Backend> MaybeGrad<B> {
     Autodiff
 )]
 pub(super) trait ProtoheadOps: Backend {
-    /// Loss, lse, predictions, status.
     #[fusion(meta = fused_spec)]
     #[allow(unused_variables)]
     fn protohead_fused(
@@ -44,31 +85,21 @@ pub(super) trait ProtoheadOps: Backend {
         weights: FloatTensor<Self>,
         labels: IntTensor<Self>,
         options: fused::Options,
-    ) -> (
-        FloatTensor<Self>,
-        FloatTensor<Self>,
-        IntTensor<Self>,
-        IntTensor<Self>,
-    );
+    ) -> Losses<Self>;
 
     /// The weighted sum of the losses by head.
     #[fusion(meta = total_spec)]
     #[allow(unused_variables)]
     fn protohead_total(loss: FloatTensor<Self>, alphas: Vec<f32>) -> FloatTensor<Self>;
 
-    /// Loss, lse, predictions, status of given logits.
+    /// Of given logits.
     #[fusion(meta = cross_entropy_spec)]
     #[allow(unused_variables)]
     fn protohead_cross_entropy(
         logits: FloatTensor<Self>,
         labels: IntTensor<Self>,
         options: cross_entropy::Options,
-    ) -> (
-        FloatTensor<Self>,
-        FloatTensor<Self>,
-        IntTensor<Self>,
-        IntTensor<Self>,
-    );
+    ) -> Losses<Self>;
 
     #[fusion(meta = logits_spec)]
     #[allow(unused_variables)]
@@ -96,51 +127,36 @@ pub(super) trait ProtoheadOps: Backend {
         state: State,
     ) -> IntTensor<Self>;
 
-    /// Class weights with the means in place, counts, status, and the status that orders the calls.
     #[fusion(meta = class_means_spec)]
-    #[allow(unused_variables, clippy::type_complexity)] // one per result
+    #[allow(unused_variables)]
     fn protohead_class_means(
         weights: FloatTensor<Self>,
         status: IntTensor<Self>,
         state: State,
-    ) -> (
-        FloatTensor<Self>,
-        IntTensor<Self>,
-        IntTensor<Self>,
-        IntTensor<Self>,
-    );
+    ) -> Means<Self>;
 }
 
 /// What the autodiff backend asks of the one that it wraps.
 #[backend_extension(Fusion: cfg(feature = "fusion"))]
 pub(super) trait ProtoheadGradOps: Backend {
-    /// Loss, lse, predictions, status, and the gradients of each head's loss.
+    /// The results, and the gradients of each head's loss.
     #[fusion(meta = fused_at_once_spec)]
-    #[allow(unused_variables, clippy::type_complexity)] // one per result
+    #[allow(unused_variables)]
     fn protohead_fused_at_once(
         embeddings: FloatTensor<Self>,
         weights: FloatTensor<Self>,
         labels: IntTensor<Self>,
         options: fused::Options,
         need: [bool; 2],
-    ) -> (
-        FloatTensor<Self>,
-        FloatTensor<Self>,
-        IntTensor<Self>,
-        IntTensor<Self>,
-        MaybeGrad<Self>,
-        MaybeGrad<Self>,
-    );
+    ) -> (Losses<Self>, MaybeGrad<Self>, MaybeGrad<Self>);
 
     #[fusion(meta = fused_grad_spec)]
-    #[allow(unused_variables, clippy::too_many_arguments)] // one per thing that was saved
+    #[allow(unused_variables)]
     fn protohead_fused_backward(
         grad: FloatTensor<Self>,
         embeddings: FloatTensor<Self>,
         weights: FloatTensor<Self>,
-        labels: IntTensor<Self>,
-        lse: FloatTensor<Self>,
-        status: IntTensor<Self>,
+        #[extension_type] saved: SavedRows<Self>,
         options: fused::Options,
         need: [bool; 2],
     ) -> (MaybeGrad<Self>, MaybeGrad<Self>);
@@ -162,9 +178,7 @@ pub(super) trait ProtoheadGradOps: Backend {
     fn protohead_cross_entropy_backward(
         grad: FloatTensor<Self>,
         logits: FloatTensor<Self>,
-        labels: IntTensor<Self>,
-        lse: FloatTensor<Self>,
-        status: IntTensor<Self>,
+        #[extension_type] saved: SavedRows<Self>,
         options: cross_entropy::Options,
     ) -> FloatTensor<Self>;
 

@@ -3,7 +3,7 @@
 use burn::backend::fusion::custom::TensorSpec;
 use burn::tensor::{DType, Shape};
 
-use super::ops::MaybeGradMetadata;
+use super::ops::{LossesMetadata, MaybeGradMetadata, MeansMetadata, SavedRowsMetadata};
 use super::sums::State;
 use crate::class_means::SUMS_STATUS_FIELDS;
 use crate::loss::reduce::STATUS_FIELDS;
@@ -14,31 +14,19 @@ pub(super) fn fused_spec(
     _weights: &TensorSpec,
     _labels: &TensorSpec,
     options: &fused::Options,
-) -> (TensorSpec, TensorSpec, TensorSpec, TensorSpec) {
+) -> LossesMetadata {
     loss_spec(embeddings, options.loss.reduction)
 }
 
-#[allow(clippy::type_complexity)] // one per result
 pub(super) fn fused_at_once_spec(
     embeddings: &TensorSpec,
     weights: &TensorSpec,
     _labels: &TensorSpec,
     options: &fused::Options,
     need: &[bool; 2],
-) -> (
-    TensorSpec,
-    TensorSpec,
-    TensorSpec,
-    TensorSpec,
-    MaybeGradMetadata,
-    MaybeGradMetadata,
-) {
-    let (loss, lse, predictions, status) = loss_spec(embeddings, options.loss.reduction);
+) -> (LossesMetadata, MaybeGradMetadata, MaybeGradMetadata) {
     (
-        loss,
-        lse,
-        predictions,
-        status,
+        loss_spec(embeddings, options.loss.reduction),
         maybe(need[0], embeddings),
         maybe(need[1], weights),
     )
@@ -48,38 +36,34 @@ pub(super) fn cross_entropy_spec(
     logits: &TensorSpec,
     _labels: &TensorSpec,
     options: &cross_entropy::Options,
-) -> (TensorSpec, TensorSpec, TensorSpec, TensorSpec) {
+) -> LossesMetadata {
     loss_spec(logits, options.loss.reduction)
 }
 
 pub(super) fn cross_entropy_grad_spec(
     _grad: &TensorSpec,
     logits: &TensorSpec,
-    _labels: &TensorSpec,
-    _lse: &TensorSpec,
-    _status: &TensorSpec,
+    _saved: &SavedRowsMetadata,
     _options: &cross_entropy::Options,
 ) -> TensorSpec {
     logits.clone()
 }
 
 /// Of an operand `[heads, rows, ..]`.
-pub(super) fn loss_spec(
-    operand: &TensorSpec,
-    reduction: Reduction,
-) -> (TensorSpec, TensorSpec, TensorSpec, TensorSpec) {
+pub(super) fn loss_spec(operand: &TensorSpec, reduction: Reduction) -> LossesMetadata {
     let (heads, rows) = (operand.shape[0], operand.shape[1]);
     let by_row = Shape::new([heads, rows]);
     let loss = match reduction {
         Reduction::None => by_row.clone(),
         Reduction::Sum | Reduction::Mean => Shape::new([heads]),
     };
-    (
-        TensorSpec::new(loss, DType::F32),
-        TensorSpec::new(by_row.clone(), DType::F32),
-        TensorSpec::new(by_row, DType::U32),
-        TensorSpec::new(Shape::new([STATUS_FIELDS]), DType::U32),
-    )
+    LossesMetadata {
+        loss: TensorSpec::new(loss, DType::F32),
+        lse: TensorSpec::new(by_row.clone(), DType::F32),
+        saved_lse: TensorSpec::new(Shape::new([2, heads, rows]), DType::F32),
+        predictions: TensorSpec::new(by_row, DType::U32),
+        status: TensorSpec::new(Shape::new([STATUS_FIELDS]), DType::U32),
+    }
 }
 
 pub(super) fn logits_spec(
@@ -113,14 +97,14 @@ pub(super) fn class_means_spec(
     weights: &TensorSpec,
     _status: &TensorSpec,
     state: &State,
-) -> (TensorSpec, TensorSpec, TensorSpec, TensorSpec) {
+) -> MeansMetadata {
     let status = || TensorSpec::new(Shape::new([SUMS_STATUS_FIELDS]), DType::U32);
-    (
-        weights.clone(),
-        TensorSpec::new(Shape::new([state.active]), DType::U32),
-        status(),
-        status(),
-    )
+    MeansMetadata {
+        weights: weights.clone(),
+        counts: TensorSpec::new(Shape::new([state.active]), DType::U32),
+        status: status(),
+        next: status(),
+    }
 }
 
 pub(super) fn maybe(need: bool, like: &TensorSpec) -> MaybeGradMetadata {
@@ -131,14 +115,11 @@ pub(super) fn maybe(need: bool, like: &TensorSpec) -> MaybeGradMetadata {
     }
 }
 
-#[allow(clippy::too_many_arguments)] // one per argument of the op
 pub(super) fn fused_grad_spec(
     _grad: &TensorSpec,
     embeddings: &TensorSpec,
     weights: &TensorSpec,
-    _labels: &TensorSpec,
-    _lse: &TensorSpec,
-    _status: &TensorSpec,
+    _saved: &SavedRowsMetadata,
     _options: &fused::Options,
     need: &[bool; 2],
 ) -> (MaybeGradMetadata, MaybeGradMetadata) {

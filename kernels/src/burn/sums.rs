@@ -6,7 +6,9 @@ use burn::backend::Dispatch;
 use burn::tensor::{Device, Int, Tensor};
 
 use super::ops::ProtoheadOps;
-use super::{Judged, cube_client, float_dtype, head_operands, row_labels, sized, together};
+use super::{
+    Judged, cube_client, float_dtype, head_operands, row_labels, sized, storable, together,
+};
 use crate::class_means::SUMS_STATUS_FIELDS;
 use crate::{Error, Strategy, class_means as means};
 
@@ -133,21 +135,21 @@ impl ClassSums {
             });
         }
         sized("class weights", &weights.dims())?;
-        float_dtype("class weights", &weights)?;
+        storable("class weights", &weights)?;
         let device = self.status.device();
         together("class weights", &weights.device(), &device)?;
-        let (weights, counts, status, next) = <Dispatch as ProtoheadOps>::protohead_class_means(
+        let means = <Dispatch as ProtoheadOps>::protohead_class_means(
             weights.into_dispatch(),
             self.status.clone().into_dispatch(),
             self.state.clone(),
         );
-        self.status = Tensor::<1, Int>::from_dispatch(next).without_autodiff();
+        self.status = Tensor::<1, Int>::from_dispatch(means.next).without_autodiff();
         Ok(ClassMeans {
-            weights: Tensor::from_dispatch(weights),
-            counts: Tensor::<1, Int>::from_dispatch(counts).cast(device.settings().int_dtype),
+            weights: Tensor::from_dispatch(means.weights),
+            counts: Tensor::<1, Int>::from_dispatch(means.counts).cast(device.settings().int_dtype),
             labels: Judged {
                 labels: None,
-                status: Tensor::from_dispatch(status),
+                status: Tensor::from_dispatch(means.status),
                 active,
             },
         })
@@ -155,6 +157,7 @@ impl ClassSums {
 }
 
 /// The result of [`class_means`] and [`ClassSums::means`].
+#[must_use = "labels that are no class are only reported by `check`"]
 #[derive(Clone, Debug)]
 pub struct ClassMeans {
     /// `[heads, classes, dim]`: the class weights with the means in place.

@@ -60,7 +60,7 @@ pub(crate) const SUMS_STATUS_FIELDS: usize = 4;
 ///     sums.accumulate(client, &embeddings, &labels)?;
 /// }
 /// println!("rows by class: {:?}", sums.read_counts(client)?);
-/// let prototypes = sums.write_means(client, &weights)?; // of weights [3, 35, 256] the first 20 classes are replaced
+/// let prototypes = sums.means(client, &weights)?; // of weights [3, 35, 256] the first 20 classes are replaced
 /// # Ok(()) }
 /// ```
 #[derive(Debug)]
@@ -276,11 +276,7 @@ impl ClassSums {
     ///
     /// # Errors
     /// A typed [`Error`] if the weights do not fit.
-    pub fn write_means(
-        &self,
-        client: &Client,
-        weights: &TensorHandle,
-    ) -> Result<TensorHandle, Error> {
+    pub fn means(&self, client: &Client, weights: &TensorHandle) -> Result<TensorHandle, Error> {
         let blueprint = self.blueprint(client)?;
         let weights = Strided::float(client, "class weights", weights, 3)?;
         let [lanes, heads, classes, dim] = self.shape();
@@ -292,6 +288,8 @@ impl ClassSums {
                 expected: format!("[{heads}, at least {classes}, {dim}]"),
             });
         }
+        let means = count(weights.shape());
+        allocatable(client, "class weights", means, weights.dtype())?;
         let out = empty(client, [heads, stored, dim], weights.dtype());
         let vector = weights.vector_size(&blueprint);
         let sharing = match blueprint.variant {
@@ -324,6 +322,14 @@ impl ClassSums {
             );
         }
         Ok(out)
+    }
+
+    /// Waits, and says whether every label was a class or ignored.
+    ///
+    /// # Errors
+    /// As [`read_counts`](Self::read_counts).
+    pub fn check(&self, client: &Client) -> Result<(), Error> {
+        self.read_counts(client).map(drop)
     }
 
     /// Waits, and reads how many rows each class has had, `[classes]`.

@@ -13,7 +13,7 @@ use crate::gradients::{Gradients, Wanted};
 use crate::loss::{LossOutput, Upstream};
 
 /// A [`forward_backward`] that is recorded once and replayed over the same buffers, so that the host does not launch each kernel
-/// again: on CUDA and HIP a replay is one graph launch, on wgpu prepared dispatches. On a device that records no graphs, such as a
+/// again: on CUDA a replay is one graph launch, on wgpu prepared dispatches. On a device that records no graphs, such as a
 /// CPU, a replay is the ordinary call.
 ///
 /// Write new embeddings, weights or labels into the handles of [`inputs`](Self::inputs) before a replay. After it, call

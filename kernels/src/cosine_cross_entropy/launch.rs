@@ -74,8 +74,8 @@ impl Default for Options {
 /// # fn step(client: &cubecl::client::Client, inputs: &Inputs) -> Result<(), protohead::Error> {
 /// let options = Options { scale: 16.0, active: Some(20), ..Options::default() };
 /// let output = forward(client, inputs, &options)?;
+/// println!("loss {}", output.read_total(client)?); // or `check`: every label was a class
 /// let gradients = backward(client, inputs, &options, &output, &Upstream::Total(1.0), Wanted::BOTH)?;
-/// println!("loss {}", output.read_total(client)?);
 /// # Ok(()) }
 /// ```
 pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<LossOutput, Error> {
@@ -117,6 +117,7 @@ pub(crate) fn backward_from(
     let call = Call::new(client, inputs, options)?;
     let sizes = call.problem.sizes;
     saved.prove(client, sizes.heads, sizes.rows)?;
+    call.problem.check_gradients(client, wanted)?;
     let arriving = call.arriving(upstream)?;
     if !wanted.any() {
         return Ok(Gradients::default());
@@ -175,7 +176,7 @@ pub(super) struct Call<'a> {
 /// What a forward pass writes for each row.
 pub(super) struct RowResults {
     pub loss: TensorHandle,        // [heads, rows], f32
-    pub lse: TensorHandle,         // [heads, rows], f32
+    pub lse: TensorHandle,         // [2, heads, rows], f32: see `Saved`
     pub predictions: TensorHandle, // [heads, rows], u32
 }
 
@@ -268,9 +269,10 @@ impl<'a> Call<'a> {
     }
 
     fn row_results(&self) -> RowResults {
+        let sizes = &self.problem.sizes;
         RowResults {
             loss: self.rows_of(F32),
-            lse: self.rows_of(F32),
+            lse: empty(self.client, [2, sizes.heads, sizes.rows], F32),
             predictions: self.rows_of(U32),
         }
     }
@@ -287,6 +289,7 @@ impl<'a> Call<'a> {
         arriving: &Arriving,
         wanted: Wanted,
     ) -> Result<(LossOutput, Gradients), Error> {
+        self.problem.check_gradients(self.client, wanted)?;
         Ok(match self.kernels {
             Kernels::Tiled(tile) => self.gpu_forward_backward(tile, arriving, wanted),
             Kernels::Small => self.small(Some((arriving, wanted))),

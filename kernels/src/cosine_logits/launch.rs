@@ -117,6 +117,7 @@ pub fn backward(
             expected: format!("{}, like the embeddings", problem.embeddings.dtype()),
         });
     }
+    problem.check_gradients(client, wanted)?;
     let gradients = problem.gradients(client, wanted);
     if !wanted.any() {
         return Ok(gradients);

@@ -106,6 +106,20 @@ impl CosineProblem {
             .min(self.weights.vector_size(blueprint))
     }
 
+    /// Refuses gradients that no buffer holds: they are stored whole, whatever the strides of the operands are.
+    pub(crate) fn check_gradients(&self, client: &Client, wanted: Wanted) -> Result<(), Error> {
+        let dtype = self.embeddings.dtype();
+        if wanted.embeddings {
+            let elements = count(self.embeddings.shape());
+            allocatable(client, "the gradient of the embeddings", elements, dtype)?;
+        }
+        if wanted.weights {
+            let elements = count(self.weights.shape());
+            allocatable(client, "the gradient of the class weights", elements, dtype)?;
+        }
+        Ok(())
+    }
+
     /// Room for the gradients that are asked for.
     pub(crate) fn gradients(&self, client: &Client, wanted: Wanted) -> Gradients {
         let dtype = self.embeddings.dtype();

@@ -9,7 +9,7 @@ use crate::blueprint::{Blueprint, Strategy, Variant};
 use crate::error::Error;
 use crate::loss::arriving::Arriving;
 use crate::loss::{LossOptions, LossOutput, Saved, Upstream, reduce};
-use crate::operand::{F32, Labels, Strided, U32, empty};
+use crate::operand::{F32, Labels, Strided, U32, addressable, allocatable, count, empty};
 
 /// The operands, never modified.
 #[derive(Clone, Debug)]
@@ -45,15 +45,15 @@ pub struct Options {
 /// # fn step(client: &cubecl::client::Client, inputs: &Inputs) -> Result<(), protohead::Error> {
 /// let options = Options::default();
 /// let output = forward(client, inputs, &options)?;
+/// println!("loss {}", output.read_total(client)?); // or `check`: every label was a class
 /// let gradient = backward(client, inputs, &options, &output, &Upstream::Total(1.0))?;
-/// println!("loss {}", output.read_total(client)?);
 /// # Ok(()) }
 /// ```
 pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<LossOutput, Error> {
     let (blueprint, logits, labels) = validate(client, inputs, options)?;
     let [heads, rows, classes] = logits.dims3();
     let row_loss = empty(client, [heads, rows], F32);
-    let lse = empty(client, [heads, rows], F32);
+    let lse = empty(client, [2, heads, rows], F32);
     let predictions = empty(client, [heads, rows], U32);
     let head_weights = options.loss.upload_weights(client);
     let call = ForwardCall {
@@ -144,6 +144,9 @@ fn validate(
     let blueprint = Blueprint::new(client, options.strategy)?;
     let logits = Strided::float(client, "logits", &inputs.logits, 3)?;
     let [heads, rows, classes] = logits.dims3();
+    let row_states = count(&[2, heads, rows]);
+    addressable("row states", row_states)?;
+    allocatable(client, "row states", row_states, F32)?;
     let blueprint = blueprint.for_elements(heads * rows * classes);
     options.loss.validate(heads)?;
     let labels = Labels::new(client, &inputs.labels, rows)?;
@@ -157,7 +160,7 @@ pub(super) struct ForwardCall<'a> {
     pub logits: &'a Strided, // [heads, rows, classes]
     pub labels: &'a Labels,
     pub row_loss: &'a TensorHandle,    // [heads, rows], f32
-    pub lse: &'a TensorHandle,         // [heads, rows], f32
+    pub lse: &'a TensorHandle,         // [2, heads, rows], f32: see `Saved`
     pub predictions: &'a TensorHandle, // [heads, rows], u32
     pub loss: &'a LossOptions,
 }

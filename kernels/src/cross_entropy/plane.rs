@@ -112,6 +112,7 @@ fn forward<F: Float, I: Int, N: Size>(
     let softmax = group_softmax(state, group);
     if out < heads * rows && of.lane == 0 {
         lse[out] = softmax.lse();
+        lse[heads * rows + out] = softmax.lse_low();
         predictions[out] = softmax.best;
         let mut loss = 0.0f32.runtime();
         if is_class(target) {
@@ -125,7 +126,7 @@ fn forward<F: Float, I: Int, N: Size>(
 fn backward<F: Float, I: Int, N: Size>(
     logits: &[Vector<F, N>],
     strides: RowStrides,
-    lse: &[f32],      // [heads, rows]
+    lse: &[f32],      // [2, heads, rows]
     labels: &[I],     // [rows]
     status: &[u32],   // [STATUS_FIELDS]
     arriving: &[f32], // [heads] or [heads, rows], if it does not arrive everywhere
@@ -153,6 +154,7 @@ fn backward<F: Float, I: Int, N: Size>(
     let arrived = arriving_at(
         everywhere, arriving, head, row, rows, target, share, arrives,
     );
+    let lse_low = Vector::<f32, N>::new(lse[heads * rows + of.group]);
     let lse = Vector::<f32, N>::new(lse[of.group]);
     let upstream = Vector::<f32, N>::new(arrived);
     let target = Vector::<u32, N>::new(target);
@@ -164,6 +166,7 @@ fn backward<F: Float, I: Int, N: Size>(
         let gradient = logit_gradient::<N>(
             Vector::<f32, N>::cast_from(logits[from + d]),
             lse,
+            lse_low,
             upstream,
             class.equal(&target),
             classes as u32,

@@ -15,6 +15,9 @@ use crate::math::online_softmax::{OnlineSoftmax, logit_gradient};
 use crate::math::span::meet;
 use crate::operand::{RowStrides, whole};
 
+/// Vectors of a row that are summed apart.
+const PART: usize = 1024;
+
 pub(super) fn launch_forward(call: &ForwardCall, head_weights: Option<&Handle>) -> Reduced {
     let (count, dim) = call.blueprint.unit_grid(call.client);
     let [heads, rows, classes] = call.logits.dims3();
@@ -122,15 +125,23 @@ fn forward<F: Float, I: Int, N: Size>(
         let from = at / rows * strides.head + row * strides.row;
         let target = target_of::<I>(labels[row], &rule);
         let mut state = OnlineSoftmax::<N>::new();
-        for v in 0..classes / lanes {
-            state.fold(
-                Vector::<f32, N>::cast_from(logits[from + v]),
-                counted + Vector::<u32, N>::new((v * lanes) as u32),
-                target,
-            );
+        let mut start = 0usize.runtime();
+        while start < classes / lanes {
+            let end = min(start + PART, classes / lanes);
+            let mut part = OnlineSoftmax::<N>::new();
+            for v in start..end {
+                part.fold(
+                    Vector::<f32, N>::cast_from(logits[from + v]),
+                    counted + Vector::<u32, N>::new((v * lanes) as u32),
+                    target,
+                );
+            }
+            state.merge(&part);
+            start = end;
         }
         let softmax = state.finish();
         lse[at] = softmax.lse();
+        lse[heads * rows + at] = softmax.lse_low();
         predictions[at] = softmax.best;
         let mut of_row = 0.0f32.runtime();
         if is_class(target) {
@@ -160,7 +171,7 @@ fn forward<F: Float, I: Int, N: Size>(
 fn backward<F: Float, I: Int, N: Size>(
     logits: &[Vector<F, N>],
     strides: RowStrides,
-    lse: &[f32],      // [heads, rows]
+    lse: &[f32],      // [2, heads, rows]
     labels: &[I],     // [rows]
     status: &[u32],   // [STATUS_FIELDS]
     arriving: &[f32], // [heads] or [heads, rows], if it does not arrive everywhere
@@ -188,6 +199,7 @@ fn backward<F: Float, I: Int, N: Size>(
         let arrived = arriving_at(
             everywhere, arriving, head, row, rows, target, share, arrives,
         );
+        let lse_low = Vector::<f32, N>::new(lse[heads * rows + at]);
         let lse = Vector::<f32, N>::new(lse[at]);
         let upstream = Vector::<f32, N>::new(arrived);
         let target = Vector::<u32, N>::new(target);
@@ -196,6 +208,7 @@ fn backward<F: Float, I: Int, N: Size>(
             let gradient = logit_gradient::<N>(
                 Vector::<f32, N>::cast_from(logits[from + v]),
                 lse,
+                lse_low,
                 upstream,
                 class.equal(&target),
                 classes as u32,

@@ -36,24 +36,27 @@ impl Default for Upstream {
 }
 
 /// The result of a forward pass of a cross-entropy, on the device.
+#[must_use = "labels that are no class are only reported by `check` and what is read"]
 #[derive(Clone, Debug)]
 pub struct LossOutput {
     /// f32, `[heads]`, or `[heads, rows]` under [`Reduction::None`]; without head weights.
     pub loss: TensorHandle,
     /// f32, `[1]`: `Σ_h α_h · Σ loss[h]`.
     pub total: TensorHandle,
-    /// f32, `[heads, rows]`: `ln Σ_c e^z`, for the backward pass.
+    /// f32, `[heads, rows]`: `ln Σ_c e^z`.
     pub lse: TensorHandle,
     /// u32, `[heads, rows]`: the class of the highest logit; of equal ones, the first.
     pub predictions: TensorHandle,
     /// u32, `[3]`: rows that count, rows whose label is invalid, the first of these (`u32::MAX − 1` if there is none).
     pub status: TensorHandle,
+    saved_lse: TensorHandle,
     labels: TensorHandle,
     active: usize,
 }
 
 /// What a backward pass reads of a forward pass.
 pub(crate) struct Saved {
+    /// f32, `[2, heads, rows]`: lse, and what rounding took from it.
     pub lse: TensorHandle,
     pub status: TensorHandle,
 }
@@ -61,7 +64,7 @@ pub(crate) struct Saved {
 impl Saved {
     /// Proves them: they come from a caller.
     pub(crate) fn prove(&self, client: &Client, heads: usize, rows: usize) -> Result<(), Error> {
-        contiguous(client, "lse", &self.lse, &[heads, rows], F32)?;
+        contiguous(client, "saved lse", &self.lse, &[2, heads, rows], F32)?;
         contiguous(client, "status", &self.status, &[STATUS_FIELDS], U32)
     }
 }
@@ -83,21 +86,25 @@ impl LossOutput {
     pub(crate) fn new(
         row_loss: TensorHandle,
         reduced: reduce::Reduced,
-        lse: TensorHandle,
+        saved_lse: TensorHandle,
         predictions: TensorHandle,
         labels: &Labels,
         active: usize,
         options: &LossOptions,
     ) -> Self {
+        let of_rows = predictions.shape().clone();
+        let low = of_rows.num_elements() * size_of::<f32>();
+        let lse = saved_lse.handle.clone().offset_end(low as u64);
         Self {
             loss: match options.reduction {
                 Reduction::None => row_loss,
                 Reduction::Sum | Reduction::Mean => reduced.loss,
             },
             total: reduced.total,
-            lse,
+            lse: TensorHandle::new_contiguous(of_rows, lse, F32),
             predictions,
             status: reduced.status,
+            saved_lse,
             labels: labels.tensor.clone(),
             active,
         }
@@ -105,7 +112,7 @@ impl LossOutput {
 
     pub(crate) fn saved(&self) -> Saved {
         Saved {
-            lse: self.lse.clone(),
+            lse: self.saved_lse.clone(),
             status: self.status.clone(),
         }
     }

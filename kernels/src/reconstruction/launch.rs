@@ -10,7 +10,7 @@ use super::{plane, unit};
 use crate::blueprint::{Blueprint, Strategy, Variant};
 use crate::error::Error;
 use crate::loss::Upstream;
-use crate::operand::{F32, Strided, contiguous, count, empty, whole_if_asked};
+use crate::operand::{F32, Strided, allocatable, contiguous, count, empty, whole_if_asked};
 
 /// The operands, never modified: `[rows, dim]`, f32, f16 or bf16, the last axis packed.
 #[derive(Clone, Debug)]
@@ -136,6 +136,7 @@ pub fn backward(
     };
     let shape = [call.rows, call.dim];
     let dtype = call.whole.dtype();
+    allocatable(client, "a gradient", count(&shape), dtype)?;
     let gradients = Gradients {
         whole: wanted.whole.then(|| empty(client, shape, dtype)),
         part: wanted.part.then(|| empty(client, shape, dtype)),

@@ -20,6 +20,16 @@ pub(crate) fn exp_scaled(x: f32, scale: f32, #[comptime] tile: Tile) -> f32 {
     }
 }
 
+/// `e^(x − y)`, with as many instructions as [`exp_scaled`].
+#[cube]
+pub(crate) fn exp_difference(x: f32, y: f32, #[comptime] tile: Tile) -> f32 {
+    if comptime!(tile.ptx) {
+        power_of_two(fma(x, LOG2_E, -(y * LOG2_E)))
+    } else {
+        (x - y).exp()
+    }
+}
+
 /// `2^x` by `ex2`.
 #[cube]
 fn power_of_two(x: f32) -> f32 {

@@ -36,7 +36,7 @@ mod wgmma;
 
 pub(crate) use backward::Backward;
 pub(crate) use chunks::{Chunk, Chunks, GradientChunk};
-pub(crate) use exponential::exp_scaled;
+pub(crate) use exponential::{exp_difference, exp_scaled};
 pub(crate) use logits::{ChunkShape, LogitTile};
 pub(crate) use pack::pack_chunk;
 pub(crate) use results::{Place, column_of, place, result_of, row_of};
@@ -176,7 +176,7 @@ impl Tile {
     fn new(client: &Client, engine: Engine, packed: ElemType) -> Self {
         let hardware = &client.properties().hardware;
         let widest = (16 / packed.size()).min(hardware.max_vector_size);
-        // Only CUDA and HIP know, and have shared memory for large tiles.
+        // Only CUDA (and HIP, which is untested) knows, and has shared memory for large tiles.
         let is_known = hardware.num_streaming_multiprocessors.is_some()
             && hardware.max_shared_memory_size >= 56 << 10;
         Self::with_vectors(engine, packed, widest, is_known)

@@ -112,7 +112,7 @@ fn means(
     }
     let weights = problem.upload(client, &data.weights, &[heads, classes, dim]);
     let before = bytes(client, &[&weights]);
-    let means = sums.write_means(client, &weights).map_err(said)?;
+    let means = sums.means(client, &weights).map_err(said)?;
     if bytes(client, &[&weights]) != before {
         return Err("the class weights were modified".into());
     }
@@ -239,7 +239,7 @@ fn a_state_without_rows_changes_nothing() {
         let weights = problem.upload(client, &data.weights, &[2, 9, 6]);
         let mut sums = fresh();
         sums.merge(client, &fresh()).expect("alike");
-        let means = sums.write_means(client, &weights).expect("they fit");
+        let means = sums.means(client, &weights).expect("they fit");
         assert_eq!(
             download(client, &means),
             download(client, &weights),
@@ -254,12 +254,8 @@ fn a_state_without_rows_changes_nothing() {
             .accumulate(client, &embeddings, &labels)
             .expect("it fits");
         sums.merge(client, &other).expect("alike");
-        let of = |sums: &ClassSums| {
-            download(
-                client,
-                &sums.write_means(client, &weights).expect("they fit"),
-            )
-        };
+        let of =
+            |sums: &ClassSums| download(client, &sums.means(client, &weights).expect("they fit"));
         assert_eq!(of(&sums), of(&other), "{run}");
         for sums in [sums, other] {
             let said = sums.read_counts(client);
@@ -318,7 +314,7 @@ fn means_are_rounded_to_the_nearest_and_ties_to_even() {
             sums.accumulate(client, &embeddings, &labels)
                 .expect("valid");
             let weights = problem.upload(client, &vec![0.0; dim], &[1, 1, dim]);
-            let means = sums.write_means(client, &weights).expect("valid");
+            let means = sums.means(client, &weights).expect("valid");
             for (d, (&truth, ours)) in truth.iter().zip(download(client, &means)).enumerate() {
                 let same = f64::from(truth) == ours || truth.is_nan() && ours.is_nan();
                 assert!(

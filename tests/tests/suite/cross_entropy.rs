@@ -12,7 +12,7 @@ use protohead_tests::close::{Comparison, Share};
 use protohead_tests::devices::{Run, runs, say_agreed};
 use protohead_tests::problem::{Data, Dtype, LabelKind, Problem, download, problem};
 
-use crate::support::{bytes, config, failed_once, fails};
+use crate::support::{bytes, config, f32s, failed_once, fails, labels};
 
 struct Expected<T> {
     forward: reference::CrossEntropy<T>,
@@ -179,6 +179,41 @@ fn rows_of_many_classes_agree_with_the_reference() {
             ..Problem::plain((2, 9, 1, active, active))
         };
         agrees(&problem).unwrap_or_else(|error| panic!("{problem:?}: {error}"));
+    }
+}
+
+/// A softmax does not change when all of its logits rise by the same: here by so much that a unit in the last place of lse is 1/2,
+/// and by logits that have no more digits than f32 then holds.
+#[test]
+fn a_shift_of_all_logits_changes_neither_loss_nor_gradient() {
+    const CLASSES: usize = 37;
+    let steps = Problem::plain((1, 5, 1, CLASSES, CLASSES)).uniform(3, 5 * CLASSES);
+    let logits: Vec<f32> = steps.iter().map(|z| (z * 4.0).round()).collect();
+    let shifted: Vec<f32> = logits.iter().map(|z| z + 4_194_304.0).collect();
+    for run in runs() {
+        let client = run.client;
+        let options = Options {
+            strategy: run.strategy,
+            ..Options::default()
+        };
+        let of = |logits: &[f32]| {
+            let inputs = Inputs {
+                logits: f32s(client, logits, &[1, 5, CLASSES]),
+                labels: labels(client, &[0, 7, 36, 2, 19]),
+            };
+            let output = forward(client, &inputs, &options).expect("the operands are valid");
+            let gradient = backward(client, &inputs, &options, &output, &Upstream::default())
+                .expect("the operands are valid");
+            [output.loss, gradient].map(|tensor| download(client, &tensor))
+        };
+        let ([loss, dz], [shifted_loss, shifted_dz]) = (of(&logits), of(&shifted));
+        // Rounding errors of f32, of losses up to 10 and of probabilities.
+        for (a, b) in loss.iter().zip(&shifted_loss) {
+            assert!((a - b).abs() < 2e-6, "on {run}: {b} for {a}");
+        }
+        for (a, b) in dz.iter().zip(&shifted_dz) {
+            assert!((a - b).abs() < 2e-7, "on {run}: {b} for {a}");
+        }
     }
 }
 

@@ -290,7 +290,7 @@ fn class_means_are_those_of_the_loop_in_pytorch() {
             )
             .expect("valid");
             let means = sums
-                .write_means(client, &uploaded(client, &w, &weight_shape))
+                .means(client, &uploaded(client, &w, &weight_shape))
                 .expect("valid");
             Comparison {
                 name: "means",

@@ -7,6 +7,7 @@ mod class_means;
 mod cosine_cross_entropy;
 mod cosine_logits;
 mod cross_entropy;
+mod equal;
 mod faults;
 mod goldens;
 mod libgcc;

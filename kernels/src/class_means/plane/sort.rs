@@ -32,7 +32,9 @@ pub(super) fn launch(call: &AccumulateCall) -> Sorted {
     let client = call.client;
     let [_, rows, _] = call.embeddings.dims3();
     let classes = call.sums.counts.shape()[0];
-    let indexed = (u32::MAX as usize / classes).max(1);
+    // Histograms are indexed with 32 bits, and in one buffer; those of one block are no larger than the sums.
+    let page = client.properties().memory.max_page_size / size_of::<u32>() as u64;
+    let indexed = (page.min(u32::MAX.into()) as usize / classes).max(1);
     let most = (rows / classes.div_ceil(8)).clamp(1, rows.div_ceil(ROWS).min(indexed));
     let block = rows.div_ceil(most).next_multiple_of(PLANE_UNITS);
     let blocks = rows.div_ceil(block);

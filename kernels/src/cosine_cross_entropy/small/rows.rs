@@ -104,7 +104,7 @@ fn rows<F: Float, I: Int, N: Size>(
     weight_strides: RowStrides,
     labels: &[I],            // [rows]
     arriving: &[f32],        // [heads] or [heads, rows], if it does not arrive everywhere
-    lse: &mut [f32],         // [heads, rows]
+    lse: &mut [f32],         // [2, heads, rows]
     predictions: &mut [u32], // [heads, rows]
     scratch: &mut [f32],
     grad: &mut [Vector<F, N>], // [heads, rows, dim]
@@ -217,6 +217,7 @@ fn rows<F: Float, I: Int, N: Size>(
     let out = head * sizes.rows + own_row;
     if is_there && here.lane == 0 {
         lse[out] = softmax.lse();
+        lse[sizes.heads * sizes.rows + out] = softmax.lse_low();
         predictions[out] = softmax.best;
         let mut loss = 0.0f32.runtime();
         if is_class(target) {
@@ -244,12 +245,14 @@ fn rows<F: Float, I: Int, N: Size>(
             plan.arrives,
         );
         let row_lse = Vector::<f32, One>::new(softmax.lse());
+        let row_low = Vector::<f32, One>::new(softmax.lse_low());
         let mut class = here.lane;
         while class < active {
             let at = own * CLASSES + class;
             let gradient = logit_gradient::<One>(
                 Vector::<f32, One>::new(logits[at]),
                 row_lse,
+                row_low,
                 Vector::<f32, One>::new(upstream),
                 Vector::<u32, One>::new(class as u32).equal(&Vector::<u32, One>::new(target)),
                 active as u32,
@@ -279,17 +282,17 @@ fn rows<F: Float, I: Int, N: Size>(
                     // Some classes are on their way at once.
                     let mut ws = Array::<Vector<f32, N>>::new(TOGETHER);
                     #[unroll]
-                    for i in 0..TOGETHER {
-                        let next = min(class + i, active - 1);
-                        ws[i] = Vector::<f32, N>::cast_from(
+                    for ahead in 0..TOGETHER {
+                        let next = min(class + ahead, active - 1);
+                        ws[ahead] = Vector::<f32, N>::cast_from(
                             weights[of_weights + next * weight_strides.row + d],
                         );
                     }
                     #[unroll]
-                    for i in 0..TOGETHER {
-                        if class + i < active {
-                            let gradient = logits[own * CLASSES + class + i];
-                            sum = fma(Vector::<f32, N>::new(gradient), ws[i], sum);
+                    for ahead in 0..TOGETHER {
+                        if class + ahead < active {
+                            let gradient = logits[own * CLASSES + class + ahead];
+                            sum = fma(Vector::<f32, N>::new(gradient), ws[ahead], sum);
                         }
                     }
                     class += TOGETHER;

@@ -9,8 +9,8 @@ use crate::blueprint::cubes_for;
 use crate::math::lanes::iota;
 use crate::math::online_softmax::{FLOOR, logit_gradient};
 use crate::tiles::{
-    Backward, ChunkShape, Chunks, Engine, GradientChunk, Lies, Tile, column_of, exp_scaled, place,
-    result_of, row_of, store_tile,
+    Backward, ChunkShape, Chunks, Engine, GradientChunk, Lies, Tile, column_of, exp_difference,
+    place, result_of, row_of, store_tile,
 };
 
 /// The operands of a backward pass.
@@ -81,7 +81,7 @@ pub(in crate::cosine_cross_entropy) fn launch_backward(
 /// A chunk's cosines become its logit gradients, a vector of classes at a time.
 #[cube(launch_unchecked)]
 fn from_cosines<N: Size>(
-    state: &[f32],                 // [heads, 2, rows_padded]
+    state: &[f32],                 // [heads, 3, rows_padded]
     targets: &[u32],               // [rows_padded]
     values: &mut [Vector<f32, N>], // [heads, rows_padded, classes]
     shape: ChunkShape,
@@ -95,13 +95,15 @@ fn from_cosines<N: Size>(
         let (head, row) = (out / shape.rows_padded, out % shape.rows_padded);
         let first = (shape.first + at % columns * N::value()) as u32;
         let class = Vector::<u32, N>::new(first) + iota::<N>();
-        let lse = state[head * 2 * shape.rows_padded + row];
-        let arriving = state[(head * 2 + 1) * shape.rows_padded + row];
+        let lse = state[head * 3 * shape.rows_padded + row];
+        let lse_low = state[(head * 3 + 1) * shape.rows_padded + row];
+        let arriving = state[(head * 3 + 2) * shape.rows_padded + row];
         // Rounded as it was when lse was: `max` keeps a compiler from contracting.
         let logit = max(values[at] * Vector::new(scale), Vector::new(FLOOR));
         let gradient = logit_gradient::<N>(
             logit,
             Vector::new(lse),
+            Vector::new(lse_low),
             Vector::new(arriving),
             class.equal(&Vector::new(targets[row])),
             shape.active as u32,
@@ -117,7 +119,7 @@ fn from_cosines<N: Size>(
 fn logit_gradients<E: Float, N: Size>(
     embeddings: &[Vector<E, N>],    // [heads, rows_padded, dim]
     weights: &[Vector<E, N>],       // [heads, classes, dim]
-    state: &[f32],                  // [heads, 2, rows_padded]
+    state: &[f32],                  // [heads, 3, rows_padded]
     targets: &[u32],                // [rows_padded]
     gradients: &mut [Vector<E, N>], // [heads, rows_padded, classes]
     shape: ChunkShape,
@@ -150,8 +152,9 @@ fn logit_gradients<E: Float, N: Size>(
     #[unroll]
     for r in 0..comptime!(tile.rows()) {
         let row = of.first_row + row_of(&at, r, tile);
-        let lse = state[of.head * 2 * shape.rows_padded + row];
-        let arriving = state[(of.head * 2 + 1) * shape.rows_padded + row];
+        let lse = state[of.head * 3 * shape.rows_padded + row];
+        let lse_low = state[(of.head * 3 + 1) * shape.rows_padded + row];
+        let arriving = state[(of.head * 3 + 2) * shape.rows_padded + row];
         // Where nothing arrives, nothing goes on, whatever the logits are.
         if arriving == 0.0 {
             #[unroll]
@@ -163,7 +166,7 @@ fn logit_gradients<E: Float, N: Size>(
             for c in 0..columns {
                 let from = comptime!(result_of(r, c, tile));
                 results[from] =
-                    of_another_class(results[from], scale, lse, arriving, uniform, tile);
+                    of_another_class(results[from], scale, lse, lse_low, arriving, uniform, tile);
             }
             let target = targets[row] - first_class as u32;
             if target < comptime!(tile.side as u32) {
@@ -200,13 +203,14 @@ fn logit_gradients<E: Float, N: Size>(
     );
 }
 
-/// `arriving · (e^(scale · cosine − lse) − uniform)`, the gradient of a logit whose class is not the target. The logit is rounded as it
+/// `arriving · (e^(scale · cosine − lse − lse_low) − uniform)`, the gradient of a logit whose class is not the target. The logit is rounded as it
 /// was when lse was.
 #[cube]
 fn of_another_class(
     cosine: f32,
     scale: f32,
     lse: f32,
+    lse_low: f32,
     arriving: f32,
     uniform: f32,
     #[comptime] tile: Tile,
@@ -214,12 +218,12 @@ fn of_another_class(
     if comptime!(tile.engine == Engine::Fma) {
         // `max` keeps a compiler from contracting.
         let logit = max(cosine * scale, FLOOR);
-        arriving * ((logit - lse).exp() - uniform)
+        arriving * (((logit - lse) - lse_low).exp() - uniform)
     } else {
         // Two instructions less for each of a unit's 128 results, rounded to 16 bits or TF32 in the end. CubeCL's compiler for NVIDIA keeps
         // this `fma`; others might see the product in it.
         let logit = fma(cosine, scale, 0.0);
-        let p = exp_scaled(logit - lse, 1.0, tile);
+        let p = exp_difference(logit - lse, lse_low, tile);
         fma(arriving, p, -(arriving * uniform))
     }
 }

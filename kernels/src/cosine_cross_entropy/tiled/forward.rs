@@ -284,7 +284,7 @@ fn merge<I: Int>(
     of_target: &[f32],                 // [heads, rows]: the logit, of those that have a target
     labels: &[I],                      // [rows]
     row_loss: &mut [f32],              // [heads, rows]
-    lse: &mut [f32],                   // [heads, rows]
+    lse: &mut [f32],                   // [2, heads, rows]
     predictions: &mut [u32],           // [heads, rows]
     heads: usize,
     rows: usize,
@@ -323,6 +323,7 @@ fn merge<I: Int>(
     let mut merged = group_softmax(state, group);
     if is_there && of.lane == 0 {
         lse[out] = merged.lse();
+        lse[heads * rows + out] = merged.lse_low();
         predictions[out] = merged.best;
         let mut loss = 0.0f32.runtime();
         if is_class(target_of::<I>(labels[out % rows], &rule)) {

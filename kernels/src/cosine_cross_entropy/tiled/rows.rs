@@ -1,5 +1,5 @@
-//! What a backward pass needs to know of each row: `lse`, the gradient that arrives, and the target, padded to whole tiles with rows
-//! that take no part; and what undoes the scaling of the gradients that arrive.
+//! What a backward pass needs to know of each row: `lse` and its rest, the gradient that arrives, and the target, padded to whole tiles
+//! with rows that take no part; and what undoes the scaling of the gradients that arrive.
 
 use cubecl::ir::FloatKind;
 use cubecl::prelude::*;
@@ -15,7 +15,8 @@ use crate::operand::whole;
 
 /// The padded rows on the device.
 pub(in crate::cosine_cross_entropy) struct Rows {
-    state: Handle, // f32, [heads, 2, rows_padded]: lse, then the gradient that arrives, over the head's largest finite one
+    // f32, [heads, 3, rows_padded]: lse, what rounding took from it, and the gradient that arrives, over the head's largest finite one
+    state: Handle,
     targets: Handle, // u32, [rows_padded]
     /// f32, [heads]: what gradients of cosines are multiplied with in the end.
     pub(super) factors: Handle,
@@ -26,7 +27,7 @@ pub(in crate::cosine_cross_entropy) struct Rows {
 impl Rows {
     pub(super) fn state_arg(&self) -> BufferArg {
         // SAFETY: `gather_rows` allocated exactly this.
-        unsafe { BufferArg::from_raw_parts(self.state.clone(), self.heads * 2 * self.rows_padded) }
+        unsafe { BufferArg::from_raw_parts(self.state.clone(), self.heads * 3 * self.rows_padded) }
     }
 
     pub(super) fn targets_arg(&self) -> BufferArg {
@@ -47,7 +48,7 @@ pub(in crate::cosine_cross_entropy) fn gather_rows(
     let (heads, rows_padded) = (sizes.heads, sizes.rows_padded);
     let loss = &call.options.loss;
     let out = Rows {
-        state: client.empty(heads * 2 * rows_padded * size_of::<f32>()),
+        state: client.empty(heads * 3 * rows_padded * size_of::<f32>()),
         targets: client.empty(rows_padded * size_of::<u32>()),
         factors: client.empty(heads * size_of::<f32>()),
         heads,
@@ -92,11 +93,11 @@ const F16: ElemType = ElemType::Float(FloatKind::F16);
 /// A cube gathers the rows of a head, and divides what arrives by the largest finite gradient.
 #[cube(launch_unchecked)]
 fn gather<I: Int>(
-    lse: &[f32],         // [heads, rows]
+    lse: &[f32],         // [2, heads, rows]
     labels: &[I],        // [rows]
     status: &[u32],      // [STATUS_FIELDS]
     gradient: &[f32],    // [heads] or [heads, rows], if it does not arrive everywhere
-    state: &mut [f32],   // [heads, 2, rows_padded]
+    state: &mut [f32],   // [heads, 3, rows_padded]
     targets: &mut [u32], // [rows_padded]
     factors: &mut [f32], // [heads]
     heads: usize,
@@ -116,17 +117,20 @@ fn gather<I: Int>(
         terminate!();
     }
     let share = share_of_row(status[0], mean);
-    let of_lse = head * 2 * rows_padded;
-    let of_arriving = of_lse + rows_padded;
+    let of_lse = head * 3 * rows_padded;
+    let of_low = of_lse + rows_padded;
+    let of_arriving = of_low + rows_padded;
     let mut largest = 0.0f32.runtime();
     let mut row = UNIT_POS as usize;
     while row < rows_padded {
         let mut target = IGNORED.runtime();
         let mut row_lse = 0.0f32.runtime();
+        let mut row_low = 0.0f32.runtime();
         let mut arrived = 0.0f32.runtime();
         if row < rows {
             target = target_of::<I>(labels[row], &rule);
             row_lse = lse[head * rows + row];
+            row_low = lse[(heads + head) * rows + row];
             arrived = arriving_at(
                 everywhere, gradient, head, row, rows, target, share, arrives,
             );
@@ -135,6 +139,7 @@ fn gather<I: Int>(
             targets[row] = target;
         }
         state[of_lse + row] = row_lse;
+        state[of_low + row] = row_low;
         state[of_arriving + row] = arrived;
         // An infinite one is its own row's matter.
         if arrived.abs() <= f32::MAX {

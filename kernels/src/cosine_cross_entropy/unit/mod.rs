@@ -46,7 +46,7 @@ use rows::{ClassBlock, Item};
 pub(super) enum Outcome<'a> {
     /// They are computed, and go here.
     Written(&'a Results),
-    /// They were computed before, and left this lse, `[heads, rows]`.
+    /// They were computed before, and left this lse, `[2, heads, rows]`.
     Saved(&'a TensorHandle),
 }
 
@@ -200,7 +200,7 @@ fn step<
     head_weights: &[f32], // [heads] if phases.weighted
     workspace: &mut [f32],
     row_loss: &mut [f32],                 // [heads, rows]
-    lse: &mut [f32],                      // [heads, rows]
+    lse: &mut [f32],                      // [2, heads, rows]
     predictions: &mut [u32],              // [heads, rows]
     loss: &mut [f32],                     // [heads]
     total: &mut [f32],                    // [1]

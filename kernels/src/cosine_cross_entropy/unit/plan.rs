@@ -119,7 +119,7 @@ impl Plan {
 }
 
 /// What is kept of each row of an item.
-pub(super) const STATES: usize = 9;
+pub(super) const STATES: usize = 10;
 
 /// Where an item's `[width]` of each is.
 #[derive(CubeType, Clone, Copy)]
@@ -128,6 +128,8 @@ pub(super) struct RowState {
     pub norms: usize,
     /// Once the classes are seen; until then, after each block, what the exponentials before it are to be multiplied with.
     pub lse: usize,
+    /// What rounding took from it.
+    pub lse_low: usize,
     /// The gradient that arrives, times the scale.
     pub arriving: usize,
     pub loss: usize,
@@ -242,6 +244,7 @@ impl Plan {
             sum: at + comptime!(6 * width),
             target: at + comptime!(7 * width),
             total: at + comptime!(8 * width),
+            lse_low: at + comptime!(9 * width),
         }
     }
 

@@ -47,6 +47,7 @@ pub(super) fn arriving<N: Size>(
         let row = first + r;
         let mut arrived = 0.0f32.runtime();
         let mut row_lse = 0.0f32.runtime();
+        let mut row_low = 0.0f32.runtime();
         if row < plan.rows {
             let at = head * plan.rows + row;
             match comptime!(phases.arrives) {
@@ -56,11 +57,13 @@ pub(super) fn arriving<N: Size>(
             }
             if comptime!(!phases.loss) {
                 row_lse = lse[at];
+                row_low = lse[plan.heads * plan.rows + at];
             }
         }
         workspace[state.arriving + r] = arrived;
         if comptime!(!phases.loss) {
             workspace[state.lse + r] = row_lse;
+            workspace[state.lse_low + r] = row_low;
         }
     }
     let vectors = workspace.as_vectorized_mut().with_vector_size_mut::<N>();

@@ -233,7 +233,9 @@ pub(super) fn conclude<N: Size>(
         let of_target = (peak - target) + log_sum;
         let loss = (one - smoothing) * of_target + smoothing * ((peak - mean) + log_sum);
         let counts = targets[first / lanes + v].less_than(&Vector::<u32, N>::new(INVALID));
-        vectors[state.lse / lanes + v] = peak + log_sum;
+        let row_lse = peak + log_sum;
+        vectors[state.lse / lanes + v] = row_lse;
+        vectors[state.lse_low / lanes + v] = (peak - row_lse) + log_sum;
         vectors[state.loss / lanes + v] = select_many(counts, loss, Vector::<f32, N>::new(0.0));
         #[unroll]
         for lane in 0..lanes {
@@ -246,6 +248,7 @@ pub(super) fn conclude<N: Size>(
     for r in 0..real {
         let out = head * plan.rows + first + r;
         lse[out] = workspace[state.lse + r];
+        lse[plan.heads * plan.rows + out] = workspace[state.lse_low + r];
         row_loss[out] = workspace[state.loss + r];
     }
 }
@@ -272,13 +275,15 @@ pub(super) fn logit_gradients<N: Size>(
     let vectors = workspace.as_vectorized_mut().with_vector_size_mut::<N>();
     for v in 0..TILE_VECTORS {
         let row_lse = vectors[state.lse / lanes + v];
+        let row_low = vectors[state.lse_low / lanes + v];
         let arrived = vectors[state.arriving / lanes + v];
         let target_class = targets[row / lanes + v];
         for c in 0..real {
             let class = Vector::<u32, N>::new((block.first + c) as u32);
             let target = uniform + select_many(class.equal(&target_class), peak, zero);
             let z = vectors[at / lanes + c * TILE_VECTORS + v];
-            vectors[at / lanes + c * TILE_VECTORS + v] = arrived * ((z - row_lse).exp() - target);
+            let probability = ((z - row_lse) - row_low).exp();
+            vectors[at / lanes + c * TILE_VECTORS + v] = arrived * (probability - target);
         }
         for c in real..block.count {
             vectors[at / lanes + c * TILE_VECTORS + v] = zero;

@@ -81,7 +81,8 @@ pub(super) fn clear_gradient(
     }
 }
 
-/// `gradient[o] += Σ_t block[o, t] · other[t]`, for the `width` rows of `other` from `packed_row` on.
+/// `gradient[o] += Σ_t block[o, t] · other[t]`, for the `width` rows of `other` from `packed_row` on: a sum of sums, which loses less
+/// than one of millions of products.
 #[cube]
 pub(super) fn add_product<N: Size>(
     scratch: &mut [f32],
@@ -98,13 +99,9 @@ pub(super) fn add_product<N: Size>(
         for chunk in 0..dim_padded / width {
             let first = (at.gradient + group * tile_rows * dim_padded + chunk * width) / lanes;
             let mut tile = Array::<Vector<f32, N>>::new(tile_rows * TILE_VECTORS);
-            let gradient = scratch.as_vectorized_mut().with_vector_size_mut::<N>();
             #[unroll]
-            for r in 0..tile_rows {
-                #[unroll]
-                for v in 0..TILE_VECTORS {
-                    tile[r * TILE_VECTORS + v] = gradient[first + r * dim_padded / lanes + v];
-                }
+            for i in 0..tile_rows * TILE_VECTORS {
+                tile[i] = Vector::<f32, N>::new(0.0);
             }
             accumulate::<N>(
                 &mut tile,
@@ -128,7 +125,7 @@ pub(super) fn add_product<N: Size>(
             for r in 0..tile_rows {
                 #[unroll]
                 for v in 0..TILE_VECTORS {
-                    gradient[first + r * dim_padded / lanes + v] = tile[r * TILE_VECTORS + v];
+                    gradient[first + r * dim_padded / lanes + v] += tile[r * TILE_VECTORS + v];
                 }
             }
         }

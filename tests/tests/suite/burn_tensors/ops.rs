@@ -3,7 +3,7 @@
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use protohead::burn::{
     cosine_cross_entropy, cosine_cross_entropy_by_row, cosine_logits, cross_entropy_by_row,
-    reconstruction,
+    predictions, reconstruction,
 };
 use protohead::{Error, LossOptions, cosine_cross_entropy as fused};
 use protohead_reference as reference;
@@ -349,5 +349,36 @@ fn a_training_step_holds_one_gradient_of_the_class_weights() {
             tested.name
         );
         assert_eq!(gradient.dims(), [1, CLASSES, DIM]);
+    }
+}
+
+/// A module that is being trained can be asked for classes without a backward pass.
+#[test]
+fn predictions_hold_no_gradient_of_the_class_weights() {
+    const CLASSES: usize = 40_000;
+    const DIM: usize = 64;
+    let all = protohead_tests::devices::devices().iter();
+    for tested in all.filter(|tested| tested.name == "cpu") {
+        let client = &tested.client;
+        let device = device_of(tested).autodiff();
+        let weights = tensor(&numbers(CLASSES * DIM, 2), [1, CLASSES, DIM], &device);
+        let weights = weights.require_grad();
+        let embeddings = tensor(&numbers(7 * DIM, 1), [1, 7, DIM], &device);
+        device.sync().expect("the device works");
+        client.memory_cleanup().expect("memory can be cleaned up");
+        let before = reserved(client);
+        let options = fused::Options::default();
+        let held: Vec<_> = (0..3)
+            .map(|_| predictions(embeddings.clone(), weights.clone(), &options).expect("valid"))
+            .collect();
+        device.sync().expect("the device works");
+        let grown = reserved(client).saturating_sub(before);
+        let of_weights = (CLASSES * DIM * size_of::<f32>()) as u64;
+        assert!(
+            grown < of_weights,
+            "on {}: {grown} bytes more for {} predictions, a gradient is {of_weights}",
+            tested.name,
+            held.len()
+        );
     }
 }

@@ -1,6 +1,5 @@
 //! The fused op against the reference.
 
-mod equal;
 mod special;
 
 use cubecl::std::tensor::TensorHandle;

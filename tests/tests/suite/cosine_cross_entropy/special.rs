@@ -90,6 +90,38 @@ fn a_large_scale_leaves_sure_rows_exact() {
     }
 }
 
+/// A row as near to its class as to another has half a probability with each, however large its logits are.
+#[test]
+fn a_large_scale_leaves_ties_exact() {
+    let (rows, dim) = (3, 8);
+    let problem = Problem {
+        scale: 1e9,
+        ..Problem::plain((1, rows, dim, 3, 3))
+    };
+    let mut data = problem.data();
+    data.embeddings.fill(0.0);
+    data.weights.fill(0.0);
+    (0..rows).for_each(|row| data.embeddings[row * dim] = 1.0 + row as f32);
+    data.weights[..2].copy_from_slice(&[3.0, 3.0]);
+    data.weights[dim..dim + 2].copy_from_slice(&[3.0, -3.0]);
+    data.weights[2 * dim] = -1.0;
+    data.labels = vec![0, 1, 0];
+    let side = 0.5f64.sqrt();
+    for run in fused_runs(problem.sizes) {
+        let (inputs, options) = arguments(&run, &problem, &data);
+        let upstream = Upstream::Total(rows as f32 / 1e9);
+        for gradients in apart_and_at_once(&run, &inputs, &options, &upstream) {
+            let dx = download(run.client, &gradients.embeddings.expect("asked for"));
+            for (row, dx) in dx.chunks(dim).enumerate() {
+                let towards = if data.labels[row] == 0 { -side } else { side };
+                let exact = towards / (1.0 + row as f64);
+                assert!((dx[1] - exact).abs() < 1e-6, "row {row} on {run}: {dx:?}");
+                assert!(dx[2..].iter().all(|&v| v == 0.0), "on {run}: {dx:?}");
+            }
+        }
+    }
+}
+
 /// What is not finite stays in its row's gradient.
 #[test]
 fn an_infinite_gradient_of_one_row_leaves_the_others_alone() {

@@ -46,13 +46,15 @@ fn a_handle_shorter_than_its_shape_says_is_refused() {
             "upstream gradient has dtype",
         );
         let mut output = forward(client, &good, &options).expect("valid");
-        let lse = std::mem::replace(&mut output.lse, short(&[2, 4], Dtype::F32));
         let back = |output: &LossOutput| {
             let upstream = Upstream::default();
             backward(client, &good, &options, output, &upstream, Wanted::BOTH).map(|_| ())
         };
-        refused(back(&output), "lse has strides");
-        output.lse = lse;
+        let mut others = good.clone();
+        others.embeddings = floats(client, &[2, 3, 5]);
+        others.labels = labels(client, &[0, 1, 2]);
+        let of_others = forward(client, &others, &options).expect("valid");
+        refused(back(&of_others), "saved lse has shape [2, 2, 3]");
         let status = std::mem::replace(&mut output.status, floats(client, &[1]));
         refused(back(&output), "status has dtype");
         refused(output.read_total(client).map(|_| ()), "status has dtype");
@@ -231,5 +233,29 @@ fn results_that_no_buffer_of_the_device_holds_are_refused() {
         let sums = ClassSums::new(client, 1, CLASSES, rows, &Default::default());
         let refused = sums.map(drop).expect_err("must be refused");
         assert_eq!(refused, too_large("class sums", narrow), "{}", device.name);
+        if page < narrow {
+            // Class weights in one element, of which one takes part: it is their gradient that is large.
+            let inputs = cosine_logits::Inputs {
+                embeddings: floats(client, &[1, 1, 1]),
+                weights: repeated(page as usize + 1),
+            };
+            let options = cosine_logits::Options {
+                active: Some(1),
+                ..Default::default()
+            };
+            let forward = cosine_logits::forward(client, &inputs, &options).map(drop);
+            assert_eq!(forward, Ok(()), "{}", device.name);
+            let grad = floats(client, &[1, 1, 1]);
+            let back = |wanted| {
+                cosine_logits::backward(client, &inputs, &options, &grad, wanted).map(drop)
+            };
+            assert_eq!(back(Wanted::EMBEDDINGS), Ok(()), "{}", device.name);
+            let expected = Error::TooLarge {
+                operand: "the gradient of the class weights",
+                elements: u128::from(page) + 1,
+                most: page.into(),
+            };
+            assert_eq!(back(Wanted::BOTH), Err(expected), "{}", device.name);
+        }
     }
 }

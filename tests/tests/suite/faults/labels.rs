@@ -108,7 +108,7 @@ fn a_bad_label_leaves_class_means_untouched_and_is_reported() {
         )
         .expect("the host sees nothing wrong");
         let weights = floats(client, &[2, 3, 5]);
-        let means = sums.write_means(client, &weights).expect("they fit");
+        let means = sums.means(client, &weights).expect("they fit");
         assert_eq!(
             download(client, &means),
             download(client, &weights),

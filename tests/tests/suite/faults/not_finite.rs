@@ -194,7 +194,7 @@ fn a_row_of_class_means_reaches_the_mean_of_its_class_alone() {
                     &data.weights[..HEADS * classes * DIM],
                     &[HEADS, classes, DIM],
                 );
-                download(client, &sums.write_means(client, &weights).expect("valid"))
+                download(client, &sums.means(client, &weights).expect("valid"))
             };
             let (means, clean) = (of(&values), of(&data.embeddings));
             let reached = of_rows[ROW] as usize * DIM;

@@ -217,11 +217,10 @@ fn a_tensor_of_another_device_is_refused() {
             "upstream gradient",
         );
         let mut output = forward(client, &good, &options).expect("valid");
-        output.lse = there(&[2, 4]);
-        let back = backward(client, &good, &options, &output, &total, Wanted::BOTH);
-        refused(back.map(|_| ()), "lse");
         output.status.handle.service.device.index_id += 1;
         refused(output.check(client), "status");
+        let back = backward(client, &good, &options, &output, &total, Wanted::BOTH);
+        refused(back.map(|_| ()), "status");
 
         let logits = cosine_logits::Inputs {
             embeddings: good.embeddings.clone(),
@@ -258,7 +257,7 @@ fn a_tensor_of_another_device_is_refused() {
             sums().accumulate(client, &there(&[2, 4, 5]), &good.labels),
             "embeddings",
         );
-        let means = sums().write_means(client, &there(&[2, 3, 5]));
+        let means = sums().means(client, &there(&[2, 3, 5]));
         refused(means.map(|_| ()), "class weights");
         for other in devices() {
             if other.client.service_id() == client.service_id() {

@@ -46,7 +46,7 @@ fn class_sums_and_what_does_not_go_with_them() {
         }
         says(add([2, 3, 5]), "labels has shape [4], expected [3]");
         assert_eq!(add([2, 4, 5]), Ok(()));
-        let write = |shape: [usize; 3]| sums.write_means(client, &floats(client, &shape)).map(drop);
+        let write = |shape: [usize; 3]| sums.means(client, &floats(client, &shape)).map(drop);
         for wrong in [[2, 2, 5], [1, 3, 5], [2, 3, 4]] {
             says(
                 write(wrong),

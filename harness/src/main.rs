@@ -41,6 +41,8 @@ enum Command {
     Train(commands::train::Train),
     /// Evaluates every session of a finished run, and prints the table; writes nothing.
     Evaluate(commands::train::Evaluate),
+    /// Says which keyword each of some WAV files is, by a finished run.
+    Predict(commands::predict::Arguments),
     /// Cosine cross-entropy of the tensors in a file, with its gradients.
     Loss(commands::loss::Arguments),
     /// Class means of the embeddings in a file.
@@ -61,6 +63,7 @@ fn run(cli: Cli, matches: &ArgMatches) -> Result<(), Error> {
     match cli.command {
         Command::Train(arguments) => commands::train::train(&arguments, &given),
         Command::Evaluate(arguments) => commands::train::evaluate(&arguments),
+        Command::Predict(arguments) => commands::predict::run(&arguments),
         Command::Loss(arguments) => commands::loss::run(&arguments),
         Command::Prototypes(arguments) => commands::prototypes::run(&arguments),
         Command::Devices => commands::devices::run(),

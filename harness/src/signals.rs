@@ -2,22 +2,22 @@
 
 use std::io;
 
-/// Has SIGINT and SIGTERM remove what is half-written before they end the program, and a file that passes a limit be an error of
+/// Has SIGINT, SIGTERM and SIGHUP remove what is half-written before they end the program, and a file that passes a limit be an error of
 /// the write.
 #[cfg(unix)]
 pub(crate) fn watch() -> io::Result<()> {
     use std::sync::Arc;
     use std::sync::atomic::AtomicBool;
 
-    use signal_hook::consts::{SIGINT, SIGTERM, SIGXFSZ};
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
     use signal_hook::low_level::emulate_default_handler;
 
     use crate::files::remove_unfinished_for_good;
 
     let passed = Arc::new(AtomicBool::new(false));
     signal_hook::flag::register(SIGXFSZ, passed)?;
-    // What is ignored, as SIGINT is by what a shell runs in the background, stays so.
-    let heeded = [SIGINT, SIGTERM]
+    // What is ignored stays so, as SIGINT is by what a shell runs in the background, and SIGHUP under nohup.
+    let heeded = [SIGINT, SIGTERM, SIGHUP]
         .into_iter()
         .filter(|&signal| !is_ignored(signal));
     let mut signals = signal_hook::iterator::Signals::new(heeded)?;

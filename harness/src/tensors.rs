@@ -185,6 +185,23 @@ impl TensorFile {
         }
     }
 
+    /// Finite f32 of a shape, on the host.
+    pub(crate) fn values(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, Error> {
+        let view = self.view(name)?;
+        if view.dtype() != Dtype::F32 || view.shape() != shape {
+            return Err(self.wrong(format!(
+                "`{name}` is {:?} {:?}, expected F32 {shape:?}",
+                view.dtype(),
+                view.shape()
+            )));
+        }
+        if not_finite(Dtype::F32, view.data()).is_some() {
+            return Err(self.wrong(format!("`{name}` is not finite")));
+        }
+        let value = |b: &[u8]| f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+        Ok(view.data().chunks_exact(4).map(value).collect())
+    }
+
     /// Labels on the device, i64, or i32 where the device has no i64.
     pub(crate) fn labels(&self, client: &Client, name: &str) -> Result<TensorHandle, Error> {
         let labels = self.integers(name)?;
@@ -260,6 +277,16 @@ impl Written {
         self.tensors
             .insert(name, (dtype, shape.to_vec(), bytes.to_vec()));
         Ok(())
+    }
+
+    /// Numbers of the host.
+    pub(crate) fn values(&mut self, name: &'static str, values: &[f32], shape: &[usize]) {
+        let bytes = values
+            .iter()
+            .flat_map(|value| value.to_le_bytes())
+            .collect();
+        self.tensors
+            .insert(name, (Dtype::F32, shape.to_vec(), bytes));
     }
 
     /// Classes or counts, as i64.

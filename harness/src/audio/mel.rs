@@ -1,5 +1,5 @@
-//! Log-mel spectra: n_fft 512, a Hann window of 480, hop 160, 40 bands, `ln(power + 1e-6)`, as librosa's
-//! `melspectrogram` (Slaney scale and normalization, frames centred, zero-padded).
+//! Log-mel spectra: n_fft 512, a Hann window of 480, hop 160, 40 bands, `ln(power + 1e-6)`, as BC-ResNet's: torchaudio's
+//! `MelSpectrogram` with its defaults (HTK's mel scale, triangles of height 1, frames centred, the clip reflected at both ends).
 
 use std::sync::Arc;
 
@@ -43,9 +43,14 @@ impl LogMel {
 
     /// `[BANDS, FRAMES]` of a clip.
     pub(crate) fn spectrum(&self, clip: &[f32]) -> Vec<f32> {
-        let mut padded = vec![0.0; FFT / 2];
-        padded.extend_from_slice(&clip[..CLIP.min(clip.len())]);
-        padded.resize(CLIP + FFT, 0.0);
+        let mut padded = vec![0.0; CLIP + FFT];
+        let (start, end) = (FFT / 2, FFT / 2 + CLIP);
+        let given = CLIP.min(clip.len());
+        padded[start..start + given].copy_from_slice(&clip[..given]);
+        for i in 1..=FFT / 2 {
+            padded[start - i] = padded[start + i];
+            padded[end - 1 + i] = padded[end - 1 - i];
+        }
         let mut out = vec![0.0; BANDS * FRAMES];
         let mut frame = self.fft.make_input_vec();
         let mut bins = self.fft.make_output_vec();
@@ -69,24 +74,16 @@ impl LogMel {
     }
 }
 
-/// Slaney's mel scale: linear to 1 kHz, logarithmic above.
+/// HTK's mel scale.
 fn hz_to_mel(hz: f64) -> f64 {
-    if hz < 1000.0 {
-        hz * 3.0 / 200.0
-    } else {
-        15.0 + (hz / 1000.0).ln() * 27.0 / 6.4f64.ln()
-    }
+    2595.0 * (1.0 + hz / 700.0).log10()
 }
 
 fn mel_to_hz(mel: f64) -> f64 {
-    if mel < 15.0 {
-        mel * 200.0 / 3.0
-    } else {
-        1000.0 * ((mel - 15.0) * 6.4f64.ln() / 27.0).exp()
-    }
+    700.0 * (10f64.powf(mel / 2595.0) - 1.0)
 }
 
-/// Triangles of equal area.
+/// Triangles of height 1.
 fn filter_bank() -> Vec<Vec<f32>> {
     let top = hz_to_mel(RATE as f64 / 2.0);
     let edge = |i: usize| mel_to_hz(top * i as f64 / (BANDS + 1) as f64);
@@ -98,7 +95,7 @@ fn filter_bank() -> Vec<Vec<f32>> {
                     let hz = bin as f64 * RATE as f64 / FFT as f64;
                     let rise = (hz - low) / (centre - low);
                     let fall = (high - hz) / (high - centre);
-                    (rise.min(fall).max(0.0) * 2.0 / (high - low)) as f32
+                    rise.min(fall).max(0.0) as f32
                 })
                 .collect()
         })

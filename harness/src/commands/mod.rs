@@ -2,5 +2,6 @@
 
 pub(crate) mod devices;
 pub(crate) mod loss;
+pub(crate) mod predict;
 pub(crate) mod prototypes;
 pub(crate) mod train;

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 
+use super::data::{Moments, moments};
 use super::folder::entries;
 use crate::audio::features::{Extractor, INPUT, INPUTS};
 use crate::audio::synthesis::{Speaker, speak, vocabulary};
@@ -38,9 +39,20 @@ pub(super) fn cached(
     if let Some(features) = read_cache(&name, files.len()) {
         return Ok(features);
     }
+    let features = extract(&extractor, files)?;
+    if keep && let Err(error) = write_cache(&name, cache, &features) {
+        complain(format_args!(
+            "{error}: the features will be computed again next time"
+        ));
+    }
+    Ok(features)
+}
+
+/// Features of files.
+pub(super) fn extract(extractor: &Extractor, files: &[PathBuf]) -> Result<Vec<Vec<f32>>, Error> {
     let bar = progress(files.len() as u64);
     bar.set_message("clips");
-    let features: Result<Vec<Vec<f32>>, Error> = files
+    let features = files
         .par_iter()
         .map(|path| {
             bar.inc(1);
@@ -55,13 +67,7 @@ pub(super) fn cached(
         })
         .collect();
     bar.finish_and_clear();
-    let features = features?;
-    if keep && let Err(error) = write_cache(&name, cache, &features) {
-        complain(format_args!(
-            "{error}: the features will be computed again next time"
-        ));
-    }
-    Ok(features)
+    features
 }
 
 /// Of the content of each file.
@@ -128,6 +134,12 @@ fn probe(extractor: &Extractor) -> Result<Vec<f32>, Error> {
     let clip = speak(0, &vocabulary(0, 1)[0], &Speaker::new(0, 0), 0);
     let clip = resample(clip, 22_050).map_err(Error::Usage)?;
     Ok(extractor.extract(&clip))
+}
+
+/// Of the features of that clip.
+pub(super) fn probe_moments() -> Result<Moments, Error> {
+    let probe = probe(&Extractor::new())?;
+    Ok(moments(std::iter::once(&probe)))
 }
 
 fn to_bytes(values: &[f32]) -> Vec<u8> {

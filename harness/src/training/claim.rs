@@ -3,7 +3,7 @@
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 
-use super::cache::clear_cache;
+use super::cache::{clear_cache, probe_moments};
 use super::checkpoint::clear_old;
 use super::config::RunConfig;
 use super::data::Dataset;
@@ -39,13 +39,14 @@ impl Drop for Claim {
 }
 
 /// What a run leaves once it has come so far that it goes on.
-const BEGUN: [&str; 6] = [
+const BEGUN: [&str; 7] = [
     "accuracy.json",
     "checkpoint",
     "checkpoint.old",
     "metrics.jsonl",
     "model.bpk",
     "model.json",
+    "prototypes.safetensors",
 ];
 /// What else it writes, after its configuration.
 const WRITTEN: [&str; 3] = ["checkpoint.new", "curves.svg", "data.json"];
@@ -119,6 +120,7 @@ impl Claim {
             return Ok(());
         }
         let begun = Data::read(&self.folder)?;
+        begun.check_features(&self.folder)?;
         if begun.has_others(clips) || begun.keywords != keywords {
             return Err(Error::Content {
                 path: self.folder.clone(),
@@ -133,6 +135,7 @@ impl Claim {
         let mut data = Data {
             keywords: dataset.keywords.clone(),
             scaling: dataset.scaling,
+            probe: probe_moments()?,
             clips: dataset.clips.clone(),
         };
         let folder = &self.folder;
@@ -141,6 +144,7 @@ impl Claim {
             let begun = Data::read(folder)?;
             // Another machine may round otherwise.
             data.scaling = begun.scaling;
+            data.probe = begun.probe;
             dataset.scaling = begun.scaling;
             if begun != data {
                 data.write(folder)?;

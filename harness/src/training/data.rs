@@ -63,13 +63,29 @@ impl Examples {
     }
 }
 
+/// Mean and deviation of each input of some clips' features.
+pub(super) type Moments = [(f32, f32); INPUTS];
+
+pub(super) fn moments<'a>(clips: impl Iterator<Item = &'a Vec<f32>> + Clone) -> Moments {
+    std::array::from_fn(|input| {
+        let values = || {
+            let of_input = |clip: &'a Vec<f32>| &clip[input * INPUT..(input + 1) * INPUT];
+            clips.clone().flat_map(of_input).map(|&v| f64::from(v))
+        };
+        let count = values().count() as f64;
+        let mean = values().sum::<f64>() / count;
+        let variance = values().map(|v| (v - mean).powi(2)).sum::<f64>() / count;
+        (mean as f32, variance.sqrt().max(1e-6) as f32)
+    })
+}
+
 /// Keywords with clips to train on and clips of other voices to test on.
 pub(crate) struct Dataset {
     pub keywords: Vec<String>,
     pub train: Examples,
     pub test: Examples,
-    /// Mean and deviation of each input over the base classes' training clips: of the others no more is known than their shots.
-    pub scaling: [(f32, f32); INPUTS],
+    /// Of the base classes' training clips: of the others no more is known than their shots.
+    pub scaling: Moments,
     /// The digest of the files, with what they are for; none of what is synthesised.
     pub clips: Option<String>,
 }
@@ -77,19 +93,7 @@ pub(crate) struct Dataset {
 impl Dataset {
     fn new(keywords: Vec<String>, train: Examples, test: Examples, clips: Option<String>) -> Self {
         let rows = train.of(0..Protocol::for_keywords(keywords.len()).base);
-        let scaling = std::array::from_fn(|input| {
-            let values = || {
-                rows.iter().flat_map(|&row| {
-                    train.features[row][input * INPUT..(input + 1) * INPUT]
-                        .iter()
-                        .map(|&v| f64::from(v))
-                })
-            };
-            let count = (rows.len() * INPUT) as f64;
-            let mean = values().sum::<f64>() / count;
-            let variance = values().map(|v| (v - mean).powi(2)).sum::<f64>() / count;
-            (mean as f32, variance.sqrt().max(1e-6) as f32)
-        });
+        let scaling = moments(rows.iter().map(|&row| &train.features[row]));
         Self {
             keywords,
             train,

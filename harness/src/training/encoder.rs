@@ -82,9 +82,8 @@ impl Encoder {
         for block in &self.blocks {
             x = block.forward(x);
         }
-        let x = self
-            .norm
-            .forward(self.pointwise.forward(self.depthwise.forward(x)));
+        let x = self.pointwise.forward(self.depthwise.forward(x));
+        let x = relu(self.norm.forward(x));
         x.mean_dim(3).mean_dim(2).flatten::<2>(1, 3)
     }
 }
@@ -135,7 +134,10 @@ impl Block {
         // Frequencies averaged, what is learned over time is broadcast back to all of them.
         let narrow = wide.clone().mean_dim(2);
         let narrow = silu(self.time_norm.forward(self.time.forward(narrow)));
-        let narrow = self.dropout.forward(self.pointwise.forward(narrow));
+        let narrow = self.pointwise.forward(narrow);
+        // Channels are dropped whole.
+        let channels = Tensor::ones([batch, channels, 1, 1], &narrow.device());
+        let narrow = narrow * self.dropout.forward(channels);
         let out = wide + narrow;
         relu(match residual {
             Some(residual) => out + residual,

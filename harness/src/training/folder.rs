@@ -33,7 +33,31 @@ pub(super) fn wavs(folder: &Path) -> Result<Vec<PathBuf>, Error> {
     Ok(entries(folder)?.into_iter().filter(is_wav).collect())
 }
 
-/// The folders with WAV files; names with a leading underscore (background noise) are no keywords, nor is what a file system keeps
+/// Speech Commands' keywords in the order of the published experiment: the core words, which are its base classes, then three a
+/// session.
+const SPEECH_COMMANDS: [&str; 35] = [
+    "five", "zero", "yes", "seven", "no", "nine", "down", "one", "go", "two", "stop", "six", "on",
+    "left", "eight", "right", "off", "four", "three", "up", // the base classes
+    "dog", "wow", "house", //
+    "marvin", "bird", "happy", //
+    "cat", "sheila", "bed", //
+    "tree", "backward", "visual", //
+    "follow", "learn", "forward",
+];
+
+/// Keywords in the order in which they become known: by name, but for those of Speech Commands.
+fn ordered(mut keywords: Vec<String>) -> Vec<String> {
+    keywords.sort_unstable();
+    let place = |keyword: &str| SPEECH_COMMANDS.iter().position(|&known| known == keyword);
+    if keywords.len() == SPEECH_COMMANDS.len()
+        && keywords.iter().all(|keyword| place(keyword).is_some())
+    {
+        keywords.sort_by_key(|keyword| place(keyword));
+    }
+    keywords
+}
+
+/// The folders with WAV files, in the order in which they become known; names with a leading underscore (background noise) are no keywords, nor is what a file system keeps
 /// for itself.
 pub(super) fn keywords(root: &Path) -> Result<Vec<String>, Error> {
     let mut found = Vec::new();
@@ -50,7 +74,7 @@ pub(super) fn keywords(root: &Path) -> Result<Vec<String>, Error> {
             found.push(name.into_owned());
         }
     }
-    Ok(found)
+    Ok(ordered(found))
 }
 
 /// The clips that a list names, as `<keyword>/<file>`; `None` if there is no list. Every one must be among the `clips` of a keyword, or
@@ -92,4 +116,25 @@ pub(super) fn list(
         named.insert(clip.to_owned());
     }
     Ok(Some(named))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn speech_commands_begin_with_the_core_words_and_others_go_by_name() {
+        let all: Vec<String> = SPEECH_COMMANDS.map(String::from).into();
+        let mut by_name = all.clone();
+        by_name.sort_unstable();
+        by_name.dedup();
+        assert_eq!(by_name.len(), 35);
+        assert_eq!(ordered(by_name.clone()), all);
+        let mut others = all;
+        others[0] = "fife".into();
+        let mut expected = others.clone();
+        expected.sort_unstable();
+        assert_eq!(ordered(others), expected);
+        assert_eq!(ordered(by_name[3..].to_vec()), by_name[3..]);
+    }
 }

@@ -3,6 +3,7 @@
 mod cache;
 mod checkpoint;
 pub(crate) mod claim;
+pub(crate) mod classifier;
 pub(crate) mod config;
 pub(crate) mod data;
 mod encoder;

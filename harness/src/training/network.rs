@@ -7,7 +7,7 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use protohead::LossOptions;
 use protohead::burn::{CosineHeads, CosineHeadsConfig, reconstruction};
 
-use super::data::{Dataset, Examples};
+use super::data::Moments;
 use super::encoder::Encoder;
 use crate::audio::features::{INPUT, INPUTS};
 use crate::audio::mel::{BANDS, FRAMES};
@@ -127,11 +127,11 @@ fn integers(values: &[usize], device: &Device) -> Tensor<1, Int> {
     Tensor::from_data(TensorData::new(values, [count]), device)
 }
 
-/// The inputs of some examples, `[inputs · rows, 1, BANDS, FRAMES]`, scaled: all speech, all formants, all residuals, as far as they are
+/// The inputs of some clips, `[inputs · rows, 1, BANDS, FRAMES]`, scaled: all speech, all formants, all residuals, as far as they are
 /// among `inputs`.
 pub(crate) fn batch(
-    dataset: &Dataset,
-    examples: &Examples,
+    scaling: &Moments,
+    features: &[Vec<f32>],
     rows: &[usize],
     inputs: Range<usize>,
     device: &Device,
@@ -139,10 +139,10 @@ pub(crate) fn batch(
     let mut values = Vec::with_capacity(inputs.len() * rows.len() * INPUT);
     let shape = [inputs.len() * rows.len(), 1, BANDS, FRAMES];
     for input in inputs {
-        let (mean, deviation) = dataset.scaling[input];
+        let (mean, deviation) = scaling[input];
         for &row in rows {
-            let features = &examples.features[row][input * INPUT..(input + 1) * INPUT];
-            values.extend(features.iter().map(|v| (v - mean) / deviation));
+            let values_of = &features[row][input * INPUT..(input + 1) * INPUT];
+            values.extend(values_of.iter().map(|v| (v - mean) / deviation));
         }
     }
     Tensor::from_data(TensorData::new(values, shape), device)

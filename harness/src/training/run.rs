@@ -1,6 +1,6 @@
 //! A training run in a folder: `config.json`, `data.json`, `metrics.jsonl`, `curves.svg`, `checkpoint/`, `model.bpk`
-//! with its digest `model.json`, `accuracy.json`, and for a run on files `cache/`. The same configuration on the same CPU gives the same bytes in each; on a GPU
-//! Burn's convolutions tune themselves, and another choice sums in another order.
+//! with its digest `model.json`, `prototypes.safetensors`, `accuracy.json`, and for a run on files `cache/`. The same configuration on
+//! the same CPU gives the same bytes in each; on a GPU Burn's convolutions tune themselves, and another choice sums in another order.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -13,13 +13,14 @@ use burn::store::ModuleRecord;
 use burn::tensor::Bytes;
 use serde::{Deserialize, Serialize};
 
+use super::cache::probe_moments;
 use super::checkpoint::Checkpoint;
 use super::config::RunConfig;
-use super::data::{Dataset, Protocol};
+use super::data::{Dataset, Moments, Protocol};
 use super::json::{read_json, write_json};
 use super::metrics::{EpochMetrics, draw, write_lines};
 use super::network::{Devices, Lambdas, Network, batch};
-use super::{record, sessions};
+use super::{classifier, record, sessions};
 use crate::audio::features::INPUTS;
 use crate::error::Error;
 use crate::files::{Digest, write_atomically};
@@ -29,8 +30,10 @@ use crate::output::{progress, tell};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) struct Data {
     pub keywords: Vec<String>,
-    /// Mean and deviation of each input.
-    pub scaling: [(f32, f32); INPUTS],
+    /// By which inputs are scaled.
+    pub scaling: Moments,
+    /// Of the features of a clip that is always the same: another version of the program may make others.
+    pub probe: Moments,
     /// The digest of the files; none of what is synthesised.
     pub clips: Option<String>,
 }
@@ -45,6 +48,22 @@ impl Data {
         self.clips.is_some() && self.clips.as_deref() != clips
     }
 
+    /// Refuses to go on with a run in a folder whose features were others.
+    pub(super) fn check_features(&self, run: &Path) -> Result<(), Error> {
+        // Machines round differently.
+        let near = |a: f32, b: f32| (a - b).abs() < 1e-3;
+        let same = (self.probe.iter().zip(probe_moments()?))
+            .all(|(then, now)| near(then.0, now.0) && near(then.1, now.1));
+        match same {
+            true => Ok(()),
+            false => Err(Error::Content {
+                path: run.into(),
+                reason: "the run is of another version of protohead, whose features are not these"
+                    .into(),
+            }),
+        }
+    }
+
     pub(super) fn write(&self, run: &Path) -> Result<(), Error> {
         write_json(&run.join("data.json"), self)
     }
@@ -52,13 +71,16 @@ impl Data {
 
 /// What a finished run has left.
 pub(crate) struct Finished {
-    data: Data,
+    folder: PathBuf,
+    config: RunConfig,
+    pub(super) data: Data,
     model: Vec<u8>,
 }
 
 impl Finished {
     /// Of the run in a folder.
     pub(crate) fn read(folder: &Path) -> Result<Self, Error> {
+        let config = Run::config(folder)?;
         let [path, digest] = model(folder);
         if !path.exists() || !digest.exists() {
             return Err(Error::Content {
@@ -74,7 +96,34 @@ impl Finished {
             return Err(Error::damaged(&path)("it is not the file that was written"));
         }
         let data = Data::read(folder)?;
-        Ok(Self { data, model })
+        data.check_features(folder)?;
+        Ok(Self {
+            folder: folder.into(),
+            config,
+            data,
+            model,
+        })
+    }
+
+    pub(super) fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    pub(crate) fn config(&self) -> &RunConfig {
+        &self.config
+    }
+
+    /// The trained network, with the base classes' prototypes.
+    pub(super) fn network(&self, devices: &Devices) -> Result<Network, Error> {
+        let [path, _] = model(&self.folder);
+        let record = ModuleRecord::from_bytes(Bytes::from_bytes_vec(self.model.clone()))
+            .map_err(Error::damaged(&path))?;
+        let protocol = Protocol::for_keywords(self.data.keywords.len());
+        let network = network(&self.config, protocol, devices);
+        let network = network
+            .try_load_record(record)
+            .map_err(Error::damaged(&path))?;
+        Ok(network.valid())
     }
 
     /// Refuses other keywords than the run's, and tells of other clips.
@@ -138,17 +187,6 @@ impl Run {
         self.protocol
     }
 
-    fn network(&self, devices: &Devices) -> Network {
-        let RunConfig { tau, scale, .. } = self.config;
-        Network::new(
-            tau,
-            self.protocol.classes(),
-            self.protocol.base,
-            scale,
-            devices,
-        )
-    }
-
     /// Trains what epochs are left, replaces the prototypes, and evaluates every session.
     pub(crate) fn train(
         &self,
@@ -158,14 +196,13 @@ impl Run {
         let config = &self.config;
         devices.encoder.seed(config.seed);
         devices.heads.seed(config.seed);
-        let mut network = self.network(devices);
+        let mut network = self::network(config, self.protocol, devices);
         network.visit(&mut Initialize);
         let mut optimizer = optimizer();
         let mut metrics: Vec<EpochMetrics> = Vec::new();
         if let Some(checkpoint) = Checkpoint::load(&self.folder)? {
             let path = self.folder.join("checkpoint");
-            network = self
-                .network(devices)
+            network = self::network(config, self.protocol, devices)
                 .try_load_record(checkpoint.model)
                 .map_err(Error::damaged(&path))?;
             optimizer = self::optimizer()
@@ -203,7 +240,8 @@ impl Run {
                 let partners = [2 * step, 2 * step + 1]
                     .map(|draw| Dataset::partners(&labels, config.seed, draw));
                 let device = &devices.encoder;
-                let inputs = batch(dataset, &dataset.train, chosen, 0..INPUTS, device);
+                let features = &dataset.train.features;
+                let inputs = batch(&dataset.scaling, features, chosen, 0..INPUTS, device);
                 let loss = network.loss(inputs, &labels, &partners, lambdas, &devices.heads)?;
                 let total: f32 = loss.total.clone().into_scalar();
                 if !total.is_finite() {
@@ -267,7 +305,9 @@ impl Run {
         let _ = fs::remove_file(&digest);
         write_atomically(&path, &bytes)?;
         write_json(&digest, &Digest::of(&[&bytes]))?;
-        let table = sessions::evaluate(&network, dataset, self.protocol, config.seed, devices)?;
+        let (table, prototypes) =
+            sessions::evaluate(&network, dataset, self.protocol, config.seed, devices)?;
+        classifier::write(&self.folder, prototypes)?;
         write_json(&self.folder.join("accuracy.json"), &table)?;
         Ok(table)
     }
@@ -275,25 +315,15 @@ impl Run {
     /// Evaluates the trained network of the run on clips that were [accepted](Finished::accept), scaled as those that it was trained on.
     pub(crate) fn evaluate(
         &self,
-        finished: Finished,
+        finished: &Finished,
         dataset: &mut Dataset,
         devices: &Devices,
     ) -> Result<Vec<sessions::Accuracy>, Error> {
         dataset.scaling = finished.data.scaling;
-        let [path, _] = model(&self.folder);
-        let record = ModuleRecord::from_bytes(Bytes::from_bytes_vec(finished.model))
-            .map_err(Error::damaged(&path))?;
-        let network = self
-            .network(devices)
-            .try_load_record(record)
-            .map_err(Error::damaged(&path))?;
-        sessions::evaluate(
-            &network.valid(),
-            dataset,
-            self.protocol,
-            self.config.seed,
-            devices,
-        )
+        let network = finished.network(devices)?;
+        let seed = self.config.seed;
+        let (table, _) = sessions::evaluate(&network, dataset, self.protocol, seed, devices)?;
+        Ok(table)
     }
 
     /// Writes metrics and curves for those who follow the run.
@@ -301,6 +331,12 @@ impl Run {
         write_lines(&self.folder.join("metrics.jsonl"), metrics)?;
         draw(&self.folder.join("curves.svg"), metrics)
     }
+}
+
+/// A network as a run begins with it.
+fn network(config: &RunConfig, protocol: Protocol, devices: &Devices) -> Network {
+    let (tau, scale) = (config.tau, config.scale);
+    Network::new(tau, protocol.classes(), protocol.base, scale, devices)
 }
 
 fn optimizer() -> ModuleOptimizer {

@@ -12,7 +12,7 @@ use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
-use super::data::{Dataset, Examples, Protocol};
+use super::data::{Dataset, Examples, Moments, Protocol};
 use super::network::{Devices, Network, batch};
 use crate::audio::features::INPUTS;
 use crate::error::Error;
@@ -33,13 +33,13 @@ pub(crate) struct Accuracy {
 }
 
 /// The input whose head is evaluated.
-const SPEECH: Range<usize> = 0..1;
+pub(super) const SPEECH: Range<usize> = 0..1;
 
-/// Embeddings `[inputs, rows, dim]` of examples, by the network as it is evaluated.
-fn embeddings(
+/// Embeddings `[inputs, rows, dim]` of some of the clips whose features these are, by the network as it is evaluated.
+pub(super) fn embeddings(
     network: &Network,
-    dataset: &Dataset,
-    examples: &Examples,
+    scaling: &Moments,
+    features: &[Vec<f32>],
     rows: &[usize],
     inputs: Range<usize>,
     devices: &Devices,
@@ -51,7 +51,7 @@ fn embeddings(
         .map(|rows| {
             bar.inc(rows.len() as u64);
             let encoder = devices.encoder.clone().without_autodiff();
-            let inputs = batch(dataset, examples, rows, inputs.clone(), &encoder);
+            let inputs = batch(scaling, features, rows, inputs.clone(), &encoder);
             network.embed(inputs, rows.len(), &plain)
         })
         .collect();
@@ -81,8 +81,16 @@ pub(crate) fn replace_prototypes(
     let bar = progress(rows.len() as u64);
     bar.set_message("prototypes");
     for rows in rows.chunks(CHUNK) {
-        let train = &dataset.train;
-        let embedded = embeddings(&evaluated, dataset, train, rows, 0..INPUTS, devices, &bar);
+        let (scaling, features) = (&dataset.scaling, &dataset.train.features);
+        let embedded = embeddings(
+            &evaluated,
+            scaling,
+            features,
+            rows,
+            0..INPUTS,
+            devices,
+            &bar,
+        );
         sums.accumulate(embedded, labels(&dataset.train, rows, &device))?;
     }
     bar.finish_and_clear();
@@ -94,20 +102,22 @@ pub(crate) fn replace_prototypes(
     })
 }
 
-/// Evaluates every session; `network` has its prototypes replaced already.
+/// Evaluates every session; `network` has its prototypes replaced already. Returns the speech head's prototypes `[1, classes, dim]`
+/// after the last, too.
 pub(crate) fn evaluate(
     network: &Network,
     dataset: &Dataset,
     protocol: Protocol,
     seed: u64,
     devices: &Devices,
-) -> Result<Vec<Accuracy>, Error> {
+) -> Result<(Vec<Accuracy>, Tensor<3>), Error> {
     let device = devices.heads.clone().without_autodiff();
     let tested = dataset.test.of(0..protocol.classes());
     let bar = progress((tested.len() + protocol.sessions * protocol.ways * protocol.shots) as u64);
     bar.set_message("test clips");
-    let speech = |examples, rows: &[usize]| {
-        embeddings(network, dataset, examples, rows, SPEECH, devices, &bar)
+    let speech = |examples: &Examples, rows: &[usize]| {
+        let (scaling, features) = (&dataset.scaling, &examples.features);
+        embeddings(network, scaling, features, rows, SPEECH, devices, &bar)
     };
     let queries = speech(&dataset.test, &tested);
     let mut weights = network.heads.weight.val().without_autodiff();
@@ -140,7 +150,7 @@ pub(crate) fn evaluate(
         table.push(Accuracy::new(session, protocol, &answers));
     }
     bar.finish_and_clear();
-    Ok(table)
+    Ok((table, weights))
 }
 
 impl Accuracy {
@@ -168,7 +178,7 @@ impl Accuracy {
     }
 }
 
-/// `count` training clips of each class, drawn from the seed.
+/// `count` training clips of each class, drawn from the seed for each class apart.
 fn shots(
     dataset: &Dataset,
     classes: std::ops::Range<usize>,
@@ -178,6 +188,7 @@ fn shots(
     let mut rng = ChaCha8Rng::seed_from_u64(seed ^ 0x5407);
     let mut chosen = Vec::new();
     for class in classes {
+        rng.set_stream(class as u64);
         let mut rows = dataset.train.of(class..class + 1);
         rows.shuffle(&mut rng);
         rows.truncate(count);

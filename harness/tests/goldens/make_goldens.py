@@ -27,7 +27,17 @@ def clip():
 
 def log_mel(sound):
     power = librosa.feature.melspectrogram(
-        y=sound, sr=RATE, n_fft=512, win_length=480, hop_length=160, n_mels=BANDS, center=True, pad_mode="constant"
+        y=sound,
+        sr=RATE,
+        n_fft=512,
+        win_length=480,
+        hop_length=160,
+        n_mels=BANDS,
+        center=True,
+        # As torchaudio's defaults.
+        pad_mode="reflect",
+        htk=True,
+        norm=None,
     )
     return np.log(power + 1e-6).astype(np.float32)
 

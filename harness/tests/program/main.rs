@@ -4,6 +4,7 @@ mod clips;
 mod files;
 #[cfg(unix)]
 mod limits;
+mod predict;
 mod speech;
 mod training;
 mod values;

@@ -70,6 +70,20 @@ fn keywords_of_voices_not_heard_in_training_are_recognised() {
         let [seen, unseen] = ["seen", "unseen"].map(|of| accuracy(session, of));
         assert!(seen >= 75.0 && unseen >= 60.0, "session {session}: {table}");
     }
+
+    // What `predict` says of the test clips is what the last session counted.
+    let list = std::fs::read_to_string(data.join("testing_list.txt")).expect("made by the script");
+    let mut predict = Command::new(env!("CARGO_BIN_EXE_protohead"));
+    predict.arg("predict").arg(&run).args(["--device", "cpu"]);
+    predict.args(list.lines()).current_dir(&data);
+    let output = succeeds(predict);
+    let said = String::from_utf8_lossy(&output.stdout);
+    let right = said.lines().filter(|line| {
+        let fields: Vec<&str> = line.split('\t').collect();
+        fields[0].starts_with(&format!("{}/", fields[1]))
+    });
+    let share = 100.0 * right.count() as f64 / list.lines().count() as f64;
+    assert_eq!(share, accuracy(2, "all"), "{said}");
 }
 
 #[test]

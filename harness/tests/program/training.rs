@@ -166,6 +166,7 @@ pub(crate) fn same_bytes(one: &Path, other: &Path) {
         "metrics.jsonl",
         "model.bpk",
         "model.json",
+        "prototypes.safetensors",
     ] {
         let [a, b] = [one, other].map(|run| fs::read(run.join(name)).expect("written"));
         assert!(a == b, "{name} differs");
@@ -190,7 +191,7 @@ fn a_run_that_was_killed_before_its_first_checkpoint_begins_again() {
 }
 
 /// To train a tiny network on synthesised keywords.
-fn train(out: &Path, epochs: &str, more: &[&str]) -> Command {
+pub(crate) fn train(out: &Path, epochs: &str, more: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_protohead"));
     command
         .args([

@@ -29,7 +29,7 @@ use cubecl::client::Client;
 use cubecl::ir::ElemType;
 
 use crate::blueprint::Blueprint;
-use crate::cosine_logits::{active_classes, same_dtype};
+use crate::cosine_logits::{Sizes, active_classes, same_dtype};
 use crate::loss::target::joined;
 use crate::operand::{self, F32, addressable, allocatable, count, label_dtype};
 use crate::{
@@ -409,28 +409,11 @@ fn product_operands(
     allow_tf32: bool,
 ) -> Result<usize, Error> {
     let active = head_operands(embeddings, weights, scale, active)?;
-    let [heads, rows, dim] = embeddings.dims();
-    let packed = |rows: usize, side: usize| {
-        let padded = |count: usize| count.next_multiple_of(side);
-        count(&[heads, padded(rows), padded(dim)])
-    };
-    // No tile is longer than this on any side.
-    addressable(
-        "the packed operands",
-        packed(rows, 128) + packed(active, 128),
-    )?;
     let dtype = float_dtype("embeddings", embeddings)?;
     same_dtype(float_dtype("class weights", weights)?, dtype)?;
     let client = cube_client(&embeddings.device())?;
     let blueprint = Blueprint::of_product(&client, Strategy::Inferred, dtype, allow_tf32)?;
-    if let Some(tile) = blueprint.product {
-        allocatable(
-            &client,
-            "the packed embeddings",
-            packed(rows, tile.side),
-            F32,
-        )?;
-    }
+    Sizes::new(embeddings.dims(), active, &blueprint).check_packed(&client, &blueprint)?;
     Ok(active)
 }
 

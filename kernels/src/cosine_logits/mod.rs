@@ -15,4 +15,4 @@ mod unit;
 pub use launch::{Inputs, Options, backward, forward};
 pub(crate) use problem::CosineProblem;
 #[cfg(feature = "burn")]
-pub(crate) use problem::{active_classes, same_dtype};
+pub(crate) use problem::{Sizes, active_classes, same_dtype};

@@ -31,7 +31,11 @@ pub(crate) struct Sizes {
 }
 
 impl Sizes {
-    fn new(heads: usize, rows: usize, active: usize, dim: usize, blueprint: &Blueprint) -> Self {
+    pub(crate) fn new(
+        [heads, rows, dim]: [usize; 3],
+        active: usize,
+        blueprint: &Blueprint,
+    ) -> Self {
         let padded = |size: usize| size.next_multiple_of(blueprint.tile());
         Self {
             heads,
@@ -42,6 +46,23 @@ impl Sizes {
             dim,
             dim_padded: padded(dim),
         }
+    }
+
+    /// Refuses operands that are too large once they are packed.
+    pub(crate) fn check_packed(&self, client: &Client, blueprint: &Blueprint) -> Result<(), Error> {
+        // On a GPU a bounded part of the class weights is packed at a time.
+        let chunked = blueprint.product.is_some();
+        let rows = match chunked {
+            true => self.rows_padded,
+            false => self.rows_padded + self.active_padded,
+        };
+        let packed = count(&[self.heads, rows, self.dim_padded]);
+        addressable("the packed operands", packed)?;
+        if chunked {
+            // The sums of their gradient are as many, in f32. What has a class axis comes in chunks.
+            allocatable(client, "the packed embeddings", packed, F32)?;
+        }
+        Ok(())
     }
 }
 
@@ -71,7 +92,6 @@ impl CosineProblem {
         };
         let embeddings = float(client, "embeddings", embeddings, 3)?;
         let weights = float(client, "class weights", weights, 3)?;
-        let [heads, rows, dim] = embeddings.dims3();
         let [_, classes, _] = weights.dims3();
         let active = active_classes(embeddings.dims3(), weights.dims3(), scale, active)?;
         same_dtype(weights.dtype(), embeddings.dtype())?;
@@ -80,17 +100,8 @@ impl CosineProblem {
         addressable("active classes", active as u128)?;
         // Their gradient is stored whole, whatever the strides of the class weights are.
         addressed(client, "class weights", count(weights.shape()))?;
-        let sizes = Sizes::new(heads, rows, active, dim, blueprint);
-        let packed_rows = match chunked {
-            true => sizes.rows_padded,
-            false => sizes.rows_padded + sizes.active_padded,
-        };
-        let packed = count(&[heads, packed_rows, sizes.dim_padded]);
-        addressable("the packed operands", packed)?;
-        if chunked {
-            // The sums of their gradient are as many, in f32. What has a class axis comes in chunks.
-            allocatable(client, "the packed embeddings", packed, F32)?;
-        }
+        let sizes = Sizes::new(embeddings.dims3(), active, blueprint);
+        sizes.check_packed(client, blueprint)?;
         Ok(Self {
             embeddings,
             weights,

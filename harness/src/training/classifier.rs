@@ -1,0 +1,102 @@
+//! The classifier that a run ends with: its network, and the speech head's prototypes of all keywords, in
+//! `prototypes.safetensors` as `prototypes [1,C,D]`.
+
+use std::path::{Path, PathBuf};
+
+use burn::tensor::{Tensor, TensorData};
+use indicatif::ProgressBar;
+use protohead::burn::cosine_logits;
+use protohead::cosine_logits::Options;
+
+use super::cache::extract;
+use super::network::{Devices, Network};
+use super::run::Finished;
+use super::sessions::{SPEECH, embeddings};
+use crate::audio::features::Extractor;
+use crate::error::Error;
+use crate::tensors::{TensorFile, Written};
+
+const NAME: &str = "prototypes";
+
+fn path(run: &Path) -> PathBuf {
+    run.join("prototypes.safetensors")
+}
+
+/// Leaves the prototypes after the last session in a run's folder.
+pub(super) fn write(run: &Path, prototypes: Tensor<3>) -> Result<(), Error> {
+    let shape = prototypes.dims();
+    let values = prototypes.try_into_vec_as::<f32>();
+    let mut written = Written::default();
+    written.values(NAME, &values.map_err(Error::of_device)?, &shape);
+    written.save(&path(run))
+}
+
+/// A finished run's.
+pub(crate) struct Classifier<'a> {
+    finished: &'a Finished,
+    devices: &'a Devices,
+    network: Network,
+    prototypes: Tensor<3>,
+}
+
+/// What a clip is taken for.
+pub(crate) struct Prediction<'a> {
+    pub keyword: &'a str,
+    /// `e^z / Σ e^z` over all keywords.
+    pub probability: f32,
+}
+
+impl<'a> Classifier<'a> {
+    pub(crate) fn new(finished: &'a Finished, devices: &'a Devices) -> Result<Self, Error> {
+        let network = finished.network(devices)?;
+        let [_, classes, dim] = network.heads.weight.dims();
+        let shape = [1, classes, dim];
+        let values = TensorFile::open(&path(finished.folder()))?.values(NAME, &shape)?;
+        let device = devices.heads.clone().without_autodiff();
+        Ok(Self {
+            finished,
+            devices,
+            network,
+            prototypes: Tensor::from_data(TensorData::new(values, shape), &device),
+        })
+    }
+
+    /// Of the keyword in each file.
+    pub(crate) fn predict(&self, files: &[PathBuf]) -> Result<Vec<Prediction<'a>>, Error> {
+        let features = extract(&Extractor::new(), files)?;
+        let rows: Vec<usize> = (0..files.len()).collect();
+        let data = &self.finished.data;
+        let embedded = embeddings(
+            &self.network,
+            &data.scaling,
+            &features,
+            &rows,
+            SPEECH,
+            self.devices,
+            &ProgressBar::hidden(),
+        );
+        let options = Options {
+            scale: self.network.heads.scale() as f32,
+            ..Options::default()
+        };
+        let logits = cosine_logits(embedded, self.prototypes.clone(), &options)?
+            .try_into_vec_as::<f32>()
+            .map_err(Error::of_device)?;
+        let keywords = &data.keywords;
+        Ok(logits
+            .chunks_exact(keywords.len())
+            .map(|logits| {
+                let best =
+                    (1..logits.len()).fold(0, |best, class| match logits[class] > logits[best] {
+                        true => class,
+                        false => best,
+                    });
+                let sum: f32 = logits.iter().map(|z| (z - logits[best]).exp()).sum();
+                Prediction {
+                    keyword: &keywords[best],
+                    probability: 1.0 / sum,
+                }
+            })
+            .collect())
+    }
+}

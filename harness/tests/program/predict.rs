@@ -1,0 +1,101 @@
+//! `protohead predict` of a run on synthesised keywords: what it prints, and what it refuses. Its answers are checked on speech.
+
+use std::fs;
+use std::path::Path;
+
+use crate::protohead;
+use crate::training::train;
+
+fn write_wav(path: &Path, sample: impl Fn(usize) -> i16) {
+    let spec = hound::WavSpec {
+        channels: 1,
+        sample_rate: 16_000,
+        bits_per_sample: 16,
+        sample_format: hound::SampleFormat::Int,
+    };
+    let mut writer = hound::WavWriter::create(path, spec).expect("the folder is writable");
+    for i in 0..16_000 {
+        writer
+            .write_sample(sample(i))
+            .expect("the folder is writable");
+    }
+    writer.finalize().expect("the folder is writable");
+}
+
+#[test]
+fn predict_prints_a_line_per_file_and_refuses_what_is_damaged() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let [run, tone, noise, text] =
+        ["run", "tone.wav", "noise.wav", "text.wav"].map(|name| folder.path().join(name));
+    write_wav(&tone, |i| ((i as f32 * 0.1).sin() * 8000.0) as i16);
+    write_wav(&noise, |i| (i * i * 7919 % 16_001) as i16 - 8000);
+    fs::write(&text, "no sound").expect("the folder is writable");
+    let [run_name, tone, noise, text] =
+        [&run, &tone, &noise, &text].map(|path| path.to_string_lossy().into_owned());
+    let predict =
+        |files: &[&str]| protohead(&[&["predict", &run_name, "--device", "cpu"], files].concat());
+    let refused = |files: &[&str], says: &str| {
+        let output = predict(files);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{says}: {stderr}");
+        assert_eq!(stderr.trim_end().lines().count(), 1, "{says}: {stderr}");
+        assert!(stderr.contains(says), "{stderr} does not say {says}");
+        assert!(output.stdout.is_empty(), "{says}: something on stdout");
+    };
+    refused(&[&tone], "No such file");
+    let trained = train(&run, "1", &[]).output().expect("starts");
+    assert!(trained.status.success(), "{trained:?}");
+
+    let output = predict(&[&tone, &noise, &tone]);
+    let stdout = String::from_utf8_lossy(&output.stdout);
+    let lines: Vec<Vec<&str>> = stdout.lines().map(|l| l.split('\t').collect()).collect();
+    assert_eq!(lines.len(), 3, "{output:?}");
+    for (line, file) in lines.iter().zip([&tone, &noise, &tone]) {
+        let &[name, keyword, probability] = &line[..] else {
+            panic!("{stdout}")
+        };
+        assert_eq!(name, file);
+        let of_the_run = ["word00", "word01", "word02", "word03"];
+        assert!(of_the_run.contains(&keyword), "{stdout}");
+        let probability: f64 = probability.parse().expect("a number");
+        // The highest of four.
+        assert!((0.25..=1.0).contains(&probability), "{stdout}");
+    }
+    assert_eq!(lines[0], lines[2]);
+
+    refused(&[], "WAV");
+    refused(&[&tone, &text], "no WAV file that is read");
+    refused(&["nowhere.wav"], "No such file");
+    let damage = |name: &str, damaged: &dyn Fn(&str) -> Vec<u8>, says: &str| {
+        let path = run.join(name);
+        let sound = fs::read(&path).expect("written by train");
+        let text = String::from_utf8_lossy(&sound);
+        fs::write(&path, damaged(&text)).expect("the folder is writable");
+        refused(&[&tone], says);
+        fs::write(&path, &sound).expect("the folder is writable");
+    };
+    let prototypes = "prototypes.safetensors";
+    damage(prototypes, &|_| b"none".into(), "not a safetensors file");
+    let of_three = |_: &str| {
+        let values = [0u8; 4 * 3 * 32];
+        let shape = vec![1, 3, 32];
+        let dtype = safetensors::Dtype::F32;
+        let view = safetensors::tensor::TensorView::new(dtype, shape, &values).expect("it fits");
+        safetensors::serialize([("prototypes", view)], None).expect("it can be written")
+    };
+    damage(prototypes, &of_three, "expected F32 [1, 4, 32]");
+    let other_features = |text: &str| {
+        let mut data: serde_json::Value = serde_json::from_str(text).expect("JSON");
+        data["probe"][0][0] = 1.0.into();
+        data.to_string().into_bytes()
+    };
+    damage("data.json", &other_features, "another version of protohead");
+    let resumed = {
+        let path = run.join("data.json");
+        let sound = fs::read_to_string(&path).expect("written by train");
+        fs::write(&path, other_features(&sound)).expect("the folder is writable");
+        train(&run, "1", &["--resume"]).output().expect("starts")
+    };
+    let stderr = String::from_utf8_lossy(&resumed.stderr);
+    assert!(stderr.contains("another version of protohead"), "{stderr}");
+}

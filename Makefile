@@ -1,6 +1,6 @@
-# What is used is built in one profile with one set of features (the tests' included), so that nothing is compiled twice.
 # Where Vulkan's drivers keep their sockets: without it they complain on every start.
 export XDG_RUNTIME_DIR ?= /tmp
+# What is used is built in one profile with one set of features (the tests' included), so that nothing is compiled twice.
 cargo_flags := --release --workspace
 
 cpu = $(shell sed -n 's/^model name.*: //p' /proc/cpuinfo 2>/dev/null | head -1)

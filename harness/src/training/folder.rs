@@ -33,8 +33,8 @@ pub(super) fn wavs(folder: &Path) -> Result<Vec<PathBuf>, Error> {
     Ok(entries(folder)?.into_iter().filter(is_wav).collect())
 }
 
-/// Speech Commands' keywords in the order of the published experiment: the core words, which are its base classes, then three a
-/// session.
+/// Speech Commands' keywords in the order of the experiment that the three heads come from: the core words, which are its base
+/// classes, then three per session.
 const SPEECH_COMMANDS: [&str; 35] = [
     "five", "zero", "yes", "seven", "no", "nine", "down", "one", "go", "two", "stop", "six", "on",
     "left", "eight", "right", "off", "four", "three", "up", // the base classes

@@ -32,7 +32,8 @@ pub(super) struct Data {
     pub keywords: Vec<String>,
     /// By which inputs are scaled.
     pub scaling: Moments,
-    /// Of the features of a clip that is always the same: another version of the program may make others.
+    /// Of the features of a clip that is always the same: another version of the program may make others, or not know of this.
+    #[serde(default)]
     pub probe: Moments,
     /// The digest of the files; none of what is synthesised.
     pub clips: Option<String>,
@@ -43,7 +44,7 @@ impl Data {
         read_json(&run.join("data.json"))
     }
 
-    /// Whether it is known of other clips than those of this digest: a run of before there were digests has none.
+    /// Whether it is known of other clips than those of this digest; what is synthesised has none.
     pub(super) fn has_others(&self, clips: Option<&str>) -> bool {
         self.clips.is_some() && self.clips.as_deref() != clips
     }
@@ -74,7 +75,7 @@ pub(crate) struct Finished {
     folder: PathBuf,
     config: RunConfig,
     pub(super) data: Data,
-    model: Vec<u8>,
+    model: Bytes,
 }
 
 impl Finished {
@@ -101,7 +102,7 @@ impl Finished {
             folder: folder.into(),
             config,
             data,
-            model,
+            model: Bytes::from_bytes_vec(model),
         })
     }
 
@@ -116,8 +117,7 @@ impl Finished {
     /// The trained network, with the base classes' prototypes.
     pub(super) fn network(&self, devices: &Devices) -> Result<Network, Error> {
         let [path, _] = model(&self.folder);
-        let record = ModuleRecord::from_bytes(Bytes::from_bytes_vec(self.model.clone()))
-            .map_err(Error::damaged(&path))?;
+        let record = ModuleRecord::from_bytes(self.model.clone()).map_err(Error::damaged(&path))?;
         let protocol = Protocol::for_keywords(self.data.keywords.len());
         let network = network(&self.config, protocol, devices);
         let network = network
@@ -301,13 +301,13 @@ impl Run {
         let [path, digest] = model(&self.folder);
         let (bytes, _) =
             record::model(network.clone().into_record()).map_err(Error::unwritable(&path))?;
+        let (table, prototypes) =
+            sessions::evaluate(&network, dataset, self.protocol, config.seed, devices)?;
         // Until the new digest is there, none is: the run is not finished.
         let _ = fs::remove_file(&digest);
         write_atomically(&path, &bytes)?;
-        write_json(&digest, &Digest::of(&[&bytes]))?;
-        let (table, prototypes) =
-            sessions::evaluate(&network, dataset, self.protocol, config.seed, devices)?;
         classifier::write(&self.folder, prototypes)?;
+        write_json(&digest, &Digest::of(&[&bytes]))?;
         write_json(&self.folder.join("accuracy.json"), &table)?;
         Ok(table)
     }

@@ -124,7 +124,7 @@ fn a_program_that_is_stopped_while_it_writes_leaves_nothing() {
         // Not too late.
         !out.exists()
     };
-    for signal in ["-TERM", "-INT"] {
+    for signal in ["-TERM", "-INT", "-HUP"] {
         assert!(
             (0..5).any(|_| stopped(signal)),
             "{signal} came too late five times"

@@ -2,9 +2,9 @@
 //! in a model.
 //!
 //! They run on CubeCL's devices, with the crate's features `cpu`, `cuda` and `wgpu`. If Burn's fusion is on, the feature `fusion` must
-//! be on too. Shapes and options are checked at the call and returned as an [`Error`]; the
-//! operands of a product have at most 2³² − 2²⁴ elements together, the padding that kernels add included. Labels are data on the device: a row whose
-//! label is not a class counts as ignored, and only [`CrossEntropy::check`] and [`ClassMeans::check`] report it. The `strategy` of options
+//! be on too. Shapes and options are checked at the call and returned as an [`Error`]. Each operand has at most 2³² − 2²⁴ elements, the
+//! padding that kernels add included; on a CPU the embeddings and the active class weights of a product have so many together. Each
+//! also fits in one buffer of the device, as its gradient has to. Labels are data on the device: a row whose label is not a class counts as ignored, and only [`CrossEntropy::check`] and [`ClassMeans::check`] report it. The `strategy` of options
 //! is ignored: the device picks the variant. Only losses, logits and reconstruction are differentiable.
 //!
 //! On a CPU, wait for every step, as `check` does: a thread that fills Burn's and CubeCL's queues takes a core from the kernels, and a
@@ -241,10 +241,9 @@ pub fn cross_entropy_by_row(
     sized("logits", &logits.dims())?;
     storable("logits", &logits)?;
     // What a backward pass knows of each row.
-    let row_states = [heads, 2, rows];
+    let row_states = [2, heads, rows];
     sized("row states", &row_states)?;
     allocatable(&client, "row states", count(&row_states), F32)?;
-    float_dtype("logits", &logits)?;
     let mut options = options.clone();
     options.loss.reduction = Reduction::None;
     options.strategy = Strategy::Inferred;

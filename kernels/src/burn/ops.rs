@@ -35,6 +35,7 @@ impl<B: Backend> MaybeGrad<B> {
 pub(super) struct Losses<B: Backend> {
     pub loss: FloatTensor<B>,
     pub lse: FloatTensor<B>,
+    /// `[2, heads, rows]`: lse, in the same buffer, and what rounding took from it.
     pub saved_lse: FloatTensor<B>,
     pub predictions: IntTensor<B>,
     pub status: IntTensor<B>,

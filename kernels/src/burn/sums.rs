@@ -6,9 +6,7 @@ use burn::backend::Dispatch;
 use burn::tensor::{Device, Int, Tensor};
 
 use super::ops::ProtoheadOps;
-use super::{
-    Judged, cube_client, float_dtype, head_operands, row_labels, sized, storable, together,
-};
+use super::{Judged, cube_client, head_operands, row_labels, sized, storable, together};
 use crate::class_means::SUMS_STATUS_FIELDS;
 use crate::{Error, Strategy, class_means as means};
 
@@ -103,7 +101,7 @@ impl ClassSums {
             });
         }
         sized("embeddings", &embeddings.dims())?;
-        float_dtype("embeddings", &embeddings)?;
+        storable("embeddings", &embeddings)?;
         let device = self.status.device();
         together("embeddings", &embeddings.device(), &device)?;
         row_labels(&labels, rows, &device)?;

@@ -10,7 +10,8 @@
 //! ```
 //!
 //! It is `F.cross_entropy(scale * F.linear(F.normalize(x), F.normalize(w))[:, :K], y)` of PyTorch, per head. The
-//! backward pass multiplies the logits again, a tile at a time, and the saved `lse` turns them into probabilities:
+//! backward pass multiplies the logits again, a tile at a time, and the saved `lse`, with what rounding took from it, turns them into
+//! probabilities:
 //!
 //! ```text
 //! g  = u · (e^(z − lse) − t)

@@ -118,6 +118,13 @@ pub(crate) fn backward_from(
     let [heads, rows, classes] = logits.dims3();
     saved.prove(client, heads, rows)?;
     let arriving = Arriving::new(client, upstream, &options.loss, heads, rows, classes)?;
+    let elements = count(logits.shape());
+    allocatable(
+        client,
+        "the gradient of the logits",
+        elements,
+        logits.dtype(),
+    )?;
     let grad = empty(client, [heads, rows, classes], logits.dtype());
     let call = BackwardCall {
         client,

@@ -36,7 +36,7 @@ impl Default for Upstream {
 }
 
 /// The result of a forward pass of a cross-entropy, on the device.
-#[must_use = "labels that are no class are only reported by `check` and what is read"]
+#[must_use = "labels that are no class are only reported by `check` and the `read` functions"]
 #[derive(Clone, Debug)]
 pub struct LossOutput {
     /// f32, `[heads]`, or `[heads, rows]` under [`Reduction::None`]; without head weights.

@@ -131,8 +131,8 @@ impl RowSoftmax {
         self.peak + self.sum.ln()
     }
 
-    /// What rounding took from [`lse`](Self::lse). Without it, a probability `e^(z − lse)` is wrong by half a unit in the last place
-    /// of lse: 4e-6 of itself at 64, and all of it at 1e9.
+    /// What rounding took from [`lse`](Self::lse), where the peak is the larger part of it. Without it, a probability `e^(z − lse)` is
+    /// wrong by half a unit in the last place of lse: 4e-6 of itself at 64, and all of it at 1e9.
     pub(crate) fn lse_low(&self) -> f32 {
         (self.peak - self.lse()) + self.sum.ln()
     }

@@ -99,6 +99,7 @@ pub struct Gradients {
 pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<Output, Error> {
     let blueprint = blueprint(client, inputs, options)?;
     let call = Call::new(client, &blueprint, inputs)?;
+    allocatable(client, "the cosines", call.rows as u128, F32)?;
     let output = Output {
         loss: empty(client, [1], F32),
         cosines: empty(client, [call.rows], F32),
@@ -136,7 +137,9 @@ pub fn backward(
     };
     let shape = [call.rows, call.dim];
     let dtype = call.whole.dtype();
-    allocatable(client, "a gradient", count(&shape), dtype)?;
+    if wanted.whole || wanted.part {
+        allocatable(client, "a gradient", count(&shape), dtype)?;
+    }
     let gradients = Gradients {
         whole: wanted.whole.then(|| empty(client, shape, dtype)),
         part: wanted.part.then(|| empty(client, shape, dtype)),

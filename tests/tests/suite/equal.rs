@@ -56,7 +56,7 @@ fn equal_classes_leave_a_row_where_it_is() {
     }
 }
 
-/// The same of the two halves: with the softmax's own gradient.
+/// The same of `cosine_logits`, given the softmax's gradient.
 #[test]
 fn gradients_of_equal_classes_logits_leave_a_row_where_it_is() {
     const CLASSES: usize = 3_000_000;
@@ -79,15 +79,16 @@ fn gradients_of_equal_classes_logits_leave_a_row_where_it_is() {
         let gradient = gradients.expect("valid").embeddings.expect("asked for");
         let size = f64::from(options.scale) * 0.8;
         for value in download(run.client, &gradient) {
-            // Blocks are 8 to 32 classes, so some hundred thousand sums are rounded, all one way; of single classes it would be 3 %.
-            assert!(value.abs() < 2e-3 * size, "{value} of {size}");
+            // A block, of 8 to 32 classes, is rounded to the grid of the running sum always the same way: that takes up to 0.2 % of the
+            // whole. Of single classes it would be 3 %.
+            assert!(value.abs() < 5e-3 * size, "{value} of {size}");
         }
     }
 }
 
 /// A few logits of 1 have all others add e⁻¹ each, which no f32 holds.
 #[test]
-fn the_loss_of_twenty_million_equal_logits_is_that_of_their_sum() {
+fn the_loss_of_twenty_million_logits_counts_every_one() {
     const CLASSES: usize = 20_000_000;
     let mut logits = vec![0.0; CLASSES];
     logits[..16].fill(1.0);
@@ -100,7 +101,8 @@ fn the_loss_of_twenty_million_equal_logits_is_that_of_their_sum() {
         let total = output.expect("valid").read_total(run.client);
         let loss = f64::from(total.expect("a class"));
         let truth = (CLASSES as f64 - 16.0 + 16.0 * 1f64.exp()).ln();
-        // A part has a thousand numbers a lane, and there are as many parts: some hundred rounding errors one way.
-        assert!((loss - truth).abs() < 3e-5, "{loss}, expected {truth}");
+        // The sum of a lane's part, 377, is rounded to the grid of the running sum, of up to 1/8, always the same way: up to 2e-4 of
+        // it with the fewest lanes, of which a third was seen. Without parts it would be 1e-2.
+        assert!((loss - truth).abs() < 1e-4, "{loss}, expected {truth}");
     }
 }

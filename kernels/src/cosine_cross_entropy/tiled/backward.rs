@@ -218,7 +218,7 @@ fn of_another_class(
     if comptime!(tile.engine == Engine::Fma) {
         // `max` keeps a compiler from contracting.
         let logit = max(cosine * scale, FLOOR);
-        arriving * (((logit - lse) - lse_low).exp() - uniform)
+        arriving * (exp_difference(logit - lse, lse_low, tile) - uniform)
     } else {
         // Two instructions less for each of a unit's 128 results, rounded to 16 bits or TF32 in the end. CubeCL's compiler for NVIDIA keeps
         // this `fma`; others might see the product in it.

@@ -297,6 +297,7 @@ fn the_modules_record_saves_and_loads() {
         .expect("a record has bytes");
     let record = ModuleRecord::from_bytes(bytes).expect("the bytes are a record");
     // What a record leaves out is in the configuration.
+    assert_eq!(saved.clone().with_scale(9.5).config().scale, 9.5);
     let config = saved.config();
     let CosineHeadsConfig {
         heads,

@@ -93,30 +93,51 @@ fn a_large_scale_leaves_sure_rows_exact() {
 /// A row as near to its class as to another has half a probability with each, however large its logits are.
 #[test]
 fn a_large_scale_leaves_ties_exact() {
-    let (rows, dim) = (3, 8);
+    let (heads, rows, dim, classes) = (2, 3, 8, 3);
     let problem = Problem {
         scale: 1e9,
-        ..Problem::plain((1, rows, dim, 3, 3))
+        ..Problem::plain((heads, rows, dim, classes, classes))
     };
     let mut data = problem.data();
     data.embeddings.fill(0.0);
     data.weights.fill(0.0);
-    (0..rows).for_each(|row| data.embeddings[row * dim] = 1.0 + row as f32);
-    data.weights[..2].copy_from_slice(&[3.0, 3.0]);
-    data.weights[dim..dim + 2].copy_from_slice(&[3.0, -3.0]);
-    data.weights[2 * dim] = -1.0;
+    for row in 0..heads * rows {
+        data.embeddings[row * dim] = 1.0 + (row % rows) as f32;
+    }
+    for weights in data.weights.chunks_mut(classes * dim) {
+        weights[..2].copy_from_slice(&[3.0, 3.0]);
+        weights[dim..dim + 2].copy_from_slice(&[3.0, -3.0]);
+        weights[2 * dim] = -1.0;
+    }
     data.labels = vec![0, 1, 0];
     let side = 0.5f64.sqrt();
+    // A row pulls its own class towards itself with half a probability, and pushes the other with as much: what two rows do to each
+    // class, the third undoes but for half.
+    let mut of_classes = vec![0.0; classes * dim];
+    let pulled = 0.5 * 0.5 / (3.0 * 2f64.sqrt());
+    of_classes[..2].copy_from_slice(&[-pulled, pulled]);
+    of_classes[dim..dim + 2].copy_from_slice(&[pulled, pulled]);
     for run in fused_runs(problem.sizes) {
         let (inputs, options) = arguments(&run, &problem, &data);
         let upstream = Upstream::Total(rows as f32 / 1e9);
         for gradients in apart_and_at_once(&run, &inputs, &options, &upstream) {
-            let dx = download(run.client, &gradients.embeddings.expect("asked for"));
+            let [dx, dw] = [gradients.embeddings, gradients.weights]
+                .map(|gradient| download(run.client, &gradient.expect("asked for")));
+            // The rounding of the upstream gradient, and of its product with the scale.
             for (row, dx) in dx.chunks(dim).enumerate() {
+                let row = row % rows;
                 let towards = if data.labels[row] == 0 { -side } else { side };
                 let exact = towards / (1.0 + row as f64);
                 assert!((dx[1] - exact).abs() < 1e-6, "row {row} on {run}: {dx:?}");
                 assert!(dx[2..].iter().all(|&v| v == 0.0), "on {run}: {dx:?}");
+            }
+            for dw in dw.chunks(classes * dim) {
+                assert!(
+                    dw.iter()
+                        .zip(&of_classes)
+                        .all(|(a, b)| (a - b).abs() < 1e-6),
+                    "on {run}: {dw:?}"
+                );
             }
         }
     }

@@ -4,7 +4,7 @@ use cubecl::ir::{AddressType, ElemType, IntKind};
 use cubecl::prelude::CubeElement;
 use cubecl::std::tensor::TensorHandle;
 use protohead::class_means::ClassSums;
-use protohead::cosine_cross_entropy::{Inputs, Options, backward, forward};
+use protohead::cosine_cross_entropy::{Inputs, Options, backward, forward, forward_backward};
 use protohead::{
     Error, LossOptions, LossOutput, Reduction, Strategy, Upstream, Variant, Wanted, cosine_logits,
     reconstruction,
@@ -243,8 +243,8 @@ fn results_that_no_buffer_of_the_device_holds_are_refused() {
                 active: Some(1),
                 ..Default::default()
             };
-            let forward = cosine_logits::forward(client, &inputs, &options).map(drop);
-            assert_eq!(forward, Ok(()), "{}", device.name);
+            let logits = cosine_logits::forward(client, &inputs, &options).map(drop);
+            assert_eq!(logits, Ok(()), "{}", device.name);
             let grad = floats(client, &[1, 1, 1]);
             let back = |wanted| {
                 cosine_logits::backward(client, &inputs, &options, &grad, wanted).map(drop)
@@ -255,7 +255,51 @@ fn results_that_no_buffer_of_the_device_holds_are_refused() {
                 elements: u128::from(page) + 1,
                 most: page.into(),
             };
-            assert_eq!(back(Wanted::BOTH), Err(expected), "{}", device.name);
+            assert_eq!(back(Wanted::BOTH), Err(expected.clone()), "{}", device.name);
+            let inputs = Inputs {
+                embeddings: inputs.embeddings,
+                weights: inputs.weights,
+                labels: labels(client, &[0]),
+            };
+            let options = Options {
+                active: Some(1),
+                ..Options::default()
+            };
+            let output = forward(client, &inputs, &options).expect("it is not asked for");
+            let upstream = Upstream::default();
+            let back = backward(client, &inputs, &options, &output, &upstream, Wanted::BOTH);
+            assert_eq!(back.map(drop), Err(expected.clone()), "{}", device.name);
+            let both = forward_backward(client, &inputs, &options, &upstream, Wanted::BOTH);
+            assert_eq!(both.map(drop), Err(expected), "{}", device.name);
+            let whole = TensorHandle::new(
+                floats(client, &[1]).handle,
+                vec![page as usize + 1, 1],
+                vec![0, 1],
+                Dtype::F32.elem(),
+            );
+            let inputs = reconstruction::Inputs {
+                whole: whole.clone(),
+                first: whole.clone(),
+                second: whole,
+            };
+            let options = reconstruction::Options::default();
+            let all = reconstruction::Wanted::ALL;
+            let back = reconstruction::backward(client, &inputs, &options, &upstream, all);
+            let too_large = |operand| {
+                Err(Error::TooLarge {
+                    operand,
+                    elements: u128::from(page) + 1,
+                    most: page.into(),
+                })
+            };
+            assert_eq!(back.map(drop), too_large("a gradient"), "{}", device.name);
+            let cosines = reconstruction::forward(client, &inputs, &options);
+            assert_eq!(
+                cosines.map(drop),
+                too_large("the cosines"),
+                "{}",
+                device.name
+            );
         }
     }
 }

@@ -114,16 +114,14 @@ fn a_bad_label_leaves_class_means_untouched_and_is_reported() {
             download(client, &weights),
             "on {run}"
         );
-        assert_eq!(
-            sums.read_counts(client),
-            Err(Error::Label {
-                row: 0,
-                label: 7,
-                active: 3,
-                rows: 3
-            }),
-            "on {run}"
-        );
+        let bad = Error::Label {
+            row: 0,
+            label: 7,
+            active: 3,
+            rows: 3,
+        };
+        assert_eq!(sums.check(client), Err(bad.clone()), "on {run}");
+        assert_eq!(sums.read_counts(client), Err(bad), "on {run}");
         let unit_rows = protohead::class_means::Options {
             normalize: true,
             ..options.clone()

@@ -102,7 +102,7 @@ fn dataset(
 ) -> Result<Dataset, Error> {
     match source {
         Source::Folder(folder) => {
-            let clips = Clips::find(folder)?;
+            let clips = Clips::find(folder, seed)?;
             accept(&clips.keywords, Some(&clips.digest))?;
             Dataset::of_clips(clips, &run.join("cache"), keep)
         }
@@ -215,7 +215,7 @@ pub(crate) fn train(arguments: &Train, given: &dyn Fn(&str) -> bool) -> Result<(
     let mut data = dataset(&config.source, config.seed, &arguments.out, true, accept)?;
     let device = config.device;
     let run = claim.begin(config, &mut data)?;
-    let protocol = run.protocol();
+    let protocol = data.protocol;
     say(format_args!(
         "{} keywords: {} base classes, {} sessions of {} with {} shots; {} training and {} test clips",
         data.keywords.len(),
@@ -251,7 +251,6 @@ pub(crate) fn evaluate(arguments: &Evaluate) -> Result<(), Error> {
     let devices = arguments.device.training_devices()?;
     let accept = |keywords: &[String], clips: Option<&str>| finished.accept(keywords, clips);
     let mut data = dataset(&source, config.seed, &arguments.run, false, accept)?;
-    let run = Run::of(&arguments.run, config.clone(), &data);
-    sessions::print(&run.evaluate(&finished, &mut data, &devices)?);
+    sessions::print(&finished.evaluate(&mut data, &devices)?);
     Ok(())
 }

@@ -161,6 +161,6 @@ impl Claim {
         clear_old(folder);
         self.made.clear();
         let lock = self.lock.try_clone().map_err(Error::io(&self.folder))?;
-        Ok(Run::locked(&self.folder, config, dataset, lock))
+        Ok(Run::locked(&self.folder, config, lock))
     }
 }

@@ -38,8 +38,30 @@ impl Protocol {
         }
     }
 
+    /// The protocol of keywords with so many training clips each: with as many shots as every later one has.
+    fn of(clips: &[usize]) -> Self {
+        let protocol = Self::for_keywords(clips.len());
+        let later = clips[protocol.base..].iter().copied();
+        Self {
+            shots: later.fold(protocol.shots, usize::min),
+            ..protocol
+        }
+    }
+
     pub(crate) fn classes(&self) -> usize {
         self.base + self.sessions * self.ways
+    }
+
+    /// Which of a class's training clips take part: all of a base class, and the shots of a later one, drawn from the seed.
+    fn drawn(&self, class: usize, clips: usize, seed: u64) -> Vec<usize> {
+        let mut drawn: Vec<usize> = (0..clips).collect();
+        if class >= self.base {
+            let mut rng = ChaCha8Rng::seed_from_u64(seed ^ 0x5407);
+            rng.set_stream(class as u64);
+            drawn.shuffle(&mut rng);
+            drawn.truncate(self.shots);
+        }
+        drawn
     }
 }
 
@@ -82,6 +104,8 @@ pub(super) fn moments<'a>(clips: impl Iterator<Item = &'a Vec<f32>> + Clone) -> 
 /// Keywords with clips to train on and clips of other voices to test on.
 pub(crate) struct Dataset {
     pub keywords: Vec<String>,
+    pub protocol: Protocol,
+    /// Of later classes, their shots.
     pub train: Examples,
     pub test: Examples,
     /// Of the base classes' training clips: of the others no more is known than their shots.
@@ -91,11 +115,18 @@ pub(crate) struct Dataset {
 }
 
 impl Dataset {
-    fn new(keywords: Vec<String>, train: Examples, test: Examples, clips: Option<String>) -> Self {
-        let rows = train.of(0..Protocol::for_keywords(keywords.len()).base);
+    fn new(
+        keywords: Vec<String>,
+        protocol: Protocol,
+        train: Examples,
+        test: Examples,
+        clips: Option<String>,
+    ) -> Self {
+        let rows = train.of(0..protocol.base);
         let scaling = moments(rows.iter().map(|&row| &train.features[row]));
         Self {
             keywords,
+            protocol,
             train,
             test,
             scaling,
@@ -107,10 +138,7 @@ impl Dataset {
     pub(crate) fn synthetic(seed: u64, keywords: usize, voices: usize) -> Self {
         let words = vocabulary(seed, keywords);
         let extractor = Extractor::new();
-        let make = |first: u64, count: usize| {
-            let tasks: Vec<(usize, u64)> = (0..words.len())
-                .flat_map(|word| (0..count as u64).map(move |voice| (word, first + voice)))
-                .collect();
+        let make = |tasks: Vec<(usize, u64)>| {
             let bar = progress(tasks.len() as u64);
             bar.set_message("clips");
             let features = tasks
@@ -127,8 +155,15 @@ impl Dataset {
                 labels: tasks.iter().map(|&(word, _)| word).collect(),
             }
         };
-        let test = make(1_000_000, voices.div_ceil(4));
-        Self::new(synthetic_keywords(keywords), make(0, voices), test, None)
+        let protocol = Protocol::of(&vec![voices; keywords]);
+        let trained = |word| {
+            let drawn = protocol.drawn(word, voices, seed).into_iter();
+            drawn.map(move |voice| (word, voice as u64))
+        };
+        let others = |word| (0..voices.div_ceil(4) as u64).map(move |n| (word, 1_000_000 + n));
+        let train = make((0..keywords).flat_map(trained).collect());
+        let test = make((0..keywords).flat_map(others).collect());
+        Self::new(synthetic_keywords(keywords), protocol, train, test, None)
     }
 
     /// Features of clips are taken from the folder `cache`, and left there if they are to be kept.
@@ -140,23 +175,19 @@ impl Dataset {
             labels: labels.split_off(clips.trained),
         };
         let train = Examples { features, labels };
-        Ok(Self::new(clips.keywords, train, test, Some(clips.digest)))
-    }
-
-    /// The protocol, with as many shots as every keyword has clips for.
-    pub(crate) fn protocol(&self) -> Protocol {
-        let protocol = Protocol::for_keywords(self.keywords.len());
-        let later = protocol.base..protocol.classes();
-        let clips = later.map(|class| self.train.of(class..class + 1).len());
-        Protocol {
-            shots: clips.fold(protocol.shots, usize::min),
-            ..protocol
-        }
+        let digest = Some(clips.digest);
+        Ok(Self::new(
+            clips.keywords,
+            clips.protocol,
+            train,
+            test,
+            digest,
+        ))
     }
 
     /// The order in which an epoch visits the base classes' training clips.
-    pub(crate) fn order(&self, base: usize, seed: u64, epoch: usize) -> Vec<usize> {
-        let mut order = self.train.of(0..base);
+    pub(crate) fn order(&self, seed: u64, epoch: usize) -> Vec<usize> {
+        let mut order = self.train.of(0..self.protocol.base);
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         rng.set_stream(epoch as u64);
         order.shuffle(&mut rng);
@@ -182,9 +213,10 @@ pub(crate) fn synthetic_keywords(count: usize) -> Vec<String> {
     (0..count).map(|word| format!("word{word:02}")).collect()
 }
 
-/// The clips of a Speech-Commands folder, before anything is made of them.
+/// The clips of a Speech-Commands folder that take part, before anything is made of them.
 pub(crate) struct Clips {
     pub keywords: Vec<String>,
+    protocol: Protocol,
     /// Those to train on first.
     files: Vec<PathBuf>,
     labels: Vec<usize>,
@@ -197,8 +229,9 @@ pub(crate) struct Clips {
 }
 
 impl Clips {
-    /// Those of `DIR/<keyword>/*.wav`, with `testing_list.txt` and `validation_list.txt`.
-    pub(crate) fn find(root: &Path) -> Result<Self, Error> {
+    /// Those of `DIR/<keyword>/*.wav`, with `testing_list.txt` and `validation_list.txt`; of later classes, shots that are drawn from the
+    /// seed.
+    pub(crate) fn find(root: &Path, seed: u64) -> Result<Self, Error> {
         let wrong = |reason: String| Error::Content {
             path: root.into(),
             reason,
@@ -224,7 +257,7 @@ impl Clips {
         })?;
         let validation = of("validation_list.txt")?.unwrap_or_default();
         let mut counts = vec![[0; 3]; keywords.len()];
-        let (mut train, mut test) = (Vec::new(), Vec::new());
+        let (mut train, mut test) = (vec![Vec::new(); keywords.len()], Vec::new());
         for (entry, path, label) in &clips {
             let place = if testing.contains(entry) {
                 test.push((path.clone(), *label));
@@ -232,7 +265,7 @@ impl Clips {
             } else if validation.contains(entry) {
                 2
             } else {
-                train.push((path.clone(), *label));
+                train[*label].push(path.clone());
                 0
             };
             counts[*label][place] += 1;
@@ -245,6 +278,12 @@ impl Clips {
                 )));
             }
         }
+        let protocol = Protocol::of(&train.iter().map(Vec::len).collect::<Vec<_>>());
+        let drawn = |(class, files): (usize, &Vec<PathBuf>)| {
+            let drawn = protocol.drawn(class, files.len(), seed).into_iter();
+            drawn.map(|i| (files[i].clone(), class)).collect::<Vec<_>>()
+        };
+        let train: Vec<_> = train.iter().enumerate().flat_map(drawn).collect();
         let trained = train.len();
         let (files, labels): (Vec<PathBuf>, Vec<usize>) = train.into_iter().chain(test).unzip();
         let digests = digests(&files)?;
@@ -256,6 +295,7 @@ impl Clips {
         }
         Ok(Self {
             keywords,
+            protocol,
             files,
             labels,
             trained,
@@ -294,6 +334,24 @@ mod tests {
         }
     }
 
+    #[test]
+    fn later_classes_have_as_many_shots_as_the_one_with_the_fewest_clips() {
+        let mut clips = [9; 14];
+        assert_eq!(Protocol::of(&clips).shots, 5);
+        clips[12] = 3;
+        let protocol = Protocol::of(&clips);
+        assert_eq!((protocol.base, protocol.shots), (8, 3));
+        assert_eq!(protocol.drawn(7, 9, 1), (0..9).collect::<Vec<_>>());
+        let drawn = [8, 9].map(|class| protocol.drawn(class, 9, 1));
+        assert_eq!(protocol.drawn(8, 9, 1), drawn[0]);
+        assert_ne!(drawn[0], drawn[1]);
+        for shots in drawn {
+            let different: HashSet<usize> = shots.iter().copied().collect();
+            assert_eq!((shots.len(), different.len()), (3, 3));
+            assert!(shots.iter().all(|&shot| shot < 9));
+        }
+    }
+
     /// Else the base session would know of clips that come later.
     #[test]
     fn inputs_are_scaled_by_what_the_base_classes_are_trained_on() {
@@ -304,7 +362,15 @@ mod tests {
                     .collect(),
                 labels: (0..7).collect(),
             };
-            Dataset::new(synthetic_keywords(7), examples(), examples(), None).scaling
+            let protocol = Protocol::for_keywords(7);
+            Dataset::new(
+                synthetic_keywords(7),
+                protocol,
+                examples(),
+                examples(),
+                None,
+            )
+            .scaling
         };
         let (mean, deviation) = (1.5, 1.25f32.sqrt());
         assert_eq!(scaling(100.0), [(mean, deviation); INPUTS]);

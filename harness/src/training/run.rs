@@ -106,6 +106,18 @@ impl Finished {
         })
     }
 
+    /// Evaluates the trained network on clips that were [accepted](Self::accept), scaled as those that it was trained on.
+    pub(crate) fn evaluate(
+        &self,
+        dataset: &mut Dataset,
+        devices: &Devices,
+    ) -> Result<Vec<sessions::Accuracy>, Error> {
+        dataset.scaling = self.data.scaling;
+        let network = self.network(devices)?;
+        let (table, _) = sessions::evaluate(&network, dataset, devices)?;
+        Ok(table)
+    }
+
     pub(super) fn folder(&self) -> &Path {
         &self.folder
     }
@@ -151,9 +163,8 @@ fn model(run: &Path) -> [PathBuf; 2] {
 pub(crate) struct Run {
     folder: PathBuf,
     config: RunConfig,
-    protocol: Protocol,
     /// Held while it trains.
-    _lock: Option<File>,
+    _lock: File,
 }
 
 impl Run {
@@ -165,26 +176,13 @@ impl Run {
         Ok(config)
     }
 
-    /// The run in a folder.
-    pub(crate) fn of(folder: &Path, config: RunConfig, dataset: &Dataset) -> Self {
+    /// The run in a folder, which no other process trains while this one has `lock`.
+    pub(super) fn locked(folder: &Path, config: RunConfig, lock: File) -> Self {
         Self {
             folder: folder.into(),
             config,
-            protocol: dataset.protocol(),
-            _lock: None,
+            _lock: lock,
         }
-    }
-
-    /// A run that no other process trains while this one has `lock`.
-    pub(super) fn locked(folder: &Path, config: RunConfig, dataset: &Dataset, lock: File) -> Self {
-        Self {
-            _lock: Some(lock),
-            ..Self::of(folder, config, dataset)
-        }
-    }
-
-    pub(crate) fn protocol(&self) -> Protocol {
-        self.protocol
     }
 
     /// Trains what epochs are left, replaces the prototypes, and evaluates every session.
@@ -196,13 +194,13 @@ impl Run {
         let config = &self.config;
         devices.encoder.seed(config.seed);
         devices.heads.seed(config.seed);
-        let mut network = self::network(config, self.protocol, devices);
+        let mut network = network(config, dataset.protocol, devices);
         network.visit(&mut Initialize);
         let mut optimizer = optimizer();
         let mut metrics: Vec<EpochMetrics> = Vec::new();
         if let Some(checkpoint) = Checkpoint::load(&self.folder)? {
             let path = self.folder.join("checkpoint");
-            network = self::network(config, self.protocol, devices)
+            network = self::network(config, dataset.protocol, devices)
                 .try_load_record(checkpoint.model)
                 .map_err(Error::damaged(&path))?;
             optimizer = self::optimizer()
@@ -212,7 +210,7 @@ impl Run {
             // The run may have been killed between its checkpoint and these.
             self.report(&metrics)?;
         }
-        let rows = dataset.order(self.protocol.base, config.seed, 0).len();
+        let rows = dataset.order(config.seed, 0).len();
         let steps = rows.div_ceil(config.batch);
         let bar = progress((config.epochs * steps) as u64);
         bar.set_position((metrics.len() * steps) as u64);
@@ -226,7 +224,7 @@ impl Run {
             let mut correct = 0;
             let mut rate = 0.0;
             for (i, chosen) in dataset
-                .order(self.protocol.base, config.seed, epoch)
+                .order(config.seed, epoch)
                 .chunks(config.batch)
                 .enumerate()
             {
@@ -291,7 +289,7 @@ impl Run {
             }
         }
         bar.finish_and_clear();
-        let network = sessions::replace_prototypes(network, dataset, self.protocol, devices)?;
+        let network = sessions::replace_prototypes(network, dataset, devices)?;
         // What the last step did, no loss has shown.
         let weights = network.heads.weight.val().try_into_vec_as::<f32>();
         let weights = weights.map_err(Error::of_device)?;
@@ -301,28 +299,13 @@ impl Run {
         let [path, digest] = model(&self.folder);
         let (bytes, _) =
             record::model(network.clone().into_record()).map_err(Error::unwritable(&path))?;
-        let (table, prototypes) =
-            sessions::evaluate(&network, dataset, self.protocol, config.seed, devices)?;
+        let (table, prototypes) = sessions::evaluate(&network, dataset, devices)?;
         // Until the new digest is there, none is: the run is not finished.
         let _ = fs::remove_file(&digest);
         write_atomically(&path, &bytes)?;
         classifier::write(&self.folder, prototypes)?;
         write_json(&digest, &Digest::of(&[&bytes]))?;
         write_json(&self.folder.join("accuracy.json"), &table)?;
-        Ok(table)
-    }
-
-    /// Evaluates the trained network of the run on clips that were [accepted](Finished::accept), scaled as those that it was trained on.
-    pub(crate) fn evaluate(
-        &self,
-        finished: &Finished,
-        dataset: &mut Dataset,
-        devices: &Devices,
-    ) -> Result<Vec<sessions::Accuracy>, Error> {
-        dataset.scaling = finished.data.scaling;
-        let network = finished.network(devices)?;
-        let seed = self.config.seed;
-        let (table, _) = sessions::evaluate(&network, dataset, self.protocol, seed, devices)?;
         Ok(table)
     }
 

@@ -7,9 +7,6 @@ use burn::tensor::{Device, Tensor};
 use indicatif::ProgressBar;
 use protohead::burn::{ClassSums, class_means, predictions};
 use protohead::cosine_cross_entropy::Options;
-use rand::SeedableRng;
-use rand::seq::SliceRandom;
-use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
 use super::data::{Dataset, Examples, Moments, Protocol};
@@ -70,14 +67,14 @@ fn labels(examples: &Examples, rows: &[usize], device: &Device) -> Tensor<1, bur
 pub(crate) fn replace_prototypes(
     network: Network,
     dataset: &Dataset,
-    protocol: Protocol,
     devices: &Devices,
 ) -> Result<Network, Error> {
+    let base = dataset.protocol.base;
     let evaluated = burn::module::Module::valid(&network);
-    let rows = dataset.train.of(0..protocol.base);
+    let rows = dataset.train.of(0..base);
     let device = devices.heads.clone().without_autodiff();
     let [heads, _, dim] = evaluated.heads.weight.dims();
-    let mut sums = ClassSums::new(heads, protocol.base, dim, &Default::default(), &device)?;
+    let mut sums = ClassSums::new(heads, base, dim, &Default::default(), &device)?;
     let bar = progress(rows.len() as u64);
     bar.set_message("prototypes");
     for rows in rows.chunks(CHUNK) {
@@ -107,10 +104,9 @@ pub(crate) fn replace_prototypes(
 pub(crate) fn evaluate(
     network: &Network,
     dataset: &Dataset,
-    protocol: Protocol,
-    seed: u64,
     devices: &Devices,
 ) -> Result<(Vec<Accuracy>, Tensor<3>), Error> {
+    let protocol = dataset.protocol;
     let device = devices.heads.clone().without_autodiff();
     let tested = dataset.test.of(0..protocol.classes());
     let bar = progress((tested.len() + protocol.sessions * protocol.ways * protocol.shots) as u64);
@@ -127,7 +123,7 @@ pub(crate) fn evaluate(
     for session in 0..=protocol.sessions {
         let known = protocol.base + session * protocol.ways;
         if session > 0 {
-            let shots = shots(dataset, known - protocol.ways..known, protocol.shots, seed);
+            let shots = dataset.train.of(known - protocol.ways..known);
             let embedded = speech(&dataset.train, &shots);
             let targets = labels(&dataset.train, &shots, &device);
             // Only the new classes have shots, so only their rows change.
@@ -176,25 +172,6 @@ impl Accuracy {
             }),
         }
     }
-}
-
-/// `count` training clips of each class, drawn from the seed for each class apart.
-fn shots(
-    dataset: &Dataset,
-    classes: std::ops::Range<usize>,
-    count: usize,
-    seed: u64,
-) -> Vec<usize> {
-    let mut rng = ChaCha8Rng::seed_from_u64(seed ^ 0x5407);
-    let mut chosen = Vec::new();
-    for class in classes {
-        rng.set_stream(class as u64);
-        let mut rows = dataset.train.of(class..class + 1);
-        rows.shuffle(&mut rng);
-        rows.truncate(count);
-        chosen.extend(rows);
-    }
-    chosen
 }
 
 /// The table as text.

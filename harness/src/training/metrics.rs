@@ -65,10 +65,9 @@ fn plot(
             .y_label_area_size(50)
             .build_cartesian_2d(0.0..metrics.len().max(1) as f64, 0.0..top)?;
         chart.configure_mesh().x_desc("epoch").draw()?;
-        chart.draw_series(LineSeries::new(
-            metrics.iter().map(|m| (m.epoch as f64, value(m))),
-            &BLUE,
-        ))?;
+        let points = metrics.iter().map(|m| (m.epoch as f64, value(m)));
+        // With a dot each, as a line of one epoch has no length.
+        chart.draw_series(LineSeries::new(points, BLUE.filled()).point_size(2))?;
     }
     area.present()?;
     Ok(())

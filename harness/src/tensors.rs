@@ -281,6 +281,9 @@ impl Written {
 
     /// Numbers of the host.
     pub(crate) fn values(&mut self, name: &'static str, values: &[f32], shape: &[usize]) {
+        if !values.iter().all(|value| value.is_finite()) {
+            self.infinite.push(name);
+        }
         let bytes = values
             .iter()
             .flat_map(|value| value.to_le_bytes())

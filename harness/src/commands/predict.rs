@@ -14,8 +14,8 @@ use crate::training::run::Finished;
 pub(crate) struct Arguments {
     /// The folder of a finished run.
     run: PathBuf,
-    /// WAV files, of whose first second each is a keyword. A line is printed per file, with tabs between: the file, the keyword,
-    /// and its probability among all keywords of the run.
+    /// WAV files, each with a keyword in its first second. A line is printed per file, with tabs between: the file, the keyword, and
+    /// its probability among all keywords of the run.
     #[arg(required = true, value_name = "WAV")]
     files: Vec<PathBuf>,
     /// auto, cpu, cuda, cuda:N or wgpu; auto is the first that works of cuda, cpu, wgpu

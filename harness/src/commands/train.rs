@@ -16,8 +16,8 @@ use crate::training::sessions;
 
 /// How a run goes, after the options.
 const PROTOCOL: &str = "\
-Of 35 keywords the first 20 are base classes, which are trained: by name, but for those of Speech Commands, whose 20 core words \
-they are. The others come in five sessions of three, of which the \
+Of 35 keywords 20 are base classes, which are trained: the first by name, or the 20 core words if the 35 are those of Speech \
+Commands. The others come in five sessions of three, of which the \
 speech head knows the means of up to 5 clips each. With more keywords there are more base classes, with fewer there are fewer \
 sessions, and with fewer than 7 none. The table has a line a session: accuracy in percent on the test clips of all classes so far, of the base \
 classes (seen), of the others (unseen), and the harmonic mean of these two. Training is SGD with momentum 0.9, weight decay 0.001 and a cosine \

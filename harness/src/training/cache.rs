@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
 
+use indicatif::ProgressBar;
 use rayon::prelude::*;
 
 use super::data::{Moments, moments};
@@ -39,7 +40,10 @@ pub(super) fn cached(
     if let Some(features) = read_cache(&name, files.len()) {
         return Ok(features);
     }
-    let features = extract(&extractor, files)?;
+    let bar = progress(files.len() as u64);
+    bar.set_message("clips");
+    let features = extract(&extractor, files, &bar)?;
+    bar.finish_and_clear();
     if keep && let Err(error) = write_cache(&name, cache, &features) {
         complain(format_args!(
             "{error}: the features will be computed again next time"
@@ -48,11 +52,13 @@ pub(super) fn cached(
     Ok(features)
 }
 
-/// Features of files.
-pub(super) fn extract(extractor: &Extractor, files: &[PathBuf]) -> Result<Vec<Vec<f32>>, Error> {
-    let bar = progress(files.len() as u64);
-    bar.set_message("clips");
-    let features = files
+/// Features of files, each of which takes the bar one step on.
+pub(super) fn extract(
+    extractor: &Extractor,
+    files: &[PathBuf],
+    bar: &ProgressBar,
+) -> Result<Vec<Vec<f32>>, Error> {
+    files
         .par_iter()
         .map(|path| {
             bar.inc(1);
@@ -65,9 +71,7 @@ pub(super) fn extract(extractor: &Extractor, files: &[PathBuf]) -> Result<Vec<Ve
                 }),
             }
         })
-        .collect();
-    bar.finish_and_clear();
-    features
+        .collect()
 }
 
 /// Of the content of each file.

@@ -9,7 +9,7 @@ use super::config::RunConfig;
 use super::data::Dataset;
 use super::folder::entries;
 use super::json::{read_json, write_json};
-use super::run::{Data, Run};
+use super::run::{Data, Run, VERSION};
 use crate::error::Error;
 use crate::files::{is_unfinished, writable};
 
@@ -120,7 +120,7 @@ impl Claim {
             return Ok(());
         }
         let begun = Data::read(&self.folder)?;
-        begun.check_features(&self.folder)?;
+        begun.check_version(&self.folder)?;
         if begun.has_others(clips) || begun.keywords != keywords {
             return Err(Error::Content {
                 path: self.folder.clone(),
@@ -136,6 +136,7 @@ impl Claim {
             keywords: dataset.keywords.clone(),
             scaling: dataset.scaling,
             probe: probe_moments()?,
+            version: VERSION,
             clips: dataset.clips.clone(),
         };
         let folder = &self.folder;

@@ -14,21 +14,20 @@ use super::run::Finished;
 use super::sessions::{SPEECH, embeddings};
 use crate::audio::features::Extractor;
 use crate::error::Error;
+use crate::output::progress;
 use crate::tensors::{TensorFile, Written};
 
 const NAME: &str = "prototypes";
+/// Files whose features are there at once.
+const CHUNK: usize = 256;
 
-fn path(run: &Path) -> PathBuf {
-    run.join("prototypes.safetensors")
-}
-
-/// Leaves the prototypes after the last session in a run's folder.
-pub(super) fn write(run: &Path, prototypes: Tensor<3>) -> Result<(), Error> {
+/// Leaves the prototypes after the last session.
+pub(super) fn write(path: &Path, prototypes: Tensor<3>) -> Result<(), Error> {
     let shape = prototypes.dims();
     let values = prototypes.try_into_vec_as::<f32>();
     let mut written = Written::default();
     written.values(NAME, &values.map_err(Error::of_device)?, &shape);
-    written.save(&path(run))
+    written.save(path)
 }
 
 /// A finished run's.
@@ -51,7 +50,7 @@ impl<'a> Classifier<'a> {
         let network = finished.network(devices)?;
         let [_, classes, dim] = network.heads.weight.dims();
         let shape = [1, classes, dim];
-        let values = TensorFile::open(&path(finished.folder()))?.values(NAME, &shape)?;
+        let values = TensorFile::open(&finished.prototypes())?.values(NAME, &shape)?;
         let device = devices.heads.clone().without_autodiff();
         Ok(Self {
             finished,
@@ -63,13 +62,24 @@ impl<'a> Classifier<'a> {
 
     /// Of the keyword in each file.
     pub(crate) fn predict(&self, files: &[PathBuf]) -> Result<Vec<Prediction<'a>>, Error> {
-        let features = extract(&Extractor::new(), files)?;
-        let rows: Vec<usize> = (0..files.len()).collect();
+        let extractor = Extractor::new();
+        let bar = progress(files.len() as u64);
+        let mut predictions = Vec::with_capacity(files.len());
+        for files in files.chunks(CHUNK) {
+            let features = extract(&extractor, files, &bar)?;
+            predictions.extend(self.predict_features(&features)?);
+        }
+        bar.finish_and_clear();
+        Ok(predictions)
+    }
+
+    fn predict_features(&self, features: &[Vec<f32>]) -> Result<Vec<Prediction<'a>>, Error> {
+        let rows: Vec<usize> = (0..features.len()).collect();
         let data = &self.finished.data;
         let embedded = embeddings(
             &self.network,
             &data.scaling,
-            &features,
+            features,
             &rows,
             SPEECH,
             self.devices,

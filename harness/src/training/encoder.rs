@@ -136,9 +136,8 @@ impl Block {
         let narrow = silu(self.time_norm.forward(self.time.forward(narrow)));
         let narrow = self.pointwise.forward(narrow);
         // Channels are dropped whole.
-        let channels = Tensor::ones([batch, channels, 1, 1], &narrow.device());
-        let narrow = narrow * self.dropout.forward(channels);
-        let out = wide + narrow;
+        let ones = Tensor::ones([batch, channels, 1, 1], &narrow.device());
+        let out = wide + narrow * self.dropout.forward(ones);
         relu(match residual {
             Some(residual) => out + residual,
             None => out,

@@ -57,8 +57,8 @@ fn ordered(mut keywords: Vec<String>) -> Vec<String> {
     keywords
 }
 
-/// The folders with WAV files, in the order in which they become known; names with a leading underscore (background noise) are no keywords, nor is what a file system keeps
-/// for itself.
+/// The folders with WAV files, in the order in which they become known. Names with a leading underscore (background noise) are no
+/// keywords, nor is what a file system keeps for itself.
 pub(super) fn keywords(root: &Path) -> Result<Vec<String>, Error> {
     let mut found = Vec::new();
     for path in entries(root)? {

@@ -1,5 +1,5 @@
 //! A training run in a folder: `config.json`, `data.json`, `metrics.jsonl`, `curves.svg`, `checkpoint/`, `model.bpk`
-//! with its digest `model.json`, `prototypes.safetensors`, `accuracy.json`, and for a run on files `cache/`. The same configuration on
+//! `prototypes.safetensors`, the digest of both `model.json`, `accuracy.json`, and for a run on files `cache/`. The same configuration on
 //! the same CPU gives the same bytes in each; on a GPU Burn's convolutions tune themselves, and another choice sums in another order.
 
 use std::fs::{self, File};
@@ -35,13 +35,27 @@ pub(super) struct Data {
     /// Of the features of a clip that is always the same: another version of the program may make others, or not know of this.
     #[serde(default)]
     pub probe: Moments,
+    /// The [`VERSION`] that began it.
+    #[serde(default)]
+    pub version: u32,
     /// The digest of the files; none of what is synthesised.
     pub clips: Option<String>,
 }
 
+/// Counts up when equal features lead elsewhere than before: by the network, its training, or the choice of shots.
+pub(super) const VERSION: u32 = 1;
+
 impl Data {
     pub(super) fn read(run: &Path) -> Result<Self, Error> {
-        read_json(&run.join("data.json"))
+        let path = run.join("data.json");
+        let data: Self = read_json(&path)?;
+        let sound = |&(mean, deviation): &(f32, f32)| {
+            mean.is_finite() && deviation.is_finite() && deviation > 0.0
+        };
+        match data.scaling.iter().all(sound) {
+            true => Ok(data),
+            false => Err(Error::damaged(&path)("nothing can be scaled so")),
+        }
     }
 
     /// Whether it is known of other clips than those of this digest; what is synthesised has none.
@@ -49,17 +63,17 @@ impl Data {
         self.clips.is_some() && self.clips.as_deref() != clips
     }
 
-    /// Refuses to go on with a run in a folder whose features were others.
-    pub(super) fn check_features(&self, run: &Path) -> Result<(), Error> {
+    /// Refuses to go on with a run in a folder that another version of the program began.
+    pub(super) fn check_version(&self, run: &Path) -> Result<(), Error> {
         // Machines round differently.
         let near = |a: f32, b: f32| (a - b).abs() < 1e-3;
         let same = (self.probe.iter().zip(probe_moments()?))
             .all(|(then, now)| near(then.0, now.0) && near(then.1, now.1));
-        match same {
+        match same && self.version == VERSION {
             true => Ok(()),
             false => Err(Error::Content {
                 path: run.into(),
-                reason: "the run is of another version of protohead, whose features are not these"
+                reason: "the run is of another version of protohead, which computes otherwise"
                     .into(),
             }),
         }
@@ -82,8 +96,11 @@ impl Finished {
     /// Of the run in a folder.
     pub(crate) fn read(folder: &Path) -> Result<Self, Error> {
         let config = Run::config(folder)?;
-        let [path, digest] = model(folder);
-        if !path.exists() || !digest.exists() {
+        let [path, prototypes, digest] = results(folder);
+        if [&path, &prototypes, &digest]
+            .iter()
+            .any(|file| !file.exists())
+        {
             return Err(Error::Content {
                 path: folder.into(),
                 reason: format!(
@@ -92,12 +109,14 @@ impl Finished {
                 ),
             });
         }
-        let model = fs::read(&path).map_err(Error::io(&path))?;
-        if Digest::of(&[&model]) != read_json(&digest)? {
-            return Err(Error::damaged(&path)("it is not the file that was written"));
+        let read = |path: &Path| fs::read(path).map_err(Error::io(path));
+        let model = read(&path)?;
+        if Digest::of(&[&model, &read(&prototypes)?]) != read_json(&digest)? {
+            let reason = "model.bpk and prototypes.safetensors are not those that were written";
+            return Err(Error::damaged(folder)(reason));
         }
         let data = Data::read(folder)?;
-        data.check_features(folder)?;
+        data.check_version(folder)?;
         Ok(Self {
             folder: folder.into(),
             config,
@@ -118,8 +137,10 @@ impl Finished {
         Ok(table)
     }
 
-    pub(super) fn folder(&self) -> &Path {
-        &self.folder
+    /// Where the prototypes after the last session are.
+    pub(super) fn prototypes(&self) -> PathBuf {
+        let [_, prototypes, _] = results(&self.folder);
+        prototypes
     }
 
     pub(crate) fn config(&self) -> &RunConfig {
@@ -128,7 +149,7 @@ impl Finished {
 
     /// The trained network, with the base classes' prototypes.
     pub(super) fn network(&self, devices: &Devices) -> Result<Network, Error> {
-        let [path, _] = model(&self.folder);
+        let [path, ..] = results(&self.folder);
         let record = ModuleRecord::from_bytes(self.model.clone()).map_err(Error::damaged(&path))?;
         let protocol = Protocol::for_keywords(self.data.keywords.len());
         let network = network(&self.config, protocol, devices);
@@ -154,9 +175,9 @@ impl Finished {
     }
 }
 
-/// The trained network of a run, and its digest, which is written last.
-fn model(run: &Path) -> [PathBuf; 2] {
-    ["model.bpk", "model.json"].map(|name| run.join(name))
+/// The trained network of a run, the prototypes after its last session, and the digest of both, which is written last.
+fn results(run: &Path) -> [PathBuf; 3] {
+    ["model.bpk", "prototypes.safetensors", "model.json"].map(|name| run.join(name))
 }
 
 /// A run's folder.
@@ -296,15 +317,16 @@ impl Run {
         if !weights.iter().all(|weight| weight.is_finite()) {
             return Err(Error::DivergedLast);
         }
-        let [path, digest] = model(&self.folder);
+        let [path, prototypes_path, digest] = results(&self.folder);
         let (bytes, _) =
             record::model(network.clone().into_record()).map_err(Error::unwritable(&path))?;
         let (table, prototypes) = sessions::evaluate(&network, dataset, devices)?;
         // Until the new digest is there, none is: the run is not finished.
         let _ = fs::remove_file(&digest);
         write_atomically(&path, &bytes)?;
-        classifier::write(&self.folder, prototypes)?;
-        write_json(&digest, &Digest::of(&[&bytes]))?;
+        classifier::write(&prototypes_path, prototypes)?;
+        let written = fs::read(&prototypes_path).map_err(Error::io(&prototypes_path))?;
+        write_json(&digest, &Digest::of(&[&bytes, &written]))?;
         write_json(&self.folder.join("accuracy.json"), &table)?;
         Ok(table)
     }

@@ -1,6 +1,7 @@
 //! Where the machine sets a limit: one line, and nothing half-written is left.
 
 use std::fs;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::Duration;
@@ -104,11 +105,20 @@ fn a_program_that_is_stopped_while_it_writes_leaves_nothing() {
     let (folder, out) = (input.folder.path(), &input.out);
     let stopped = |signal: &str| {
         let _ = fs::remove_file(out);
-        let mut program = Command::new(env!("CARGO_BIN_EXE_protohead"))
-            // 240 MB.
-            .args(input.arguments(&out.to_string_lossy(), "20000000"))
-            .spawn()
-            .expect("the program starts");
+        let mut program = Command::new(env!("CARGO_BIN_EXE_protohead"));
+        // 240 MB.
+        program.args(input.arguments(&out.to_string_lossy(), "20000000"));
+        // Under nohup, or in a script's background, some are ignored, and the program would leave them so.
+        let heeded = || {
+            for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
+                // SAFETY: `signal` may be called between fork and exec.
+                unsafe { libc::signal(signal, libc::SIG_DFL) };
+            }
+            Ok(())
+        };
+        // SAFETY: as above.
+        unsafe { program.pre_exec(heeded) };
+        let mut program = program.spawn().expect("the program starts");
         while !unfinished(folder).iter().any(|&(_, size)| size > 0) {
             if program.try_wait().expect("it runs").is_some() {
                 return false;

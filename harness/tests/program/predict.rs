@@ -75,21 +75,33 @@ fn predict_prints_a_line_per_file_and_refuses_what_is_damaged() {
         fs::write(&path, &sound).expect("the folder is writable");
     };
     let prototypes = "prototypes.safetensors";
-    damage(prototypes, &|_| b"none".into(), "not a safetensors file");
-    let of_three = |_: &str| {
-        let values = [0u8; 4 * 3 * 32];
-        let shape = vec![1, 3, 32];
-        let dtype = safetensors::Dtype::F32;
-        let view = safetensors::tensor::TensorView::new(dtype, shape, &values).expect("it fits");
-        safetensors::serialize([("prototypes", view)], None).expect("it can be written")
-    };
-    damage(prototypes, &of_three, "expected F32 [1, 4, 32]");
-    let other_features = |text: &str| {
+    damage(
+        prototypes,
+        &|_| b"none".into(),
+        "not those that were written",
+    );
+    let with = |text: &str, change: &dyn Fn(&mut serde_json::Value)| {
         let mut data: serde_json::Value = serde_json::from_str(text).expect("JSON");
-        data["probe"][0][0] = 1.0.into();
+        change(&mut data);
         data.to_string().into_bytes()
     };
-    damage("data.json", &other_features, "another version of protohead");
+    let other_features = |text: &str| with(text, &|data| data["probe"][0][0] = 1.0.into());
+    let other_network = |text: &str| with(text, &|data| data["version"] = 1_000.into());
+    let older = |text: &str| {
+        with(text, &|data| {
+            data.as_object_mut().expect("an object").remove("probe");
+        })
+    };
+    let of_another = "another version of protohead";
+    damage("data.json", &other_features, of_another);
+    damage("data.json", &other_network, of_another);
+    damage("data.json", &older, of_another);
+    let unscaled = |text: &str| with(text, &|data| data["scaling"][0][1] = 0.0.into());
+    damage("data.json", &unscaled, "damaged");
+    let hidden = run.join("hidden");
+    fs::rename(run.join(prototypes), &hidden).expect("the folder is writable");
+    refused(&[&tone], "is not finished");
+    fs::rename(&hidden, run.join(prototypes)).expect("the folder is writable");
     let resumed = {
         let path = run.join("data.json");
         let sound = fs::read_to_string(&path).expect("written by train");
@@ -97,5 +109,5 @@ fn predict_prints_a_line_per_file_and_refuses_what_is_damaged() {
         train(&run, "1", &["--resume"]).output().expect("starts")
     };
     let stderr = String::from_utf8_lossy(&resumed.stderr);
-    assert!(stderr.contains("another version of protohead"), "{stderr}");
+    assert!(stderr.contains(of_another), "{stderr}");
 }

@@ -4,8 +4,9 @@
 //! They run on CubeCL's devices, with the crate's features `cpu`, `cuda` and `wgpu`. If Burn's fusion is on, the feature `fusion` must
 //! be on too. Shapes and options are checked at the call and returned as an [`Error`]. Each operand has at most 2³² − 2²⁴ elements, the
 //! padding that kernels add included; on a CPU the embeddings and the active class weights of a product have so many together. Each
-//! also fits in one buffer of the device, as its gradient has to. Labels are data on the device: a row whose label is not a class counts as ignored, and only [`CrossEntropy::check`] and [`ClassMeans::check`] report it. The `strategy` of options
-//! is ignored: the device picks the variant. Only losses, logits and reconstruction are differentiable.
+//! also fits in one buffer of the device, as its gradient has to. Labels are data on the device: a row whose label is not a class counts
+//! as ignored, and only [`CrossEntropy::check`] and [`ClassMeans::check`] report it. The `strategy` of options is ignored: the device picks
+//! the variant. Only losses, logits and reconstruction are differentiable.
 //!
 //! On a CPU, wait for every step, as `check` does: a thread that fills Burn's and CubeCL's queues takes a core from the kernels, and a
 //! small step then takes ten times as long.

@@ -182,7 +182,7 @@ fn products_run_on_tensor_cores_and_stream_sixteen_bytes_at_a_time() {
             );
         }
         if row.mma + row.wgmma > 0 {
-            // Of 128 results a unit: with the device library's exponentials it would be six each.
+            // Of 128 results a unit: with the device library's exponentials it would be five or more each.
             assert!(row.fma <= 4 * 128, "{of} has {} multiply-adds", row.fma);
         }
         let of_row = STREAMS.iter().find(|stream| is_of(row, stream));

@@ -203,8 +203,8 @@ fn logit_gradients<E: Float, N: Size>(
     );
 }
 
-/// `arriving · (e^(scale · cosine − lse − lse_low) − uniform)`, the gradient of a logit whose class is not the target. The logit is rounded as it
-/// was when lse was.
+/// `arriving · (e^(scale · cosine − lse − lse_low) − uniform)`, the gradient of a logit whose class is not the target. The logit is
+/// rounded as it was when lse was.
 #[cube]
 fn of_another_class(
     cosine: f32,

@@ -1,11 +1,12 @@
 //! The fused op against the reference.
 
-mod special;
+mod shapes;
+mod values;
 
 use cubecl::std::tensor::TensorHandle;
 use proptest::prelude::*;
 use proptest::test_runner::TestCaseError;
-use protohead::cosine_cross_entropy::{backward, forward, forward_backward};
+use protohead::cosine_cross_entropy::{Inputs, Options, backward, forward, forward_backward};
 use protohead::{Gradients, LossOutput, Upstream, Wanted};
 use protohead_reference as reference;
 use protohead_tests::close::{Comparison, Share, lengths};
@@ -14,7 +15,7 @@ use protohead_tests::fused::arguments;
 use protohead_tests::problem::{Data, Dtype, Problem, download, problem, wide};
 use protohead_tests::rounded::gradients;
 
-use crate::support::{config, f32s, fails};
+use crate::support::{config, f32s, fails, step};
 
 /// The reference's answers in one precision.
 struct Expected<T> {
@@ -306,4 +307,14 @@ proptest! {
     fn the_fused_op_agrees_with_the_reference(problem in problem()) {
         agrees(&problem)?;
     }
+}
+
+/// Both gradients from a backward pass, and from one call with the loss.
+fn apart_and_at_once(
+    run: &Run,
+    inputs: &Inputs,
+    options: &Options,
+    upstream: &Upstream,
+) -> [Gradients; 2] {
+    [false, true].map(|at_once| step(run.client, inputs, options, upstream, at_once).1)
 }

@@ -160,6 +160,16 @@ pub enum Error {
         /// The most rows, classes, vectors of columns, and their product with the heads.
         most: [usize; 4],
     },
+    /// The output that a backward pass was given is of a forward pass with other options.
+    #[error("{option} is {}, but was {} in the forward pass", *backward as f32, *forward as f32)]
+    OtherForward {
+        /// The option's name.
+        option: &'static str,
+        /// Its value in the forward pass.
+        forward: f64,
+        /// Its value in the backward pass.
+        backward: f64,
+    },
     /// A label is neither a class nor ignored.
     #[error(
         "label {label} of row {row} is not a class below {active} ({rows} row(s) with such a label)"

@@ -260,6 +260,7 @@ impl ProtoheadGradOps for CubeBackend {
         let saved = Saved {
             lse: handle(rows.lse),
             status: handle(rows.status),
+            asked: None,
         };
         let gradients = checked(fused::backward_from(
             &embeddings.client,
@@ -307,6 +308,7 @@ impl ProtoheadGradOps for CubeBackend {
         let saved = Saved {
             lse: handle(rows.lse),
             status: handle(rows.status),
+            asked: None,
         };
         let upstream = Upstream::Loss(handle(into_contiguous(grad)));
         let gradient = checked(cross_entropy::backward_from(

@@ -13,7 +13,7 @@ use crate::error::Error;
 use crate::gradients::{Gradients, Wanted};
 use crate::loss::arriving::Arriving;
 use crate::loss::reduce::{self, Reduced};
-use crate::loss::{LossOptions, LossOutput, Saved, Upstream};
+use crate::loss::{Asked, LossOptions, LossOutput, Saved, Upstream};
 use crate::operand::{F32, Labels, U32, empty};
 use crate::tiles::{Chunks, GradientChunk, Tile};
 
@@ -89,11 +89,12 @@ pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<Lo
 
 /// The gradients of the operands, from the output of [`forward`]. It can be called more than once.
 ///
-/// Inputs, scale, active classes and ignored label must be those of the forward pass; this is not checked. Reduction, label smoothing
-/// and head weights may differ.
+/// Inputs, scale, active classes and ignored label must be those of the forward pass. Reduction, label smoothing and head weights may
+/// differ.
 ///
 /// # Errors
-/// As [`forward`], and if the upstream gradient or `output` does not fit.
+/// As [`forward`]; [`Error::OtherForward`] if scale, active classes or ignored label are not those of the forward pass; and a typed
+/// error if the upstream gradient or `output` does not fit.
 pub fn backward(
     client: &Client,
     inputs: &Inputs,
@@ -116,7 +117,7 @@ pub(crate) fn backward_from(
 ) -> Result<Gradients, Error> {
     let call = Call::new(client, inputs, options)?;
     let sizes = call.problem.sizes;
-    saved.prove(client, sizes.heads, sizes.rows)?;
+    saved.prove(client, sizes.heads, sizes.rows, &call.asked())?;
     call.problem.check_gradients(client, wanted)?;
     let arriving = call.arriving(upstream)?;
     if !wanted.any() {
@@ -263,9 +264,17 @@ impl<'a> Call<'a> {
             results.rows.lse,
             results.rows.predictions,
             &self.labels,
-            self.problem.sizes.active,
+            self.asked(),
             &self.options.loss,
         )
+    }
+
+    fn asked(&self) -> Asked {
+        Asked {
+            scale: self.options.scale,
+            active: self.problem.sizes.active,
+            ignore_index: self.options.loss.ignore_index,
+        }
     }
 
     fn row_results(&self) -> RowResults {

@@ -8,7 +8,7 @@ use super::{plane, unit};
 use crate::blueprint::{Blueprint, Strategy, Variant};
 use crate::error::Error;
 use crate::loss::arriving::Arriving;
-use crate::loss::{LossOptions, LossOutput, Saved, Upstream, reduce};
+use crate::loss::{Asked, LossOptions, LossOutput, Saved, Upstream, reduce};
 use crate::operand::{F32, Labels, Strided, U32, addressable, allocatable, count, empty};
 
 /// The operands, never modified.
@@ -87,7 +87,7 @@ pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<Lo
         lse,
         predictions,
         &labels,
-        classes,
+        asked(classes, &options.loss),
         &options.loss,
     ))
 }
@@ -95,7 +95,8 @@ pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<Lo
 /// The gradient of the logits, `[heads, rows, classes]`, contiguous, of their dtype. It can be called more than once.
 ///
 /// # Errors
-/// As [`forward`]; and a typed [`Error`] if the upstream gradient or `output` does not fit.
+/// As [`forward`]; [`Error::OtherForward`] if the ignored label or the number of classes is not that of the forward pass; and a typed
+/// [`Error`] if the upstream gradient or `output` does not fit.
 pub fn backward(
     client: &Client,
     inputs: &Inputs,
@@ -116,7 +117,7 @@ pub(crate) fn backward_from(
 ) -> Result<TensorHandle, Error> {
     let (blueprint, logits, labels) = validate(client, inputs, options)?;
     let [heads, rows, classes] = logits.dims3();
-    saved.prove(client, heads, rows)?;
+    saved.prove(client, heads, rows, &asked(classes, &options.loss))?;
     let arriving = Arriving::new(client, upstream, &options.loss, heads, rows, classes)?;
     let elements = count(logits.shape());
     allocatable(
@@ -141,6 +142,14 @@ pub(crate) fn backward_from(
         _ => plane::launch_backward(&call),
     }
     Ok(grad)
+}
+
+fn asked(classes: usize, loss: &LossOptions) -> Asked {
+    Asked {
+        scale: 1.0,
+        active: classes,
+        ignore_index: loss.ignore_index,
+    }
 }
 
 fn validate(

@@ -51,7 +51,45 @@ pub struct LossOutput {
     pub status: TensorHandle,
     saved_lse: TensorHandle,
     labels: TensorHandle,
-    active: usize,
+    asked: Asked,
+}
+
+/// What a forward pass was asked, as far as its backward pass must be asked the same.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Asked {
+    pub scale: f32, // 1 where the logits are given
+    pub active: usize,
+    pub ignore_index: i32,
+}
+
+impl Asked {
+    /// Proves that a backward pass is asked the same.
+    fn same(&self, backward: &Self) -> Result<(), Error> {
+        let options = [
+            ("scale", f64::from(self.scale), f64::from(backward.scale)),
+            (
+                "the number of active classes",
+                self.active as f64,
+                backward.active as f64,
+            ),
+            (
+                "ignore_index",
+                f64::from(self.ignore_index),
+                f64::from(backward.ignore_index),
+            ),
+        ];
+        match options
+            .into_iter()
+            .find(|(_, forward, backward)| forward != backward)
+        {
+            Some((option, forward, backward)) => Err(Error::OtherForward {
+                option,
+                forward,
+                backward,
+            }),
+            None => Ok(()),
+        }
+    }
 }
 
 /// What a backward pass reads of a forward pass.
@@ -59,11 +97,22 @@ pub(crate) struct Saved {
     /// f32, `[2, heads, rows]`: lse, and what rounding took from it.
     pub lse: TensorHandle,
     pub status: TensorHandle,
+    /// Absent where the options were kept with the tensors, as Burn's are.
+    pub asked: Option<Asked>,
 }
 
 impl Saved {
-    /// Proves them: they come from a caller.
-    pub(crate) fn prove(&self, client: &Client, heads: usize, rows: usize) -> Result<(), Error> {
+    /// Proves them for a backward pass, as they come from a caller.
+    pub(crate) fn prove(
+        &self,
+        client: &Client,
+        heads: usize,
+        rows: usize,
+        backward: &Asked,
+    ) -> Result<(), Error> {
+        if let Some(forward) = &self.asked {
+            forward.same(backward)?;
+        }
         contiguous(client, "saved lse", &self.lse, &[2, heads, rows], F32)?;
         contiguous(client, "status", &self.status, &[STATUS_FIELDS], U32)
     }
@@ -89,7 +138,7 @@ impl LossOutput {
         saved_lse: TensorHandle,
         predictions: TensorHandle,
         labels: &Labels,
-        active: usize,
+        asked: Asked,
         options: &LossOptions,
     ) -> Self {
         let of_rows = predictions.shape().clone();
@@ -106,7 +155,7 @@ impl LossOutput {
             status: reduced.status,
             saved_lse,
             labels: labels.tensor.clone(),
-            active,
+            asked,
         }
     }
 
@@ -114,6 +163,7 @@ impl LossOutput {
         Saved {
             lse: self.saved_lse.clone(),
             status: self.status.clone(),
+            asked: Some(self.asked),
         }
     }
 
@@ -210,7 +260,7 @@ impl LossOutput {
         Err(Error::Label {
             row,
             label,
-            active: self.active,
+            active: self.asked.active,
             rows: invalid as usize,
         })
     }

@@ -3,7 +3,10 @@
 use cubecl::client::Client;
 use cubecl::std::tensor::TensorHandle;
 use protohead::class_means::{self, ClassSums};
-use protohead::{Error, Wanted, cosine_logits, reconstruction};
+use protohead::cosine_cross_entropy::{Options, backward, forward};
+use protohead::{
+    Error, LossOptions, Reduction, Upstream, Wanted, cosine_logits, cross_entropy, reconstruction,
+};
 use protohead_tests::devices::{product_runs, runs};
 use protohead_tests::problem::Dtype;
 
@@ -140,5 +143,76 @@ fn operands_of_logits_and_their_gradients() {
             "logit gradients has dtype f16, expected",
         );
         assert_eq!(back(&floats(client, &[2, 4, 2])), Ok(()), "on {run}");
+    }
+}
+
+#[test]
+fn the_output_of_a_forward_pass_with_other_options() {
+    for run in product_runs() {
+        let client = run.client;
+        let inputs = super::inputs(client);
+        let options = |change: &dyn Fn(&mut Options)| {
+            let mut options = Options {
+                scale: 8.0,
+                active: Some(2),
+                strategy: run.strategy,
+                ..Default::default()
+            };
+            options.loss.ignore_index = 2;
+            change(&mut options);
+            options
+        };
+        let output = forward(client, &inputs, &options(&|_| ())).expect("valid");
+        let back = |change: &dyn Fn(&mut Options)| {
+            let (total, wanted) = (Upstream::Total(1.0), Wanted::BOTH);
+            backward(client, &inputs, &options(change), &output, &total, wanted).map(drop)
+        };
+        says(
+            back(&|o| o.scale = 8.5),
+            "scale is 8.5, but was 8 in the forward pass",
+        );
+        says(
+            back(&|o| o.active = None),
+            "the number of active classes is 3, but was 2 in the forward pass",
+        );
+        says(
+            back(&|o| o.loss.ignore_index = -100),
+            "ignore_index is -100, but was 2 in the forward pass",
+        );
+        let differ: &dyn Fn(&mut Options) = &|o| {
+            o.loss.reduction = Reduction::Sum;
+            o.loss.label_smoothing = 0.1;
+            o.loss.head_weights = Some(vec![1.0, 2.0]);
+        };
+        assert_eq!(back(differ), Ok(()), "on {run}");
+    }
+    for run in runs() {
+        let client = run.client;
+        let inputs = |classes| cross_entropy::Inputs {
+            logits: floats(client, &[2, 4, classes]),
+            labels: labels(client, &[0, 2, 1, 0]),
+        };
+        let options = |ignore_index| cross_entropy::Options {
+            loss: LossOptions {
+                ignore_index,
+                ..Default::default()
+            },
+            strategy: run.strategy,
+        };
+        let output = cross_entropy::forward(client, &inputs(3), &options(-100)).expect("valid");
+        let back = |classes, ignored| {
+            let (inputs, options, total) =
+                (inputs(classes), options(ignored), Upstream::Total(1.0));
+            cross_entropy::backward(client, &inputs, &options, &output, &total).map(drop)
+        };
+        says(
+            back(4, -100),
+            "the number of active classes is 4, but was 3 in the forward pass",
+        );
+        says(
+            back(3, 0),
+            "ignore_index is 0, but was -100 in the forward pass",
+        );
+        assert_eq!(back(3, -100), Ok(()), "on {run}");
     }
 }

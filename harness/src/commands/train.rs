@@ -11,6 +11,7 @@ use crate::output::say;
 use crate::training::claim::Claim;
 use crate::training::config::{RunConfig, Source};
 use crate::training::data::{Clips, Dataset, synthetic_keywords};
+use crate::training::protocol::Asked;
 use crate::training::run::{Finished, Run};
 use crate::training::sessions;
 
@@ -19,7 +20,7 @@ const PROTOCOL: &str = "\
 Of 35 keywords 20 are base classes, which are trained: the first by name, or the 20 core words if the 35 are those of Speech \
 Commands. The others come in five sessions of three, of which the \
 speech head knows the means of up to 5 clips each. With more keywords there are more base classes, with fewer there are fewer \
-sessions, and with fewer than 7 none. The table has a line a session: accuracy in percent on the test clips of all classes so far, of the base \
+sessions, and with fewer than 7 none. --base, --ways and --shots change these numbers. The table has a line a session: accuracy in percent on the test clips of all classes so far, of the base \
 classes (seen), of the others (unseen), and the harmonic mean of these two. Training is SGD with momentum 0.9, weight decay 0.001 and a cosine \
 schedule, without augmentation.";
 
@@ -74,6 +75,15 @@ pub(crate) struct Train {
     /// Synthesised voices to train on, 1 to 10000.
     #[arg(long, default_value_t = 40, allow_negative_numbers = true)]
     voices: usize,
+    /// Base classes: with --ways divides all keywords into whole sessions. Without it, sessions take up to three sevenths.
+    #[arg(long, allow_negative_numbers = true)]
+    base: Option<usize>,
+    /// New classes of each incremental session.
+    #[arg(long, default_value_t = Asked::default().ways, allow_negative_numbers = true)]
+    ways: usize,
+    /// Clips that a new class is known from; fewer if one has fewer.
+    #[arg(long, default_value_t = Asked::default().shots, allow_negative_numbers = true)]
+    shots: usize,
     /// auto, cpu, cuda, cuda:N or wgpu; auto is the first that works of cuda, cpu, wgpu
     #[arg(long, default_value_t = DeviceName::Auto)]
     device: DeviceName,
@@ -95,20 +105,21 @@ pub(crate) struct Evaluate {
 /// The clips of a run, whose features its folder may keep, if their keywords and their digest are accepted.
 fn dataset(
     source: &Source,
-    seed: u64,
+    config: &RunConfig,
     run: &Path,
     keep: bool,
     accept: impl FnOnce(&[String], Option<&str>) -> Result<(), Error>,
 ) -> Result<Dataset, Error> {
+    let (seed, protocol) = (config.seed, config.protocol);
     match source {
         Source::Folder(folder) => {
-            let clips = Clips::find(folder, seed)?;
+            let clips = Clips::find(folder, seed, protocol)?;
             accept(&clips.keywords, Some(&clips.digest))?;
             Dataset::of_clips(clips, &run.join("cache"), keep)
         }
         &Source::Synthetic { keywords, voices } => {
             accept(&synthetic_keywords(keywords), None)?;
-            Ok(Dataset::synthetic(seed, keywords, voices))
+            Dataset::synthetic(seed, keywords, voices, protocol).map_err(Error::Usage)
         }
     }
 }
@@ -166,16 +177,21 @@ fn configuration(arguments: &Train, given: &dyn Fn(&str) -> bool) -> Result<RunC
     };
     let begun = begun.as_ref();
     macro_rules! field {
-        ($name:ident) => {
+        ($name:ident $(of $of:ident)?) => {
             pick(
                 given(stringify!($name)),
                 arguments.$name,
-                begun.map(|begun| begun.$name),
+                begun.map(|begun| begun.$($of.)?$name),
             )
         };
     }
     Ok(RunConfig {
         source,
+        protocol: Asked {
+            base: field!(base of protocol),
+            ways: field!(ways of protocol),
+            shots: field!(shots of protocol),
+        },
         epochs: field!(epochs),
         batch: field!(batch),
         tau: field!(tau),
@@ -212,7 +228,7 @@ pub(crate) fn train(arguments: &Train, given: &dyn Fn(&str) -> bool) -> Result<(
         config.seed, config.device
     ));
     let accept = |keywords: &[String], clips: Option<&str>| claim.accept(keywords, clips);
-    let mut data = dataset(&config.source, config.seed, &arguments.out, true, accept)?;
+    let mut data = dataset(&config.source, &config, &arguments.out, true, accept)?;
     let device = config.device;
     let run = claim.begin(config, &mut data)?;
     let protocol = data.protocol;
@@ -250,7 +266,7 @@ pub(crate) fn evaluate(arguments: &Evaluate) -> Result<(), Error> {
     };
     let devices = arguments.device.training_devices()?;
     let accept = |keywords: &[String], clips: Option<&str>| finished.accept(keywords, clips);
-    let mut data = dataset(&source, config.seed, &arguments.run, false, accept)?;
+    let mut data = dataset(&source, config, &arguments.run, false, accept)?;
     sessions::print(&finished.evaluate(&mut data, &devices)?);
     Ok(())
 }

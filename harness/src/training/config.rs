@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::protocol::Asked;
 use crate::device::DeviceName;
 
 /// Where the clips come from.
@@ -20,6 +21,8 @@ pub(crate) enum Source {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct RunConfig {
     pub source: Source,
+    #[serde(default)]
+    pub protocol: Asked,
     pub epochs: usize,
     pub batch: usize,
     pub tau: usize,
@@ -51,6 +54,9 @@ impl RunConfig {
             ("tau", self.tau, 1, 64),
             ("voices", voices, 1, 10_000),
             ("keywords", keywords, 2, 200),
+            ("base", self.protocol.base.unwrap_or(2), 2, 1_000_000),
+            ("ways", self.protocol.ways, 1, 1_000_000),
+            ("shots", self.protocol.shots, 1, 1_000_000),
         ] {
             if !(least..=most).contains(&value) {
                 return Err(format!("{option} is {value}, expected {least} to {most}"));
@@ -94,7 +100,14 @@ impl RunConfig {
                 ("voices", voices.to_string()),
             ],
         };
+        let base = self.protocol.base;
         options.extend([
+            (
+                "base",
+                base.map_or("not given".into(), |base| base.to_string()),
+            ),
+            ("ways", self.protocol.ways.to_string()),
+            ("shots", self.protocol.shots.to_string()),
             ("epochs", self.epochs.to_string()),
             ("batch", self.batch.to_string()),
             ("tau", self.tau.to_string()),

@@ -7,63 +7,14 @@ use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
-use serde::{Deserialize, Serialize};
 
 use super::cache::{cached, digests};
 use super::folder::{keywords, list, wavs};
+use super::protocol::{Asked, Protocol};
 use crate::audio::features::{Extractor, INPUT, INPUTS};
 use crate::audio::synthesis::{Speaker, speak, vocabulary};
 use crate::error::Error;
 use crate::output::progress;
-
-/// How keywords become sessions: base classes first, then ways of shots.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Protocol {
-    pub base: usize,
-    pub sessions: usize,
-    pub ways: usize,
-    pub shots: usize,
-}
-
-impl Protocol {
-    /// 20 base classes and five sessions of three, or as much of it as there are keywords.
-    pub(crate) fn for_keywords(keywords: usize) -> Self {
-        let ways = 3;
-        let sessions = (keywords * 3 / 7 / ways).min(5);
-        Self {
-            base: keywords - sessions * ways,
-            sessions,
-            ways,
-            shots: 5,
-        }
-    }
-
-    /// The protocol of keywords with so many training clips each: with as many shots as every later one has.
-    fn of(clips: &[usize]) -> Self {
-        let protocol = Self::for_keywords(clips.len());
-        let later = clips[protocol.base..].iter().copied();
-        Self {
-            shots: later.fold(protocol.shots, usize::min),
-            ..protocol
-        }
-    }
-
-    pub(crate) fn classes(&self) -> usize {
-        self.base + self.sessions * self.ways
-    }
-
-    /// Which of a class's training clips take part: all of a base class, and the shots of a later one, drawn from the seed.
-    fn drawn(&self, class: usize, clips: usize, seed: u64) -> Vec<usize> {
-        let mut drawn: Vec<usize> = (0..clips).collect();
-        if class >= self.base {
-            let mut rng = ChaCha8Rng::seed_from_u64(seed ^ 0x5407);
-            rng.set_stream(class as u64);
-            drawn.shuffle(&mut rng);
-            drawn.truncate(self.shots);
-        }
-        drawn
-    }
-}
 
 /// Clips of keywords as features.
 pub(crate) struct Examples {
@@ -135,7 +86,13 @@ impl Dataset {
     }
 
     /// Synthesised keywords: `voices` to train on and a quarter as many others to test on, one take each.
-    pub(crate) fn synthetic(seed: u64, keywords: usize, voices: usize) -> Self {
+    pub(crate) fn synthetic(
+        seed: u64,
+        keywords: usize,
+        voices: usize,
+        asked: Asked,
+    ) -> Result<Self, String> {
+        let protocol = Protocol::new(asked, keywords)?.with_shots_of(&vec![voices; keywords]);
         let words = vocabulary(seed, keywords);
         let extractor = Extractor::new();
         let make = |tasks: Vec<(usize, u64)>| {
@@ -155,7 +112,6 @@ impl Dataset {
                 labels: tasks.iter().map(|&(word, _)| word).collect(),
             }
         };
-        let protocol = Protocol::of(&vec![voices; keywords]);
         let trained = |word| {
             let drawn = protocol.drawn(word, voices, seed).into_iter();
             drawn.map(move |voice| (word, voice as u64))
@@ -163,7 +119,8 @@ impl Dataset {
         let others = |word| (0..voices.div_ceil(4) as u64).map(move |n| (word, 1_000_000 + n));
         let train = make((0..keywords).flat_map(trained).collect());
         let test = make((0..keywords).flat_map(others).collect());
-        Self::new(synthetic_keywords(keywords), protocol, train, test, None)
+        let keywords = synthetic_keywords(keywords);
+        Ok(Self::new(keywords, protocol, train, test, None))
     }
 
     /// Features of clips are taken from the folder `cache`, and left there if they are to be kept.
@@ -231,7 +188,7 @@ pub(crate) struct Clips {
 impl Clips {
     /// Those of `DIR/<keyword>/*.wav`, with `testing_list.txt` and `validation_list.txt`; of later classes, shots that are drawn from the
     /// seed.
-    pub(crate) fn find(root: &Path, seed: u64) -> Result<Self, Error> {
+    pub(crate) fn find(root: &Path, seed: u64, asked: Asked) -> Result<Self, Error> {
         let wrong = |reason: String| Error::Content {
             path: root.into(),
             reason,
@@ -243,6 +200,7 @@ impl Clips {
                 keywords.len()
             )));
         }
+        let protocol = Protocol::new(asked, keywords.len()).map_err(wrong)?;
         let mut clips = Vec::new();
         for (label, keyword) in keywords.iter().enumerate() {
             for path in wavs(&root.join(keyword))? {
@@ -278,7 +236,7 @@ impl Clips {
                 )));
             }
         }
-        let protocol = Protocol::of(&train.iter().map(Vec::len).collect::<Vec<_>>());
+        let protocol = protocol.with_shots_of(&train.iter().map(Vec::len).collect::<Vec<_>>());
         let drawn = |(class, files): (usize, &Vec<PathBuf>)| {
             let drawn = protocol.drawn(class, files.len(), seed).into_iter();
             drawn.map(|i| (files[i].clone(), class)).collect::<Vec<_>>()
@@ -320,38 +278,6 @@ mod tests {
         assert_eq!(partners, (0..labels.len()).collect::<Vec<_>>());
     }
 
-    #[test]
-    fn the_protocol_of_35_keywords_is_20_base_classes_and_five_sessions_of_three() {
-        let protocol = Protocol::for_keywords(35);
-        assert_eq!(
-            (protocol.base, protocol.sessions, protocol.ways),
-            (20, 5, 3)
-        );
-        for keywords in 2..40 {
-            let protocol = Protocol::for_keywords(keywords);
-            assert_eq!(protocol.classes(), keywords);
-            assert!(protocol.base >= 2);
-        }
-    }
-
-    #[test]
-    fn later_classes_have_as_many_shots_as_the_one_with_the_fewest_clips() {
-        let mut clips = [9; 14];
-        assert_eq!(Protocol::of(&clips).shots, 5);
-        clips[12] = 3;
-        let protocol = Protocol::of(&clips);
-        assert_eq!((protocol.base, protocol.shots), (8, 3));
-        assert_eq!(protocol.drawn(7, 9, 1), (0..9).collect::<Vec<_>>());
-        let drawn = [8, 9].map(|class| protocol.drawn(class, 9, 1));
-        assert_eq!(protocol.drawn(8, 9, 1), drawn[0]);
-        assert_ne!(drawn[0], drawn[1]);
-        for shots in drawn {
-            let different: HashSet<usize> = shots.iter().copied().collect();
-            assert_eq!((shots.len(), different.len()), (3, 3));
-            assert!(shots.iter().all(|&shot| shot < 9));
-        }
-    }
-
     /// Else the base session would know of clips that come later.
     #[test]
     fn inputs_are_scaled_by_what_the_base_classes_are_trained_on() {
@@ -362,7 +288,7 @@ mod tests {
                     .collect(),
                 labels: (0..7).collect(),
             };
-            let protocol = Protocol::for_keywords(7);
+            let protocol = Protocol::new(Asked::default(), 7).expect("no number of base classes");
             Dataset::new(
                 synthetic_keywords(7),
                 protocol,

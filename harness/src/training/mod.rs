@@ -11,6 +11,7 @@ mod folder;
 mod json;
 mod metrics;
 pub(crate) mod network;
+pub(crate) mod protocol;
 mod record;
 pub(crate) mod run;
 pub(crate) mod sessions;

@@ -16,10 +16,11 @@ use serde::{Deserialize, Serialize};
 use super::cache::probe_moments;
 use super::checkpoint::Checkpoint;
 use super::config::RunConfig;
-use super::data::{Dataset, Moments, Protocol};
+use super::data::{Dataset, Moments};
 use super::json::{read_json, write_json};
 use super::metrics::{EpochMetrics, draw, write_lines};
 use super::network::{Devices, Lambdas, Network, batch};
+use super::protocol::Protocol;
 use super::{classifier, record, sessions};
 use crate::audio::features::INPUTS;
 use crate::error::Error;
@@ -151,7 +152,8 @@ impl Finished {
     pub(super) fn network(&self, devices: &Devices) -> Result<Network, Error> {
         let [path, ..] = results(&self.folder);
         let record = ModuleRecord::from_bytes(self.model.clone()).map_err(Error::damaged(&path))?;
-        let protocol = Protocol::for_keywords(self.data.keywords.len());
+        let protocol = Protocol::new(self.config.protocol, self.data.keywords.len())
+            .map_err(Error::damaged(&self.folder.join("config.json")))?;
         let network = network(&self.config, protocol, devices);
         let network = network
             .try_load_record(record)

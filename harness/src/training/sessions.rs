@@ -9,8 +9,9 @@ use protohead::burn::{ClassSums, class_means, predictions};
 use protohead::cosine_cross_entropy::Options;
 use serde::Serialize;
 
-use super::data::{Dataset, Examples, Moments, Protocol};
+use super::data::{Dataset, Examples, Moments};
 use super::network::{Devices, Network, batch};
+use super::protocol::Protocol;
 use crate::audio::features::INPUTS;
 use crate::error::Error;
 use crate::output::{progress, say};

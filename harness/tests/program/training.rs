@@ -83,6 +83,9 @@ fn damaged_input_of_train_gets_one_line_and_leaves_nothing() {
         ("--learning-rate", "inf"),
         ("--lambda", "1e39"),
         ("--lambda-shuffled", "-1"),
+        ("--base", "1"),
+        ("--ways", "0"),
+        ("--shots", "0"),
     ] {
         let option_value = format!("{option}={value}");
         refused(
@@ -288,6 +291,44 @@ fn a_run_that_was_killed_resumes_to_the_same_weights_to_the_bit() {
         output.stdout
     };
     assert_eq!(evaluate(&straight), evaluate(&broken));
+}
+
+#[test]
+fn sessions_are_those_that_were_asked_for() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let out = folder.path().join("run");
+    let name = out.to_string_lossy();
+    let too_many = ["--base", "3", "--ways", "2"];
+    let output = train(&out, "1", &too_many).output().expect("starts");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{stderr}");
+    let says = "3 base classes and sessions of 2 do not add up to 4 keywords";
+    assert!(stderr.contains(says), "{stderr}");
+    assert!(!out.exists());
+    // Four voices leave four clips to draw the shots from.
+    let asked = ["--base", "2", "--ways", "1", "--shots", "9"];
+    let output = train(&out, "1", &asked).output().expect("starts");
+    let said = String::from_utf8_lossy(&output.stdout);
+    let says = "4 keywords: 2 base classes, 2 sessions of 1 with 4 shots; 16 training and 4 test";
+    assert!(said.contains(says), "{said}");
+    let table = fs::read_to_string(out.join("accuracy.json")).expect("written by train");
+    let table: serde_json::Value = serde_json::from_str(&table).expect("written as JSON");
+    let classes = |session: usize| table[session]["classes"].as_u64();
+    assert_eq!([0, 1, 2].map(classes), [2, 3, 4].map(Some), "{table}");
+    let evaluated = protohead(&["evaluate", &name, "--device", "cpu"]);
+    let evaluated = String::from_utf8_lossy(&evaluated.stdout);
+    assert!(
+        !evaluated.is_empty() && said.ends_with(&*evaluated),
+        "{said}{evaluated}"
+    );
+    let other = protohead(&["train", "--resume", "--out", &name, "--ways", "2"]);
+    let stderr = String::from_utf8_lossy(&other.stderr);
+    assert!(
+        stderr.contains("holds a run with --ways 1, not 2"),
+        "{stderr}"
+    );
+    let without_base = ["train", "--resume", "--out", &name];
+    assert!(protohead(&without_base).status.success());
 }
 
 #[test]

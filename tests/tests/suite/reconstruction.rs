@@ -144,9 +144,6 @@ proptest! {
         }
         let truth = expected::<f64>(&parts, dim);
         let working = expected::<f32>(&parts, dim);
-        // A gradient beyond f16's largest finite value (a zero row: 1e12 times) is not a question of precision.
-        let largest = truth.1.0.iter().chain(&truth.1.1).fold(0.0, |m: f64, v| m.max(v.abs()));
-        prop_assume!(problem.dtype != Dtype::F16 || largest < 6e4);
         for run in runs() {
             if problem.supported(run.client) {
                 check(&run, &problem, &parts, &truth, &working).map_err(fails(&run))?;

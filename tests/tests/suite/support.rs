@@ -8,8 +8,8 @@ use cubecl::std::tensor::TensorHandle;
 use proptest::prelude::ProptestConfig;
 use proptest::test_runner::{FileFailurePersistence, TestCaseError};
 use protohead::cosine_cross_entropy::{Inputs, Options, backward, forward, forward_backward};
-use protohead::{Gradients, LossOutput, Upstream, Wanted};
-use protohead_tests::problem::{Dtype, LabelKind, ONLY, Problem};
+use protohead::{Gradients, LossOutput, Reduction, Upstream, Wanted};
+use protohead_tests::problem::{Dtype, LabelKind, ONLY, Problem, Values};
 
 /// `cases` random problems unless `PROPTEST_CASES` says otherwise, or there is only one.
 pub(crate) fn config(cases: u32) -> ProptestConfig {
@@ -93,7 +93,7 @@ pub(crate) fn step(
 
 /// Problems that failed once, as they were when they could not be made smaller. Seeds in `regressions.txt` lose theirs as soon as a
 /// problem has one more choice. One more, of zero rows in f16, has gradients beyond f16's numbers, which are not compared any more.
-pub(crate) fn failed_once() -> [Problem; 5] {
+pub(crate) fn failed_once() -> [Problem; 6] {
     [
         Problem::plain((1, 1, 4, 1, 1)),
         Problem::plain((1, 1, 1, 1, 1)),
@@ -106,6 +106,18 @@ pub(crate) fn failed_once() -> [Problem; 5] {
         Problem {
             seed: 17771048802682150257,
             ..Problem::plain((1, 1, 1, 58, 42))
+        },
+        // Rows of zeros, whose gradients are zero but for rounding.
+        Problem {
+            dtype: Dtype::F16,
+            interleaved: true,
+            values: Values::ZeroRows,
+            labels: LabelKind::Ends,
+            reduction: Reduction::Sum,
+            smoothing: 1.0,
+            ignore_index: 0,
+            seed: 9605590800205694666,
+            ..Problem::plain((3, 41, 51, 8, 2))
         },
     ]
 }

@@ -27,8 +27,8 @@ schedule, without augmentation.";
 /// What a Speech-Commands folder is, after the options.
 const FOLDER: &str = "\
 A Speech-Commands folder has a folder of WAV files a keyword (PCM of 8 to 32 bits, float, A-law or mu-law, any rate and number of \
-channels; the first second counts). testing_list.txt names the test clips, as <keyword>/<file>, and must be there; the clips of \
-validation_list.txt are left out. Folders whose names begin with _ or a dot are no keywords.";
+channels; the first second counts). testing_list.txt names the test clips, as <keyword>/<file>, and must be there; the base classes' \
+clips in validation_list.txt, if it is there, are for the validation accuracy after each epoch, and the others in it are left out. Folders whose names begin with _ or a dot are no keywords.";
 
 #[derive(Args)]
 #[command(after_help = format!("{PROTOCOL}\n\n{FOLDER}"))]
@@ -233,13 +233,14 @@ pub(crate) fn train(arguments: &Train, given: &dyn Fn(&str) -> bool) -> Result<(
     let run = claim.begin(config, &mut data)?;
     let protocol = data.protocol;
     say(format_args!(
-        "{} keywords: {} base classes, {} sessions of {} with {} shots; {} training and {} test clips",
+        "{} keywords: {} base classes, {} sessions of {} with {} shots; {} training, {} validation and {} test clips",
         data.keywords.len(),
         protocol.base,
         protocol.sessions,
         protocol.ways,
         protocol.shots,
         data.train.len(),
+        data.validation.len(),
         data.test.len()
     ));
     if device != DeviceName::Cpu {

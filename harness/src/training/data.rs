@@ -58,6 +58,8 @@ pub(crate) struct Dataset {
     pub protocol: Protocol,
     /// Of later classes, their shots.
     pub train: Examples,
+    /// Of base classes only; there may be none.
+    pub validation: Examples,
     pub test: Examples,
     /// Of the base classes' training clips: of the others no more is known than their shots.
     pub scaling: Moments,
@@ -69,8 +71,7 @@ impl Dataset {
     fn new(
         keywords: Vec<String>,
         protocol: Protocol,
-        train: Examples,
-        test: Examples,
+        [train, validation, test]: [Examples; 3],
         clips: Option<String>,
     ) -> Self {
         let rows = train.of(0..protocol.base);
@@ -79,13 +80,14 @@ impl Dataset {
             keywords,
             protocol,
             train,
+            validation,
             test,
             scaling,
             clips,
         }
     }
 
-    /// Synthesised keywords: `voices` to train on and a quarter as many others to test on, one take each.
+    /// Synthesised keywords: `voices` to train on, a quarter as many others to test on, and an eighth for validation, one take each.
     pub(crate) fn synthetic(
         seed: u64,
         keywords: usize,
@@ -116,30 +118,28 @@ impl Dataset {
             let drawn = protocol.drawn(word, voices, seed).into_iter();
             drawn.map(move |voice| (word, voice as u64))
         };
-        let others = |word| (0..voices.div_ceil(4) as u64).map(move |n| (word, 1_000_000 + n));
-        let train = make((0..keywords).flat_map(trained).collect());
-        let test = make((0..keywords).flat_map(others).collect());
+        let others = |word, first, count| (0..count as u64).map(move |n| (word, first + n));
+        let tested = |word| others(word, 1_000_000, voices.div_ceil(4));
+        let validated = |word| others(word, 2_000_000, voices.div_ceil(8));
+        let examples = [
+            make((0..keywords).flat_map(trained).collect()),
+            make((0..protocol.base).flat_map(validated).collect()),
+            make((0..keywords).flat_map(tested).collect()),
+        ];
         let keywords = synthetic_keywords(keywords);
-        Ok(Self::new(keywords, protocol, train, test, None))
+        Ok(Self::new(keywords, protocol, examples, None))
     }
 
     /// Features of clips are taken from the folder `cache`, and left there if they are to be kept.
     pub(crate) fn of_clips(clips: Clips, cache: &Path, keep: bool) -> Result<Self, Error> {
-        let mut features = cached(&clips.files, &clips.digests, cache, keep)?;
-        let mut labels = clips.labels;
-        let test = Examples {
-            features: features.split_off(clips.trained),
-            labels: labels.split_off(clips.trained),
-        };
-        let train = Examples { features, labels };
+        let mut features = cached(&clips.files, &clips.digests, cache, keep)?.into_iter();
+        let mut labels = clips.labels.into_iter();
+        let examples = clips.counts.map(|count| Examples {
+            features: features.by_ref().take(count).collect(),
+            labels: labels.by_ref().take(count).collect(),
+        });
         let digest = Some(clips.digest);
-        Ok(Self::new(
-            clips.keywords,
-            clips.protocol,
-            train,
-            test,
-            digest,
-        ))
+        Ok(Self::new(clips.keywords, clips.protocol, examples, digest))
     }
 
     /// The order in which an epoch visits the base classes' training clips.
@@ -174,11 +174,11 @@ pub(crate) fn synthetic_keywords(count: usize) -> Vec<String> {
 pub(crate) struct Clips {
     pub keywords: Vec<String>,
     protocol: Protocol,
-    /// Those to train on first.
+    /// Those to train on, for validation, and to test on.
     files: Vec<PathBuf>,
     labels: Vec<usize>,
-    /// How many are to train on.
-    trained: usize,
+    /// How many there are of each.
+    counts: [usize; 3],
     /// Of the content of each.
     digests: Vec<blake3::Hash>,
     /// Of all, with what they are for.
@@ -214,21 +214,18 @@ impl Clips {
             wrong("there is no testing_list.txt, which names the test clips".into())
         })?;
         let validation = of("validation_list.txt")?.unwrap_or_default();
-        let mut counts = vec![[0; 3]; keywords.len()];
-        let (mut train, mut test) = (vec![Vec::new(); keywords.len()], Vec::new());
-        for (entry, path, label) in &clips {
-            let place = if testing.contains(entry) {
-                test.push((path.clone(), *label));
-                1
-            } else if validation.contains(entry) {
-                2
-            } else {
-                train[*label].push(path.clone());
-                0
+        // By class: to train on, for validation, to test on.
+        let mut split = vec![[const { Vec::new() }; 3]; keywords.len()];
+        for (entry, path, label) in clips.iter().cloned() {
+            let place = match (testing.contains(&entry), validation.contains(&entry)) {
+                (true, _) => 2,
+                (false, true) => 1,
+                (false, false) => 0,
             };
-            counts[*label][place] += 1;
+            split[label][place].push(path);
         }
-        for (keyword, [trained, tested, validated]) in keywords.iter().zip(counts) {
+        for (keyword, files) in keywords.iter().zip(&split) {
+            let [trained, validated, tested] = files.each_ref().map(Vec::len);
             if trained == 0 || tested == 0 {
                 return Err(wrong(format!(
                     "keyword {keyword} has {trained} clips to train on, {tested} in testing_list.txt and {validated} in \
@@ -236,18 +233,29 @@ impl Clips {
                 )));
             }
         }
-        let protocol = protocol.with_shots_of(&train.iter().map(Vec::len).collect::<Vec<_>>());
-        let drawn = |(class, files): (usize, &Vec<PathBuf>)| {
-            let drawn = protocol.drawn(class, files.len(), seed).into_iter();
-            drawn.map(|i| (files[i].clone(), class)).collect::<Vec<_>>()
-        };
-        let train: Vec<_> = train.iter().enumerate().flat_map(drawn).collect();
-        let trained = train.len();
-        let (files, labels): (Vec<PathBuf>, Vec<usize>) = train.into_iter().chain(test).unzip();
+        let trained: Vec<usize> = split.iter().map(|[train, ..]| train.len()).collect();
+        let protocol = protocol.with_shots_of(&trained);
+        for (class, [train, validation, _]) in split.iter_mut().enumerate() {
+            let drawn = protocol.drawn(class, train.len(), seed);
+            *train = drawn.into_iter().map(|i| train[i].clone()).collect();
+            if class >= protocol.base {
+                validation.clear();
+            }
+        }
+        let (mut files, mut labels, mut counts) = (Vec::new(), Vec::new(), [0; 3]);
+        for (place, count) in counts.iter_mut().enumerate() {
+            for (class, of_class) in split.iter_mut().enumerate() {
+                let of_class = std::mem::take(&mut of_class[place]);
+                *count += of_class.len();
+                labels.extend(std::iter::repeat_n(class, of_class.len()));
+                files.extend(of_class);
+            }
+        }
         let digests = digests(&files)?;
         let mut all = blake3::Hasher::new();
         for (i, (digest, &label)) in digests.iter().zip(&labels).enumerate() {
-            all.update(&[u8::from(i < trained)]);
+            let place = u8::from(i >= counts[0]) + u8::from(i >= counts[0] + counts[1]);
+            all.update(&[place]);
             all.update(&(label as u64).to_le_bytes());
             all.update(digest.as_bytes());
         }
@@ -256,7 +264,7 @@ impl Clips {
             protocol,
             files,
             labels,
-            trained,
+            counts,
             digests,
             digest: all.finalize().to_hex().to_string(),
         })
@@ -289,14 +297,8 @@ mod tests {
                 labels: (0..7).collect(),
             };
             let protocol = Protocol::new(Asked::default(), 7).expect("no number of base classes");
-            Dataset::new(
-                synthetic_keywords(7),
-                protocol,
-                examples(),
-                examples(),
-                None,
-            )
-            .scaling
+            let examples = [(); 3].map(|()| examples());
+            Dataset::new(synthetic_keywords(7), protocol, examples, None).scaling
         };
         let (mean, deviation) = (1.5, 1.25f32.sqrt());
         assert_eq!(scaling(100.0), [(mean, deviation); INPUTS]);

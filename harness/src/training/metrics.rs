@@ -16,7 +16,10 @@ pub(crate) struct EpochMetrics {
     pub loss: f32,
     pub classification: f32,
     pub reconstruction: f32,
+    /// Of the training clips as they were trained on, in percent.
     pub accuracy: f32,
+    /// Of the validation clips after the epoch, in percent; absent without such clips.
+    pub validation_accuracy: Option<f32>,
 }
 
 /// Writes them as JSON, a line an epoch.
@@ -44,31 +47,47 @@ fn plot(
     metrics: &[EpochMetrics],
 ) -> Result<(), Box<dyn std::error::Error>> {
     area.fill(&WHITE)?;
-    let highest = metrics
-        .iter()
-        .map(|m| f64::from(m.loss))
-        .fold(0.1, f64::max);
-    for (half, name, top, value) in [
-        (
-            0,
-            "loss",
-            highest,
-            (|m| f64::from(m.loss)) as fn(&EpochMetrics) -> f64,
+    let loss: Vec<_> = points(metrics, |m| Some(m.loss));
+    let accuracy = points(metrics, |m| Some(m.accuracy));
+    let validation = points(metrics, |m| m.validation_accuracy);
+    let highest = loss.iter().map(|&(_, loss)| loss).fold(0.1, f64::max);
+    let panels = area.split_evenly((2, 1));
+    panel(&panels[0], "loss", metrics.len(), highest, [(BLUE, &loss)])?;
+    let (name, shown) = match validation.is_empty() {
+        true => ("training accuracy, %", vec![(BLUE, &accuracy)]),
+        false => (
+            "accuracy, %: training (blue), validation (red)",
+            vec![(BLUE, &accuracy), (RED, &validation)],
         ),
-        (1, "training accuracy, %", 100.0, |m| f64::from(m.accuracy)),
-    ] {
-        let panels = area.split_evenly((2, 1));
-        let mut chart = ChartBuilder::on(&panels[half])
-            .caption(name, ("sans-serif", 18))
-            .margin(10)
-            .x_label_area_size(30)
-            .y_label_area_size(50)
-            .build_cartesian_2d(0.0..metrics.len().max(1) as f64, 0.0..top)?;
-        chart.configure_mesh().x_desc("epoch").draw()?;
-        let points = metrics.iter().map(|m| (m.epoch as f64, value(m)));
-        // With a dot each, as a line of one epoch has no length.
-        chart.draw_series(LineSeries::new(points, BLUE.filled()).point_size(2))?;
-    }
+    };
+    panel(&panels[1], name, metrics.len(), 100.0, shown)?;
     area.present()?;
+    Ok(())
+}
+
+fn points(metrics: &[EpochMetrics], value: fn(&EpochMetrics) -> Option<f32>) -> Vec<(f64, f64)> {
+    let point = |m: &EpochMetrics| Some((m.epoch as f64, f64::from(value(m)?)));
+    metrics.iter().filter_map(point).collect()
+}
+
+fn panel<'a>(
+    area: &DrawingArea<SVGBackend, plotters::coord::Shift>,
+    name: &str,
+    epochs: usize,
+    top: f64,
+    lines: impl IntoIterator<Item = (RGBColor, &'a Vec<(f64, f64)>)>,
+) -> Result<(), Box<dyn std::error::Error>> {
+    let mut chart = ChartBuilder::on(area)
+        .caption(name, ("sans-serif", 18))
+        .margin(10)
+        .x_label_area_size(30)
+        .y_label_area_size(50)
+        .build_cartesian_2d(0.0..epochs.max(1) as f64, 0.0..top)?;
+    chart.configure_mesh().x_desc("epoch").draw()?;
+    for (color, points) in lines {
+        // With a dot each, as a line of one epoch has no length.
+        let line = LineSeries::new(points.iter().copied(), color.filled()).point_size(2);
+        chart.draw_series(line)?;
+    }
     Ok(())
 }

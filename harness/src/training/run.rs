@@ -43,8 +43,8 @@ pub(super) struct Data {
     pub clips: Option<String>,
 }
 
-/// Counts up when equal features lead elsewhere than before: by the network, its training, or the choice of shots.
-pub(super) const VERSION: u32 = 1;
+/// Counts up when equal features lead elsewhere than before: by the network, its training, the choice of shots, or what is reported.
+pub(super) const VERSION: u32 = 2;
 
 impl Data {
     pub(super) fn read(run: &Path) -> Result<Self, Error> {
@@ -299,14 +299,18 @@ impl Run {
                 classification: sums[1] as f32,
                 reconstruction: sums[2] as f32,
                 accuracy: 100.0 * correct as f32 / rows as f32,
+                validation_accuracy: sessions::validate(&network, dataset, devices)?,
             });
             Checkpoint::save(&self.folder, &network, &optimizer, &metrics)?;
             self.report(&metrics)?;
             if bar.is_hidden()
                 && let Some(last) = metrics.last()
             {
+                let validation = last.validation_accuracy;
+                let validation =
+                    validation.map_or(String::new(), |v| format!(", validation {v:.1} %"));
                 tell(format_args!(
-                    "epoch {} of {}: loss {:.3}, accuracy {:.1} %",
+                    "epoch {} of {}: loss {:.3}, accuracy {:.1} %{validation}",
                     last.epoch, config.epochs, last.loss, last.accuracy
                 ));
             }

@@ -64,6 +64,30 @@ fn labels(examples: &Examples, rows: &[usize], device: &Device) -> Tensor<1, bur
     Tensor::from_data(values.as_slice(), device)
 }
 
+/// The share in percent of the validation clips whose classes the speech head predicts by its trained class weights; none without clips.
+pub(super) fn validate(
+    network: &Network,
+    dataset: &Dataset,
+    devices: &Devices,
+) -> Result<Option<f32>, Error> {
+    let clips = &dataset.validation;
+    if clips.len() == 0 {
+        return Ok(None);
+    }
+    let network = burn::module::Module::valid(network);
+    let rows: Vec<usize> = (0..clips.len()).collect();
+    let (scaling, features, bar) = (&dataset.scaling, &clips.features, ProgressBar::hidden());
+    let queries = embeddings(&network, scaling, features, &rows, SPEECH, devices, &bar);
+    let answers = answers(
+        queries,
+        speech_weights(&network),
+        dataset.protocol.base,
+        &clips.labels,
+    )?;
+    let right = answers.iter().filter(|answer| answer.is_right()).count();
+    Ok(Some(100.0 * right as f32 / clips.len() as f32))
+}
+
 /// The network with the base classes' prototypes of every head replaced by class means.
 pub(crate) fn replace_prototypes(
     network: Network,
@@ -117,9 +141,8 @@ pub(crate) fn evaluate(
         embeddings(network, scaling, features, rows, SPEECH, devices, &bar)
     };
     let queries = speech(&dataset.test, &tested);
-    let mut weights = network.heads.weight.val().without_autodiff();
-    let [_, classes, dim] = weights.dims();
-    weights = weights.slice([SPEECH, 0..classes, 0..dim]);
+    let asked: Vec<usize> = tested.iter().map(|&row| dataset.test.labels[row]).collect();
+    let mut weights = speech_weights(network);
     let mut table = Vec::new();
     for session in 0..=protocol.sessions {
         let known = protocol.base + session * protocol.ways;
@@ -132,31 +155,62 @@ pub(crate) fn evaluate(
             means.check()?;
             weights = means.weights;
         }
-        let options = Options {
-            active: Some(known),
-            ..Options::default()
-        };
-        let predicted = predictions(queries.clone(), weights.clone(), &options)?
-            .try_into_vec_as::<i64>()
-            .map_err(Error::of_device)?;
-        let answers: Vec<(usize, i64)> = tested
-            .iter()
-            .map(|&row| dataset.test.labels[row])
-            .zip(predicted)
-            .collect();
+        let answers = answers(queries.clone(), weights.clone(), known, &asked)?;
         table.push(Accuracy::new(session, protocol, &answers));
     }
     bar.finish_and_clear();
     Ok((table, weights))
 }
 
+/// The class weights `[1, classes, dim]` of the speech head.
+fn speech_weights(network: &Network) -> Tensor<3> {
+    let weights = network.heads.weight.val().without_autodiff();
+    let [_, classes, dim] = weights.dims();
+    weights.slice([SPEECH, 0..classes, 0..dim])
+}
+
+/// A clip's label, and the class that was predicted.
+#[derive(Clone, Copy)]
+struct Answer {
+    label: usize,
+    predicted: i64,
+}
+
+impl Answer {
+    fn is_right(&self) -> bool {
+        self.label as i64 == self.predicted
+    }
+}
+
+/// What the speech head says of embeddings with these labels, if it knows the first so many classes.
+fn answers(
+    queries: Tensor<3>,
+    weights: Tensor<3>,
+    known: usize,
+    labels: &[usize],
+) -> Result<Vec<Answer>, Error> {
+    let options = Options {
+        active: Some(known),
+        ..Options::default()
+    };
+    let predicted = predictions(queries, weights, &options)?
+        .try_into_vec_as::<i64>()
+        .map_err(Error::of_device)?;
+    let answer = |(&label, predicted)| Answer { label, predicted };
+    Ok(labels.iter().zip(predicted).map(answer).collect())
+}
+
 impl Accuracy {
-    /// Of labels and the classes predicted for them; labels of later sessions do not count. Every class has a test clip.
-    fn new(session: usize, protocol: Protocol, answers: &[(usize, i64)]) -> Self {
+    /// Labels of later sessions do not count. Every class has a test clip.
+    fn new(session: usize, protocol: Protocol, answers: &[Answer]) -> Self {
         let known = protocol.base + session * protocol.ways;
         let share = |range: std::ops::Range<usize>| {
-            let asked = || answers.iter().filter(|(label, _)| range.contains(label));
-            let right = asked().filter(|&&(label, class)| label as i64 == class);
+            let asked = || {
+                answers
+                    .iter()
+                    .filter(|answer| range.contains(&answer.label))
+            };
+            let right = asked().filter(|answer| answer.is_right());
             100.0 * right.count() as f64 / asked().count() as f64
         };
         let seen = share(0..protocol.base);
@@ -208,7 +262,11 @@ mod tests {
             ways: 1,
             shots: 1,
         };
-        let answers = [(0, 0), (0, 1), (1, 1), (1, 1), (2, 2), (2, 0), (3, 3)];
+        let of = |answers: &[(usize, i64)]| -> Vec<Answer> {
+            let answer = |&(label, predicted)| Answer { label, predicted };
+            answers.iter().map(answer).collect()
+        };
+        let answers = of(&[(0, 0), (0, 1), (1, 1), (1, 1), (2, 2), (2, 0), (3, 3)]);
         let base = Accuracy::new(0, protocol, &answers);
         assert_eq!((base.classes, base.all, base.seen), (2, 75.0, 75.0));
         assert_eq!((base.unseen, base.harmonic_mean), (None, None));
@@ -219,7 +277,7 @@ mod tests {
             (Some(50.0), Some(60.0))
         );
         assert_eq!(first.all, 100.0 * 4.0 / 6.0);
-        let none = Accuracy::new(1, protocol, &[(0, 2), (1, 2), (2, 0)]);
+        let none = Accuracy::new(1, protocol, &of(&[(0, 2), (1, 2), (2, 0)]));
         assert_eq!(none.harmonic_mean, Some(0.0));
     }
 }

@@ -100,6 +100,46 @@ fn a_run_goes_on_with_its_own_clips_only_wherever_they_are() {
     }
 }
 
+#[test]
+fn validation_clips_are_reported_and_not_trained_on() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let data = folder.path().join("data");
+    noise(&data);
+    let run = |name: &str, says: &str| {
+        let out = folder.path().join(name);
+        let [data, named] = [&data, &out].map(|path| path.to_string_lossy().into_owned());
+        let arguments = ["train", "--data", &data, "--out", &named, "--device", "cpu"];
+        let output = protohead(&[&arguments[..], &["--tau", "1", "--epochs", "2"]].concat());
+        assert!(output.status.success(), "{output:?}");
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(said.contains(says), "{said}");
+        out
+    };
+    let list = data.join("validation_list.txt");
+    fs::write(&list, "no/b.wav\nyes/b.wav\n").expect("the folder is writable");
+    let with = run("with", "2 training, 2 validation and 2 test clips");
+    fs::remove_file(list).expect("the folder is writable");
+    for clip in ["no/b.wav", "yes/b.wav"] {
+        fs::remove_file(data.join(clip)).expect("the folder is writable");
+    }
+    let without = run("without", "2 training, 0 validation and 2 test clips");
+    let model = |run: &Path| fs::read(run.join("model.bpk")).expect("written by train");
+    assert!(model(&with) == model(&without), "they were trained on");
+    let reported = |run: &Path| -> Vec<Option<f64>> {
+        let metrics = fs::read_to_string(run.join("metrics.jsonl")).expect("written by train");
+        let lines = metrics
+            .lines()
+            .map(serde_json::from_str::<serde_json::Value>);
+        lines
+            .map(|line| line.expect("written as JSON")["validation_accuracy"].as_f64())
+            .collect()
+    };
+    assert_eq!(reported(&without), [None, None]);
+    for accuracy in reported(&with) {
+        assert!(accuracy.is_some_and(|v| [0.0, 50.0, 100.0].contains(&v)));
+    }
+}
+
 /// Every file in a folder and those in it, with its bytes.
 fn content(folder: &Path) -> Vec<(std::path::PathBuf, Vec<u8>)> {
     let mut found = Vec::new();

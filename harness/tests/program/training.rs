@@ -309,7 +309,7 @@ fn sessions_are_those_that_were_asked_for() {
     let asked = ["--base", "2", "--ways", "1", "--shots", "9"];
     let output = train(&out, "1", &asked).output().expect("starts");
     let said = String::from_utf8_lossy(&output.stdout);
-    let says = "4 keywords: 2 base classes, 2 sessions of 1 with 4 shots; 16 training and 4 test";
+    let says = "4 keywords: 2 base classes, 2 sessions of 1 with 4 shots; 16 training, 2 validation and 4 test";
     assert!(said.contains(says), "{said}");
     let table = fs::read_to_string(out.join("accuracy.json")).expect("written by train");
     let table: serde_json::Value = serde_json::from_str(&table).expect("written as JSON");

@@ -6,6 +6,7 @@ use std::sync::{Mutex, OnceLock};
 use cubecl::client::Client;
 use protohead::{Strategy, Variant};
 
+use crate::nvidia;
 use crate::problem::Dtype;
 
 /// Every variant.
@@ -44,7 +45,11 @@ impl std::fmt::Display for Run<'_> {
     }
 }
 
-/// Every device, or the ones that `PROTOHEAD_DEVICES` names (`cpu,cuda`); found once, and said once on stderr with its variants.
+/// Architectures of NVIDIA GPUs that are emulated where they are asked for.
+const EMULATED: [(&str, u32); 3] = [("sm_80", 80), ("sm_90", 90), ("sm_100", 100)];
+
+/// Every device, or the ones that `PROTOHEAD_DEVICES` names (`cpu,cuda`; `sm_90` is one that is emulated); found once, and said once on
+/// stderr with its variants.
 pub fn devices() -> &'static [Tested] {
     static DEVICES: OnceLock<Vec<Tested>> = OnceLock::new();
     DEVICES.get_or_init(|| {
@@ -56,10 +61,14 @@ pub fn devices() -> &'static [Tested] {
         ];
         let wanted = std::env::var("PROTOHEAD_DEVICES").ok();
         for name in wanted.iter().flat_map(|wanted| wanted.split(',')) {
+            let emulated = EMULATED.iter().find(|(known, _)| *known == name);
             assert!(
-                reach.iter().any(|(known, _)| *known == name),
-                "PROTOHEAD_DEVICES: {name} is none of cpu, wgpu, cuda"
+                emulated.is_some() || reach.iter().any(|(known, _)| *known == name),
+                "PROTOHEAD_DEVICES: {name} is none of cpu, wgpu, cuda, sm_80, sm_90, sm_100"
             );
+            if let Some((name, arch)) = emulated {
+                found.push(tested(name, nvidia::emulated(*arch)));
+            }
         }
         for (name, device) in reach {
             if let Some(wanted) = &wanted

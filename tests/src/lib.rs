@@ -2,6 +2,8 @@
 
 pub mod close;
 pub mod devices;
+mod emulated;
+pub mod emulator;
 pub mod fused;
 pub mod launches;
 pub mod nvidia;

@@ -1,7 +1,7 @@
 //! An NVIDIA device without the device: every launch is compiled to PTX for its architecture, kept, and dropped.
 //!
 //! It advertises what CubeCL's CUDA runtime does for that architecture, so the library infers the same blueprints and
-//! launches the same kernels. Buffers have a size and no bytes; reading gives zeros.
+//! launches the same kernels. Buffers have a size and no bytes; reading gives zeros. Another one like it emulates what it compiles.
 
 use std::collections::HashSet;
 use std::ffi::CStr;
@@ -25,6 +25,7 @@ use cubecl::server::{
 use cubecl::zspace::{Shape, Strides, strides};
 use cubecl::{Compiler, CubeCount, CubeKernel, MemoryAllocationMode, define_kernel};
 use cubecl_core::device::{DeviceId, DeviceService, ServerUtilitiesHandle, ServiceId};
+use cubecl_core::environment::backtrace::BackTrace;
 use cubecl_core::environment::stream::StreamId;
 use cubecl_cpp::cuda::arch::CudaArchitecture;
 use cubecl_cpp::cuda::mma::manual::contiguous_elements_cuda;
@@ -41,6 +42,8 @@ use cubecl_runtime::memory_management::{ManagedMemoryHandle, StreamMemoryReport}
 use cubecl_runtime::server::IoError;
 use cubecl_runtime::storage::{ComputeStorage, ManagedResource, StorageHandle, StorageId};
 
+use crate::emulated::Emulated;
+
 /// A kernel as the library launched it.
 #[derive(Clone, Debug)]
 pub struct Compiled {
@@ -50,8 +53,8 @@ pub struct Compiled {
     pub key: String,
     /// The architecture: 90 for sm_90.
     pub arch: u32,
-    /// Units of a cube.
-    pub units: u32,
+    /// Units of a cube along each axis.
+    pub dim: [u32; 3],
     /// Shared memory a launch asks for, in bytes.
     pub shared: usize,
     /// The assembly.
@@ -68,6 +71,18 @@ pub fn client(arch: u32) -> Client {
         index_id: 0,
     })
 }
+
+/// The client of the device that emulates an `sm_<arch>`: see [`emulator`](crate::emulator). What goes wrong in a launch is reported
+/// when something is read.
+pub fn emulated(arch: u32) -> Client {
+    Client::load::<Nvidia>(DeviceId {
+        type_id: arch as u16,
+        index_id: EMULATED,
+    })
+}
+
+/// Of the device that is emulated; the other one's number is 0.
+const EMULATED: u16 = 1;
 
 /// What `launches` made the library launch on that device, each kernel once.
 ///
@@ -94,6 +109,7 @@ pub struct Nvidia {
     arch: u32,
     utilities: Arc<ServerUtilities>,
     seen: HashSet<KernelId>,
+    emulated: Option<Emulated>,
 }
 
 /// Shared memory that a cube may ask for, and the multiprocessors: A100, H100, B200.
@@ -205,7 +221,7 @@ impl Nvidia {
             name: module.entrypoint.clone(),
             key: kernel.id().to_string(),
             arch: self.arch,
-            units: dim.x * dim.y * dim.z,
+            dim: [dim.x, dim.y, dim.z],
             shared: module.shared_memory_size,
             ptx: ptx.to_string_lossy().into_owned(),
         })
@@ -227,6 +243,7 @@ impl DeviceService for Nvidia {
             arch,
             utilities: Arc::new(utilities),
             seen: HashSet::new(),
+            emulated: (device.index_id == EMULATED).then(Emulated::default),
         }
     }
 
@@ -240,10 +257,13 @@ impl ServerCommunication for Nvidia {}
 impl Server for Nvidia {
     fn initialize_memory(
         &mut self,
-        _memory: ManagedMemoryHandle,
-        _size: u64,
+        memory: ManagedMemoryHandle,
+        size: u64,
         _stream: StreamId,
     ) -> Result<(), ServerError> {
+        if let Some(emulated) = &mut self.emulated {
+            emulated.initialize(memory, size);
+        }
         Ok(())
     }
 
@@ -260,6 +280,14 @@ impl Server for Nvidia {
         descriptors: Vec<CopyDescriptor>,
         _stream: StreamId,
     ) -> DynFut<Result<Vec<Bytes>, ServerError>> {
+        if let Some(emulated) = &mut self.emulated {
+            let found = emulated.read(&descriptors);
+            let found = found.map_err(|reason| ServerError::Generic {
+                reason,
+                backtrace: BackTrace::capture(),
+            });
+            return Box::pin(async move { found });
+        }
         let zeros = descriptors
             .iter()
             .map(|d| Bytes::from_elems(vec![0u8; d.shape.iter().product::<usize>() * d.elem_size]))
@@ -267,7 +295,13 @@ impl Server for Nvidia {
         Box::pin(async move { Ok(zeros) })
     }
 
-    fn write(&mut self, _descriptors: Vec<(CopyDescriptor, Bytes)>, _stream: StreamId) {}
+    fn write(&mut self, descriptors: Vec<(CopyDescriptor, Bytes)>, _stream: StreamId) {
+        if let Some(emulated) = &mut self.emulated {
+            for (to, bytes) in &descriptors {
+                emulated.write(to, bytes);
+            }
+        }
+    }
 
     fn sync(
         &mut self,
@@ -288,11 +322,23 @@ impl Server for Nvidia {
     unsafe fn launch(
         &mut self,
         kernel: Box<dyn CubeKernel>,
-        _count: CubeCount,
-        _bindings: KernelArguments,
+        count: CubeCount,
+        bindings: KernelArguments,
         _stream: StreamId,
         _mode: LaunchMode,
     ) {
+        if let Some(mut emulated) = self.emulated.take() {
+            let id = kernel.id();
+            if !emulated.knows(&id) {
+                match self.compile(&*kernel) {
+                    Ok(compiled) => emulated.learn(id.clone(), &compiled),
+                    Err(error) => emulated.fail(format!("{}: {error}", kernel.name())),
+                }
+            }
+            emulated.launch(&id, &count, bindings);
+            self.emulated = Some(emulated);
+            return;
+        }
         if !self.seen.insert(kernel.id()) {
             return;
         }

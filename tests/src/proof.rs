@@ -106,7 +106,7 @@ fn row(op: &str, dtype: FloatKind, compiled: &Compiled, ptxas: Option<&Path>) ->
         dtype: format!("{dtype:?}").to_lowercase(),
         kernel: compiled.name.clone(),
         arch: compiled.arch,
-        units: compiled.units,
+        units: compiled.dim.iter().product(),
         shared: compiled.shared,
         assembled: ptxas.map(|ptxas| assemble(ptxas, compiled)),
         mma: count("mma.sync."),

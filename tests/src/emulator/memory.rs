@@ -1,0 +1,272 @@
+//! Global and shared memory that know who has touched them.
+
+/// Bytes that are watched together: the smallest that a kernel stores.
+const GRAIN: usize = 2;
+/// Bits of an address within a buffer; above them is its number.
+const OFFSET_BITS: u32 = 40;
+
+/// Who touches memory, and when.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Access {
+    pub cube: u32,
+    pub unit: u32,
+    /// Barriers of the cube so far,
+    pub turn: u32,
+    /// and of the unit's plane.
+    pub plane_turn: u32,
+}
+
+impl Access {
+    fn plane(&self) -> u32 {
+        self.unit / 32
+    }
+
+    /// Whether nothing orders this after an earlier one.
+    fn races(&self, earlier: &Self) -> bool {
+        self.cube != earlier.cube
+            || self.unit != earlier.unit
+                && self.turn == earlier.turn
+                && (self.plane() != earlier.plane() || self.plane_turn == earlier.plane_turn)
+    }
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Grain {
+    written: Option<Access>,
+    /// The last read of each: of the last plane, and of one before it in the same turn.
+    read: Option<Access>,
+    read_before: Option<Access>,
+    /// Read as what no one writes.
+    constant: bool,
+}
+
+impl Grain {
+    fn read(&mut self, now: Access) -> Result<(), String> {
+        if let Some(written) = self.written
+            && now.races(&written)
+        {
+            return Err(format!("{now:?} reads what {written:?} writes"));
+        }
+        if let Some(read) = self.read
+            && read != now
+            && now.races(&read)
+        {
+            // One that a write must not follow, whatever follows the other.
+            self.read_before = Some(read);
+        }
+        self.read = Some(now);
+        Ok(())
+    }
+
+    fn write(&mut self, now: Access) -> Result<(), String> {
+        for (how, earlier) in [
+            ("writes", self.written),
+            ("reads", self.read),
+            ("reads", self.read_before),
+        ] {
+            if let Some(earlier) = earlier
+                && now.races(&earlier)
+            {
+                return Err(format!("{now:?} writes what {earlier:?} {how}"));
+            }
+        }
+        if self.constant {
+            return Err(format!("{now:?} writes what is read as a constant"));
+        }
+        self.written = Some(now);
+        Ok(())
+    }
+}
+
+/// Bytes, and who has touched them.
+#[derive(Default)]
+struct Watched {
+    bytes: Vec<u8>,
+    grains: Vec<Grain>,
+}
+
+impl Watched {
+    fn new(bytes: Vec<u8>) -> Self {
+        let grains = vec![Grain::default(); bytes.len().div_ceil(GRAIN)];
+        Self { bytes, grains }
+    }
+
+    fn touch(
+        &mut self,
+        from: usize,
+        count: usize,
+        mut how: impl FnMut(&mut Grain) -> Result<(), String>,
+    ) -> Result<(), String> {
+        self.grains[from / GRAIN..(from + count).div_ceil(GRAIN)]
+            .iter_mut()
+            .try_for_each(&mut how)
+    }
+}
+
+/// A part of a memory that a kernel is given.
+#[derive(Clone, Copy, Debug)]
+pub struct Buffer {
+    /// Which memory.
+    pub memory: usize,
+    /// Where the buffer begins and ends there, in bytes.
+    pub start: usize,
+    /// The end.
+    pub end: usize,
+}
+
+/// What kernels can reach.
+pub struct Global {
+    memories: Vec<Watched>,
+    buffers: Vec<Buffer>,
+    cube: u32,
+}
+
+impl Global {
+    /// Memories, of which a kernel is given these buffers.
+    pub fn new(memories: Vec<Vec<u8>>, buffers: Vec<Buffer>) -> Self {
+        Self {
+            memories: memories.into_iter().map(Watched::new).collect(),
+            buffers,
+            cube: 0,
+        }
+    }
+
+    /// The memories, as the kernel has left them.
+    pub fn into_memories(self) -> Vec<Vec<u8>> {
+        self.memories.into_iter().map(|m| m.bytes).collect()
+    }
+
+    pub(super) fn begin_cube(&mut self) {
+        self.cube += 1;
+    }
+
+    pub(super) fn cube(&self) -> u32 {
+        self.cube
+    }
+
+    /// The addresses of the buffers.
+    pub(super) fn addresses(&self) -> Vec<u64> {
+        let buffers = (1u64..).zip(&self.buffers);
+        buffers
+            .map(|(number, buffer)| (number << OFFSET_BITS) + buffer.start as u64)
+            .collect()
+    }
+
+    /// Which memory an address is in, and where.
+    fn place(&self, address: u64, bytes: usize) -> Result<(usize, usize), String> {
+        let number = (address >> OFFSET_BITS) as usize;
+        let offset = (address & ((1 << OFFSET_BITS) - 1)) as usize;
+        let Some(buffer) = number.checked_sub(1).and_then(|n| self.buffers.get(n)) else {
+            return Err(format!("{address:#x} is in no buffer"));
+        };
+        if offset < buffer.start || offset + bytes > buffer.end {
+            return Err(format!(
+                "{bytes} bytes at {} of buffer {}, which has {}",
+                offset as i64 - buffer.start as i64,
+                number - 1,
+                buffer.end - buffer.start
+            ));
+        }
+        if offset % bytes != 0 {
+            return Err(format!("{bytes} bytes at {offset}, which is not aligned"));
+        }
+        Ok((buffer.memory, offset))
+    }
+
+    pub(super) fn read<const N: usize>(
+        &mut self,
+        address: u64,
+        bytes: usize,
+        access: Access,
+        is_constant: bool,
+    ) -> Result<[u8; N], String> {
+        let (memory, from) = self.place(address, bytes)?;
+        let memory = &mut self.memories[memory];
+        memory.touch(from, bytes, |grain| {
+            grain.constant |= is_constant;
+            if is_constant && let Some(written) = grain.written {
+                return Err(format!("reads as a constant what {written:?} writes"));
+            }
+            grain.read(access)
+        })?;
+        let mut found = [0; N];
+        found[..bytes].copy_from_slice(&memory.bytes[from..from + bytes]);
+        Ok(found)
+    }
+
+    pub(super) fn write(
+        &mut self,
+        address: u64,
+        bytes: &[u8],
+        access: Access,
+    ) -> Result<(), String> {
+        let (memory, from) = self.place(address, bytes.len())?;
+        let memory = &mut self.memories[memory];
+        memory.touch(from, bytes.len(), |grain| grain.write(access))?;
+        memory.bytes[from..from + bytes.len()].copy_from_slice(bytes);
+        Ok(())
+    }
+}
+
+/// Memory of a cube.
+pub(super) struct Shared {
+    watched: Watched,
+}
+
+impl Shared {
+    pub(super) fn new(bytes: usize) -> Self {
+        Self {
+            watched: Watched::new(vec![0xff; bytes]),
+        }
+    }
+
+    fn place(&self, address: u64, bytes: usize) -> Result<usize, String> {
+        let (at, size) = (address as usize, self.watched.bytes.len());
+        if address as usize + bytes > size {
+            return Err(format!("{bytes} bytes at {at} of {size} of shared memory"));
+        }
+        if at % bytes != 0 {
+            return Err(format!(
+                "{bytes} bytes at {at} of shared memory, which is not aligned"
+            ));
+        }
+        Ok(at)
+    }
+
+    pub(super) fn read<const N: usize>(
+        &mut self,
+        address: u64,
+        bytes: usize,
+        access: Access,
+    ) -> Result<[u8; N], String> {
+        let from = self.place(address, bytes)?;
+        self.watched
+            .touch(from, bytes, |grain| grain.read(access))?;
+        let mut found = [0; N];
+        found[..bytes].copy_from_slice(&self.watched.bytes[from..from + bytes]);
+        Ok(found)
+    }
+
+    pub(super) fn write(
+        &mut self,
+        address: u64,
+        bytes: &[u8],
+        access: Access,
+    ) -> Result<(), String> {
+        self.claim(address, bytes.len(), access)?;
+        let from = address as usize;
+        self.watched.bytes[from..from + bytes.len()].copy_from_slice(bytes);
+        Ok(())
+    }
+
+    /// A write that may happen from now on.
+    pub(super) fn claim(
+        &mut self,
+        address: u64,
+        bytes: usize,
+        access: Access,
+    ) -> Result<(), String> {
+        let from = self.place(address, bytes)?;
+        self.watched.touch(from, bytes, |grain| grain.write(access))
+    }
+}

@@ -1,5 +1,7 @@
 //! Instructions that compute with a unit's own registers. A register holds its bits, zeros above them.
 
+use std::cmp::Ordering;
+
 use half::{bf16, f16};
 
 use super::parse::Operand;
@@ -211,24 +213,27 @@ pub(super) fn compute(parts: &[&str], to: usize, from: &[Operand]) -> Result<Com
 
 fn comparison(how: &str, of: &str, to: usize, from: [Operand; 2]) -> Result<Compute, String> {
     if of == "f32" {
-        let holds: fn(f32, f32) -> bool = match how {
-            "eq" => |a, b| a == b,
-            "ne" => |a, b| a < b || a > b,
-            "lt" => |a, b| a < b,
-            "le" => |a, b| a <= b,
-            "gt" => |a, b| a > b,
-            "ge" => |a, b| a >= b,
-            "equ" => |a, b| !(a < b || a > b),
-            "neu" => |a, b| a != b,
-            "ltu" => |a, b| !(a >= b),
-            "leu" => |a, b| !(a > b),
-            "gtu" => |a, b| !(a <= b),
-            "geu" => |a, b| !(a < b),
-            "num" => |a, b| !a.is_nan() && !b.is_nan(),
-            "nan" => |a, b| a.is_nan() || b.is_nan(),
+        // And whether it holds with a NaN.
+        let (holds, unordered): (fn(Ordering) -> bool, bool) = match how {
+            "eq" => (Ordering::is_eq, false),
+            "ne" => (Ordering::is_ne, false),
+            "lt" => (Ordering::is_lt, false),
+            "le" => (Ordering::is_le, false),
+            "gt" => (Ordering::is_gt, false),
+            "ge" => (Ordering::is_ge, false),
+            "equ" => (Ordering::is_eq, true),
+            "neu" => (Ordering::is_ne, true),
+            "ltu" => (Ordering::is_lt, true),
+            "leu" => (Ordering::is_le, true),
+            "gtu" => (Ordering::is_gt, true),
+            "geu" => (Ordering::is_ge, true),
+            "num" => (|_| true, false),
+            "nan" => (|_| false, true),
             _ => return Err("this comparison is not known".into()),
         };
-        return Ok(binary(to, from, move |a, b| holds(f(a), f(b)).into()));
+        return Ok(binary(to, from, move |a, b| {
+            f(a).partial_cmp(&f(b)).map_or(unordered, holds).into()
+        }));
     }
     let value: fn(u64) -> i128 = match of {
         "s32" => |v| s(v).into(),

@@ -147,7 +147,7 @@ impl Cube<'_> {
                 false => row % 8 * 16 + k % 8 * 2,
             };
             let address = bytes(0) + row / 8 * bytes(32) + k / 8 * bytes(16) + inside;
-            let found: [u8; 2] = self.shared.read(address as u64, 2, accesses[0])?;
+            let found: [u8; 2] = self.shared.read_shown(address as u64, 2, accesses[0])?;
             Ok(numbers(u16::from_le_bytes(found).into(), kind)[0])
         };
         let mut side = |descriptor, transposed, rows: std::ops::Range<usize>| {

@@ -77,10 +77,12 @@ impl<'a> Cube<'a> {
             }
         };
         let all = units.iter().product::<u32>();
+        let mut instructions = program.instructions.iter();
+        let shows = instructions.any(|instruction| matches!(instruction.step, Step::Show));
         Self {
             program,
             units: (0..all).map(unit).collect(),
-            shared: Shared::new(shared),
+            shared: Shared::new(shared, if shows { all as usize } else { 0 }),
             global,
             turn: 0,
             plane_turns: vec![0; (all as usize).div_ceil(PLANE)],
@@ -346,6 +348,7 @@ impl<'a> Cube<'a> {
                     }
                 }
             }
+            Step::Show => self.shared.show(access.unit),
             Step::AwaitProducts | Step::Nothing => {}
             _ => {
                 unit.state = State::Waits;

@@ -38,6 +38,8 @@ struct Grain {
     read_before: Option<Access>,
     /// Read as what no one writes.
     constant: bool,
+    /// Written and not shown to `wgmma` yet.
+    hidden: bool,
 }
 
 impl Grain {
@@ -74,6 +76,7 @@ impl Grain {
             return Err(format!("{now:?} writes what is read as a constant"));
         }
         self.written = Some(now);
+        self.hidden = true;
         Ok(())
     }
 }
@@ -167,7 +170,7 @@ impl Global {
                 buffer.end - buffer.start
             ));
         }
-        if offset % bytes != 0 {
+        if !offset.is_multiple_of(bytes) {
             return Err(format!("{bytes} bytes at {offset}, which is not aligned"));
         }
         Ok((buffer.memory, offset))
@@ -211,13 +214,42 @@ impl Global {
 /// Memory of a cube.
 pub(super) struct Shared {
     watched: Watched,
+    /// By unit, where it has written since it last showed that to `wgmma`; of no unit in a kernel that shows nothing.
+    hidden: Vec<Vec<usize>>,
 }
 
 impl Shared {
-    pub(super) fn new(bytes: usize) -> Self {
+    pub(super) fn new(bytes: usize, units: usize) -> Self {
         Self {
             watched: Watched::new(vec![0xff; bytes]),
+            hidden: vec![Vec::new(); units],
         }
+    }
+
+    /// A unit shows what it has written to `wgmma`.
+    pub(super) fn show(&mut self, unit: u32) {
+        for grain in self.hidden[unit as usize].drain(..) {
+            let by = self.watched.grains[grain].written;
+            if by.is_some_and(|by| by.unit == unit) {
+                self.watched.grains[grain].hidden = false;
+            }
+        }
+    }
+
+    /// What `wgmma` reads for a unit.
+    pub(super) fn read_shown<const N: usize>(
+        &mut self,
+        address: u64,
+        bytes: usize,
+        access: Access,
+    ) -> Result<[u8; N], String> {
+        let from = self.place(address, bytes)?;
+        self.watched
+            .touch(from, bytes, |grain| match grain.hidden {
+                true => Err(format!("{:?} has not shown what it wrote", grain.written)),
+                false => Ok(()),
+            })?;
+        self.read(address, bytes, access)
     }
 
     fn place(&self, address: u64, bytes: usize) -> Result<usize, String> {
@@ -225,7 +257,7 @@ impl Shared {
         if address as usize + bytes > size {
             return Err(format!("{bytes} bytes at {at} of {size} of shared memory"));
         }
-        if at % bytes != 0 {
+        if !at.is_multiple_of(bytes) {
             return Err(format!(
                 "{bytes} bytes at {at} of shared memory, which is not aligned"
             ));
@@ -267,6 +299,10 @@ impl Shared {
         access: Access,
     ) -> Result<(), String> {
         let from = self.place(address, bytes)?;
+        let grains = from / GRAIN..(from + bytes).div_ceil(GRAIN);
+        if let Some(hidden) = self.hidden.get_mut(access.unit as usize) {
+            hidden.extend(grains);
+        }
         self.watched.touch(from, bytes, |grain| grain.write(access))
     }
 }

@@ -104,6 +104,8 @@ pub(super) enum Step {
         transposes: [bool; 2],
     },
     AwaitProducts,
+    /// Shows what the unit has written to shared memory to `wgmma`.
+    Show,
     Nothing,
 }
 
@@ -427,6 +429,7 @@ impl Parser {
                 }
                 _ => return Err("this product is not known".into()),
             },
+            "fence" if opcode == "fence.proxy.async.shared::cta" => Step::Show,
             // Units run one after the other: what one has written, all see.
             "fence" => Step::Nothing,
             _ => {

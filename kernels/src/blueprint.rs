@@ -134,11 +134,15 @@ impl Blueprint {
 
     /// For the fused op on a GPU, where the problem is small.
     pub(crate) fn small(client: &Client) -> Result<Self, Error> {
-        let plane = Self::new(client, Strategy::Forced(Variant::Plane))?;
         let hardware = &client.properties().hardware;
+        if hardware.num_cpu_cores.is_some() {
+            return Err(Error::NoGpu { variant: "small" });
+        }
         // Its many sums go through shared memory where units cannot exchange registers.
-        let shared = if plane.plane > 1 { 16 << 10 } else { 24 << 10 };
-        if hardware.max_shared_memory_size < shared {
+        let exchanges = exchanging_units(client) > 1;
+        let shared = if exchanges { 16 << 10 } else { 24 << 10 };
+        let has_units = hardware.max_units_per_cube as usize >= PLANE_UNITS;
+        if !has_units || hardware.max_shared_memory_size < shared {
             return Err(Error::Variant {
                 variant: "small",
                 needed: PLANE_UNITS,
@@ -147,6 +151,7 @@ impl Blueprint {
                 memory: hardware.max_shared_memory_size,
             });
         }
+        let plane = Self::new(client, Strategy::Forced(Variant::Plane))?;
         Ok(Self {
             variant: Variant::Small,
             ..plane

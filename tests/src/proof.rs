@@ -41,7 +41,7 @@ pub struct Row {
     pub ldmatrix: usize,
     /// Those of them that transpose.
     pub transposed: usize,
-    /// Of a kernel with `wgmma`, what orders copies and products, in the text's order.
+    /// Of a kernel that copies to shared memory, what orders copies and products, and these, in the text's order.
     pub pipeline: Vec<String>,
     /// Loads of 16 bytes from global memory in the text.
     pub wide_loads: usize,
@@ -122,12 +122,18 @@ fn row(op: &str, dtype: FloatKind, compiled: &Compiled, ptxas: Option<&Path>) ->
     }
 }
 
-/// Copies, products and barriers, but nothing of a kernel without `wgmma`.
+/// Copies, products and barriers, but nothing of a kernel without copies.
 fn pipeline(ptx: &str) -> Vec<String> {
-    if !ptx.contains("wgmma.mma_async.") {
+    if !ptx.contains("cp.async.") {
         return Vec::new();
     }
-    let orders = ["cp.async.", "wgmma.", "fence.proxy.", "bar.sync"];
+    let orders = [
+        "cp.async.",
+        "mma.sync.",
+        "wgmma.",
+        "fence.proxy.",
+        "bar.sync",
+    ];
     let instruction = |line: &str| {
         let line = line.trim().trim_end_matches(';');
         let first = line.split_whitespace().next()?.to_owned();

@@ -1,4 +1,4 @@
-//! A training run in a folder: `config.json`, `data.json`, `metrics.jsonl`, `curves.svg`, `checkpoint/`, `model.bpk`
+//! A training run in a folder: `config.json`, `data.json`, `metrics.jsonl`, `curves.svg`, `checkpoint/`, `model.bpk`,
 //! `prototypes.safetensors`, the digest of both `model.json`, `accuracy.json`, and for a run on files `cache/`. The same configuration on
 //! the same CPU gives the same bytes in each; on a GPU Burn's convolutions tune themselves, and another choice sums in another order.
 

@@ -193,6 +193,8 @@ fn fused_loss<const D: usize>(
     )?;
     unweighted(&options.loss, heads)?;
     row_labels(&labels, rows, &embeddings.device())?;
+    // The embeddings may have no gradient, and so nothing that the labels differ from.
+    together("labels", &labels.device(), &weights.device())?;
     let results = <Dispatch as ProtoheadOps>::protohead_fused(
         embeddings.into_dispatch(),
         weights.into_dispatch(),
@@ -220,6 +222,8 @@ pub fn predictions(
         loss: LossOptions::default(),
         ..options.clone()
     };
+    let (scale, active, tf32) = (options.scale, options.active, options.allow_tf32);
+    product_operands(&embeddings, &weights, scale, active, tf32)?;
     // The loss finds them, whatever the labels are.
     let labels = Tensor::zeros([rows], (&embeddings.device(), DType::I32));
     // A parameter that is only detached still has a gradient computed, and kept for a backward pass that never comes.
@@ -319,6 +323,8 @@ pub fn reconstruction(
             });
         }
     }
+    // The whole may have no gradient, and so nothing that the parts differ from.
+    together("second part", &second.device(), &first.device())?;
     sized("whole", &whole.dims())?;
     storable("whole", &whole)?;
     Ok(Tensor::from_dispatch(

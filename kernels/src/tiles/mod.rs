@@ -1,8 +1,8 @@
 //! Products of whole tiles on a GPU: the plane, cmma and wgmma variants of ops with a product, which differ in what multiplies.
 //!
 //! A cube multiplies two tiles of `side` rows that share a reduced axis. Both go through shared memory in
-//! slabs of `depth`, two stages of them: while the planes multiply one, the next waits in registers. With `wgmma` there are four
-//! stages, and later slabs are copied there meanwhile. `down` planes lie along the rows and `across` along the columns; each owns its
+//! slabs of `depth`, two stages of them: while the planes multiply one, the next waits in registers. On tensor cores, where kernels may
+//! have PTX of our own, there are three stages, or four for `wgmma`, and later slabs are copied there meanwhile. `down` planes lie along the rows and `across` along the columns; each owns its
 //! part of the results, in fragments of 16 × 8.
 //!
 //! The operands are unit-norm rows, zero-padded to whole tiles, so no product looks at a bound; the
@@ -10,8 +10,8 @@
 //!
 //! | variant | engine | instruction | packed operands |
 //! |---|---|---|---|
-//! | cmma | `Mma` | `ldmatrix`, `mma.sync.m16n8k16` | f16, bf16 |
-//! | cmma | `Tf32` | `ldmatrix` of rows, `mma.sync.m16n8k8` | TF32, of f32 operands, where the caller allows it |
+//! | cmma | `Mma` | `cp.async`, `ldmatrix`, `mma.sync.m16n8k16` | f16, bf16 |
+//! | cmma | `Tf32` | `cp.async`, `ldmatrix` of rows, `mma.sync.m16n8k8` | TF32, of f32 operands, where the caller allows it |
 //! | wgmma | `Wgmma` | `cp.async`, `wgmma.m64n128k16` | f16, bf16 |
 //! | plane | `Fma` | multiply-adds, on any device | f32 |
 //!
@@ -20,6 +20,7 @@
 
 mod backward;
 mod chunks;
+mod copied;
 mod exponential;
 mod fragments;
 mod logits;
@@ -294,10 +295,11 @@ impl Tile {
         }
     }
 
-    /// Slabs in shared memory at a time.
+    /// Slabs in shared memory at a time: one that is multiplied, and later ones.
     pub(crate) fn stages(&self) -> usize {
         match self.engine {
-            Engine::Wgmma => warpgroup::STAGES,
+            Engine::Wgmma => 4,
+            _ if self.ptx => 3,
             _ => 2,
         }
     }

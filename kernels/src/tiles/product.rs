@@ -2,6 +2,7 @@
 
 use cubecl::prelude::*;
 
+use super::copied::add_copied_slabs;
 use super::fragments::multiply_fragments;
 use super::results::{of_four, place, result_of};
 use super::stage::{Lies, Source, fetch, stash};
@@ -29,6 +30,20 @@ pub(crate) fn tile_product<E: Float, N: Size>(
     }
     if comptime!(tile.engine == Engine::Wgmma) {
         warpgroup::add_slabs(
+            results,
+            left,
+            left_at,
+            right,
+            right_at,
+            slabs,
+            left_stages,
+            right_stages,
+            left_lies,
+            right_lies,
+            tile,
+        );
+    } else if comptime!(tile.ptx) {
+        add_copied_slabs(
             results,
             left,
             left_at,

@@ -1,5 +1,6 @@
 //! PTX that CubeCL has no operation for, as operations of its intermediate representation that become LLVM's inline assembly.
 
+use cubecl::ir::Scope;
 use cubecl::ir::attributes::IndexAttr;
 use cubecl::ir::interfaces::side_effects::{MemoryEffect, MemoryEffectsOp};
 use cubecl::ir::prelude::*;
@@ -38,6 +39,12 @@ pub(super) struct Operands {
 )]
 #[op_traits(CanMaterialize)]
 pub(super) struct PtxOp;
+
+/// Puts an operation of PTX into the kernel.
+pub(super) fn register(scope: &Scope, text: &str, operands: Operands) {
+    let op = PtxOp::new(scope.ctx_mut(), text.to_owned(), operands);
+    scope.register(&op);
+}
 
 impl PtxOp {
     pub(super) fn new(ctx: &mut Context, text: String, operands: Operands) -> Self {

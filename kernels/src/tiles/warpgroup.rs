@@ -1,20 +1,17 @@
-//! Products of tiles on Hopper's tensor cores: four planes together begin `wgmma`, which reads both operands from shared memory, while
-//! `cp.async` brings later slabs there.
+//! Products of tiles on Hopper's tensor cores: four planes together begin `wgmma`, which reads both operands from shared memory.
 
 use cubecl::prelude::*;
 
 use super::Tile;
+use super::copied::{await_copies, copy, end_copies};
 #[cfg(feature = "cuda")]
-use super::ptx::{Operands, PtxOp};
-use super::stage::{Lies, Source, fetched, first_brought, stashed};
+use super::ptx::{Operands, register};
+use super::stage::{Lies, Source};
 #[cfg(feature = "cuda")]
 use super::wgmma::multiplication;
 
 /// Rows that one `wgmma` multiplies: sixteen of each of four planes.
 pub(super) const ROWS: usize = 64;
-/// Slabs in shared memory: one that is multiplied, and later ones on their way.
-pub(super) const STAGES: usize = 4;
-const AHEAD: usize = STAGES - 1;
 
 /// Adds the products of all slabs to the results.
 #[cube]
@@ -31,20 +28,21 @@ pub(super) fn add_slabs<E: Float, N: Size>(
     #[comptime] right_lies: Lies,
     #[comptime] tile: Tile,
 ) {
+    let ahead = comptime!(tile.stages() - 1);
     #[unroll]
-    for slab in 0..AHEAD {
+    for slab in 0..ahead {
         let slab = slab.runtime();
         if slab < slabs {
-            copy(left_stages, left, left_at, slab, left_lies, tile);
-            copy(right_stages, right, right_at, slab, right_lies, tile);
+            copy(left_stages, slab, left, left_at, slab, left_lies, tile);
+            copy(right_stages, slab, right, right_at, slab, right_lies, tile);
         }
         end_copies();
     }
     for slab in 0..slabs {
         // What was copied for later slabs may be on its way.
-        await_copies(comptime!(AHEAD - 1));
+        await_copies(comptime!(ahead - 1), true);
         sync_cube();
-        let stage = slab % comptime!(STAGES);
+        let stage = slab % comptime!(tile.stages());
         let left_stage = stage * comptime!(tile.stage(left_lies));
         let right_stage = stage * comptime!(tile.stage(right_lies));
         let piece = comptime!(tile.piece());
@@ -57,91 +55,16 @@ pub(super) fn add_slabs<E: Float, N: Size>(
             tile,
         );
         // Into the stage of the slab before, which every plane had multiplied before the barrier.
-        let later = slab + comptime!(AHEAD);
+        let later = slab + ahead;
+        let to = later % comptime!(tile.stages());
         if later < slabs {
-            copy(left_stages, left, left_at, later, left_lies, tile);
-            copy(right_stages, right, right_at, later, right_lies, tile);
+            copy(left_stages, to, left, left_at, later, left_lies, tile);
+            copy(right_stages, to, right, right_at, later, right_lies, tile);
         }
         end_copies();
-        // Left to run on, its sums would be moved between registers in the loop, and ptxas would not let products overlap at all.
         await_products(results, tile);
     }
     sync_cube();
-}
-
-/// Begins to copy this unit's part of a slab into its stage.
-#[cube]
-fn copy<E: Float, N: Size>(
-    stages: &mut [E],
-    source: &[Vector<E, N>],
-    at: &Source,
-    slab: usize,
-    #[comptime] lies: Lies,
-    #[comptime] tile: Tile,
-) {
-    let start = slab % comptime!(STAGES) * comptime!(tile.stage(lies));
-    let first = first_brought(UNIT_POS as usize, lies, tile);
-    #[unroll]
-    for p in 0..comptime!(tile.brought()) {
-        let v = first + p * comptime!(tile.units());
-        let from = fetched(v, at, slab, lies, tile);
-        let to = start + stashed(v, lies, tile);
-        copy_piece(
-            &mut stages[to..to + comptime!(tile.piece())],
-            &source[from..from + 1],
-        );
-    }
-}
-
-/// Puts an operation of PTX into the kernel.
-#[cfg(feature = "cuda")]
-fn register(scope: &Scope, text: &str, operands: Operands) {
-    let op = PtxOp::new(scope.ctx_mut(), text.to_owned(), operands);
-    scope.register(&op);
-}
-
-/// Begins to copy 16 bytes from global to shared memory.
-#[cube]
-fn copy_piece<E: Float, N: Size>(to: &mut [E], from: &[Vector<E, N>]) {
-    intrinsic!(|scope| {
-        #[cfg(feature = "cuda")]
-        {
-            // SAFETY: only the address is taken.
-            let (to, from) = unsafe {
-                (
-                    *to.__expand_as_mut_ptr_method(scope),
-                    *from.__expand_as_ptr_method(scope),
-                )
-            };
-            let operands = Operands {
-                shared: vec![to.value(scope)],
-                global: vec![from.value(scope)],
-                ..Default::default()
-            };
-            register(scope, "cp.async.cg.shared.global [$0], [$1], 16;", operands);
-        }
-    })
-}
-
-/// What was begun to be copied since the last time is one group.
-#[cube]
-fn end_copies() {
-    intrinsic!(|scope| {
-        #[cfg(feature = "cuda")]
-        register(scope, "cp.async.commit_group;", Operands::default());
-    })
-}
-
-/// Waits for this unit's copies but the last `groups`, and shows them to `wgmma`.
-#[cube]
-fn await_copies(#[comptime] groups: usize) {
-    intrinsic!(|scope| {
-        #[cfg(feature = "cuda")]
-        {
-            let text = format!("cp.async.wait_group {groups};\nfence.proxy.async.shared::cta;");
-            register(scope, &text, Operands::default());
-        }
-    })
 }
 
 /// Begins to multiply the slabs that begin there. Nobody may write them, nor touch the results, before [`await_products`].
@@ -178,7 +101,8 @@ fn multiply<E: Float>(
     })
 }
 
-/// Waits for this plane's products.
+/// Waits for this plane's products. Left to run on, its sums would be moved between registers in the loop, and ptxas would not let
+/// products overlap at all.
 #[cube]
 fn await_products(results: &mut Array<f32>, #[comptime] tile: Tile) {
     intrinsic!(|scope| {

@@ -158,6 +158,9 @@ pub(super) fn compute(parts: &[&str], to: usize, from: &[Operand]) -> Result<Com
         ("mul", "s32" | "u32") if parts[1] == "lo" => {
             binary(to, two()?, |a, b| a.wrapping_mul(b) & M32)
         }
+        ("mul", "u32") if parts[1] == "hi" => {
+            binary(to, two()?, |a, b| ((a & M32) * (b & M32)) >> 32)
+        }
         ("mul", "u32") if parts[1] == "wide" => binary(to, two()?, |a, b| (a & M32) * (b & M32)),
         ("mul", "s32") if parts[1] == "wide" => {
             binary(to, two()?, |a, b| s(a).wrapping_mul(s(b)) as u64)

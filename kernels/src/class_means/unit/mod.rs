@@ -32,10 +32,7 @@ pub(super) fn launch(call: &AccumulateCall) -> Result<(), Error> {
     let [_, heads, classes, dim] = call.sums.shape();
     match streaming_units(call.blueprint.units, [heads, classes, dim]) {
         Some(_) => streamed::launch(call),
-        None => {
-            sorted::launch(call);
-            Ok(())
-        }
+        None => sorted::launch(call),
     }
 }
 

@@ -12,22 +12,26 @@ use cubecl::prelude::*;
 
 use super::{classify, read_first, told};
 use crate::class_means::launch::AccumulateCall;
+use crate::error::Error;
 use crate::loss::target::{LabelRule, is_class, label_rule};
 use crate::math::norm::{no_squares, norm_of};
 use crate::math::span::share;
 use crate::math::sum::KahanLanes;
-use crate::operand::{RowStrides, whole};
+use crate::operand::{RowStrides, addressable, whole};
 
 /// Elements of the rows that stay in the cache between their two readings.
 const BLOCK: usize = 1 << 12;
 /// Vectors of columns that are summed side by side.
 const WIDTH: usize = 4;
 
-pub(super) fn launch(call: &AccumulateCall) {
+pub(super) fn launch(call: &AccumulateCall) -> Result<(), Error> {
     let client = call.client;
     let [heads, rows, dim] = call.embeddings.dims3();
     let classes = call.sums.counts.shape()[0];
     let vector = call.embeddings.vector_size(call.blueprint);
+    // Rows of a head, and one more for each class that has some.
+    let work = rows as u128 + rows.min(classes) as u128;
+    addressable("a batch", heads as u128 * work)?;
     let rule = label_rule(call.labels.dtype(), classes, call.sums.options.ignore_index);
     let blueprint = call.blueprint.for_elements(heads * (rows + classes) * dim);
     let (count, cube) = blueprint.unit_grid(client);
@@ -64,6 +68,7 @@ pub(super) fn launch(call: &AccumulateCall) {
             call.labels.dtype(),
         );
     }
+    Ok(())
 }
 
 #[cube(launch_unchecked)]

@@ -5,7 +5,7 @@ use burn::tensor::quantization::QuantScheme;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use protohead::burn::{
     CosineHeads, CosineHeadsConfig, cosine_cross_entropy, cosine_cross_entropy_by_row,
-    cross_entropy_by_row,
+    cross_entropy_by_row, predictions, reconstruction,
 };
 use protohead::{Error, LossOptions, Reduction, cosine_cross_entropy as fused, cross_entropy};
 
@@ -163,6 +163,29 @@ fn two_ways_to_checkpoint_gradients_are_refused() {
     let weights = tensor(&numbers(90, 2), [3, 5, 6], &checkpointing);
     let loss = cosine_cross_entropy(embeddings, weights, labels(&device), &Default::default());
     refused(loss.map(drop), "labels");
+    // The first operand has no gradient to differ in.
+    let plain = Device::cpu();
+    let frozen = tensor(&numbers(126, 1), [3, 7, 6], &plain);
+    let weights = tensor(&numbers(90, 2), [3, 5, 6], &device);
+    let labels = labels(&checkpointing);
+    let loss = cosine_cross_entropy(frozen, weights, labels, &Default::default());
+    refused(loss.map(drop), "labels");
+    let part = |device| tensor(&numbers(42, 1), [7, 6], device);
+    let loss = reconstruction(part(&plain), part(&device), part(&checkpointing));
+    refused(loss.map(drop), "second part");
+}
+
+/// A view that takes no memory, of more rows than there is memory for labels.
+#[test]
+fn predictions_of_too_many_rows_are_refused_before_anything_is_allocated() {
+    let device = Device::cpu();
+    let rows = tensor(&numbers(6, 1), [1, 1, 6], &device).expand([1, 1 << 30, 6]);
+    let weights = tensor(&numbers(30, 2), [1, 5, 6], &device);
+    let refused = predictions(rows, weights, &Default::default()).map(drop);
+    assert!(
+        matches!(refused, Err(Error::TooLarge { .. })),
+        "{refused:?}"
+    );
 }
 
 #[test]

@@ -62,14 +62,17 @@ impl RunConfig {
                 return Err(format!("{option} is {value}, expected {least} to {most}"));
             }
         }
-        for (option, value) in [
-            ("scale", self.scale),
-            ("learning-rate", self.learning_rate),
-            ("lambda", self.lambda),
-            ("lambda-shuffled", self.lambda_shuffled),
+        for (option, value, may_be_zero) in [
+            ("scale", self.scale, false),
+            ("learning-rate", self.learning_rate, false),
+            ("lambda", self.lambda, true),
+            ("lambda-shuffled", self.lambda_shuffled, true),
         ] {
             if !(0.0..=1e6).contains(&value) {
                 return Err(format!("{option} is {value}, expected 0 to 1000000"));
+            }
+            if value == 0.0 && !may_be_zero {
+                return Err(format!("{option} is 0: nothing would be learnt"));
             }
         }
         Ok(())

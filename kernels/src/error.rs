@@ -161,14 +161,14 @@ pub enum Error {
         most: [usize; 4],
     },
     /// The output that a backward pass was given is of a forward pass with other options.
-    #[error("{option} is {}, but was {} in the forward pass", *backward as f32, *forward as f32)]
+    #[error("{option} is {backward}, but was {forward} in the forward pass")]
     OtherForward {
         /// The option's name.
         option: &'static str,
         /// Its value in the forward pass.
-        forward: f64,
+        forward: String,
         /// Its value in the backward pass.
-        backward: f64,
+        backward: String,
     },
     /// A label is neither a class nor ignored.
     #[error(

@@ -24,7 +24,7 @@ pub(crate) struct Kernel {
 pub(crate) struct Emulated {
     memories: HashMap<ManagedMemoryId, (ManagedMemoryHandle, Vec<u8>)>,
     kernels: HashMap<KernelId, Kernel>,
-    /// What the first launch that failed did: nothing is read after it.
+    /// What the first launch that failed did, until somebody is told.
     failed: Option<String>,
 }
 
@@ -60,9 +60,7 @@ impl Emulated {
 
     /// What is there; or what went wrong before.
     pub(crate) fn read(&mut self, descriptors: &[CopyDescriptor]) -> Result<Vec<Bytes>, String> {
-        if let Some(failed) = self.failed.take() {
-            return Err(failed);
-        }
+        self.told()?;
         let found = descriptors.iter().map(|from| {
             let (start, _) = range(&from.handle);
             let bytes = from.shape.iter().product::<usize>() * from.elem_size;
@@ -71,6 +69,11 @@ impl Emulated {
             Ok(Bytes::from_elems(memory[start..start + bytes].to_vec()))
         });
         found.collect()
+    }
+
+    /// What went wrong since the last time, if anything did.
+    pub(crate) fn told(&mut self) -> Result<(), String> {
+        self.failed.take().map_or(Ok(()), Err)
     }
 
     pub(crate) fn knows(&self, kernel: &KernelId) -> bool {

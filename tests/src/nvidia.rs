@@ -228,6 +228,13 @@ impl Nvidia {
     }
 }
 
+fn emulation(reason: String) -> ServerError {
+    ServerError::Generic {
+        reason,
+        backtrace: BackTrace::capture(),
+    }
+}
+
 impl DeviceService for Nvidia {
     fn init(device: DeviceId) -> Self {
         let arch = u32::from(device.type_id);
@@ -282,10 +289,7 @@ impl Server for Nvidia {
     ) -> DynFut<Result<Vec<Bytes>, ServerError>> {
         if let Some(emulated) = &mut self.emulated {
             let found = emulated.read(&descriptors);
-            let found = found.map_err(|reason| ServerError::Generic {
-                reason,
-                backtrace: BackTrace::capture(),
-            });
+            let found = found.map_err(emulation);
             return Box::pin(async move { found });
         }
         let zeros = descriptors
@@ -308,7 +312,9 @@ impl Server for Nvidia {
         _handles: Vec<BufferBinding>,
         _stream: StreamId,
     ) -> DynFut<Result<(), ServerError>> {
-        Box::pin(async { Ok(()) })
+        let told = self.emulated.as_mut().map_or(Ok(()), Emulated::told);
+        let told = told.map_err(emulation);
+        Box::pin(async move { told })
     }
 
     fn check(

@@ -75,7 +75,7 @@ pub(crate) struct Train {
     /// Synthesised voices to train on, 1 to 10000.
     #[arg(long, default_value_t = 40, allow_negative_numbers = true)]
     voices: usize,
-    /// Base classes: with --ways divides all keywords into whole sessions. Without it, sessions take up to three sevenths.
+    /// Base classes: the other keywords have to be whole sessions of --ways. Without it there are up to five sessions, of three sevenths.
     #[arg(long, allow_negative_numbers = true)]
     base: Option<usize>,
     /// New classes of each incremental session.

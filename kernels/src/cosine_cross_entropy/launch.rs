@@ -89,7 +89,7 @@ pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<Lo
 
 /// The gradients of the operands, from the output of [`forward`]. It can be called more than once.
 ///
-/// Inputs, scale, active classes and ignored label must be those of the forward pass. Reduction, label smoothing and head weights may
+/// Inputs, scale, active classes and ignored label must be those of the forward pass, which of the inputs is not checked. Reduction, label smoothing and head weights may
 /// differ.
 ///
 /// # Errors

@@ -65,30 +65,25 @@ pub(crate) struct Asked {
 impl Asked {
     /// Proves that a backward pass is asked the same.
     fn same(&self, backward: &Self) -> Result<(), Error> {
-        let options = [
-            ("scale", f64::from(self.scale), f64::from(backward.scale)),
-            (
-                "the number of active classes",
-                self.active as f64,
-                backward.active as f64,
-            ),
-            (
-                "ignore_index",
-                f64::from(self.ignore_index),
-                f64::from(backward.ignore_index),
-            ),
-        ];
-        match options
-            .into_iter()
-            .find(|(_, forward, backward)| forward != backward)
-        {
-            Some((option, forward, backward)) => Err(Error::OtherForward {
-                option,
-                forward,
-                backward,
-            }),
-            None => Ok(()),
-        }
+        same("scale", self.scale, backward.scale)?;
+        let option = "the number of active classes";
+        same(option, self.active, backward.active)?;
+        same("ignore_index", self.ignore_index, backward.ignore_index)
+    }
+}
+
+fn same<T: PartialEq + ToString>(
+    option: &'static str,
+    forward: T,
+    backward: T,
+) -> Result<(), Error> {
+    match forward == backward {
+        true => Ok(()),
+        false => Err(Error::OtherForward {
+            option,
+            forward: forward.to_string(),
+            backward: backward.to_string(),
+        }),
     }
 }
 

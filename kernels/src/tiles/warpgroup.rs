@@ -101,8 +101,8 @@ fn multiply<E: Float>(
     })
 }
 
-/// Waits for this plane's products. Left to run on, its sums would be moved between registers in the loop, and ptxas would not let
-/// products overlap at all.
+/// Waits for this plane's products. If they ran on, ptxas would move their sums between registers in the loop, and then let no products
+/// overlap at all.
 #[cube]
 fn await_products(results: &mut Array<f32>, #[comptime] tile: Tile) {
     intrinsic!(|scope| {

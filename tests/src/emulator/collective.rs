@@ -132,11 +132,11 @@ impl Cube<'_> {
         accesses: &[Access],
         kind: Kind,
         sums: &[usize],
-        descriptors: [Operand; 2],
+        [left, right, adds]: [Operand; 3],
         transposes: [bool; 2],
     ) -> Result<(), String> {
         let first_row = units[0] / super::cube::PLANE % 4 * 16;
-        let [left, right] = descriptors.map(|of| of.of(&self.units[units[0]].registers));
+        let [left, right] = [left, right].map(|of| of.of(&self.units[units[0]].registers));
         let mut read = |descriptor: u64, transposed: bool, row: usize, k: usize| {
             let bytes = |bit: u32| (descriptor >> bit & 0x3fff) as usize * 16;
             if descriptor >> 46 != 0 {
@@ -166,7 +166,9 @@ impl Cube<'_> {
                 let column = &rights[d / 4 * 8 + lane % 4 * 2 + d % 2];
                 let products = row.iter().zip(column).map(|(a, b)| a * b);
                 let registers = &mut self.units[unit].registers;
-                registers[register] = sum(products, registers[register]);
+                let adds = adds.of(registers) != 0;
+                let more = if adds { registers[register] } else { 0 };
+                registers[register] = sum(products, more);
             }
         }
         Ok(())

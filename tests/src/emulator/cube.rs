@@ -111,6 +111,13 @@ impl<'a> Cube<'a> {
                     ));
                 }
             }
+            for plane in self.units.chunks(PLANE) {
+                let mut waits = plane.iter().filter(|unit| unit.state == State::Waits);
+                let first = waits.next().map(|unit| unit.at);
+                if waits.any(|unit| Some(unit.at) != first) {
+                    return Err("units of a plane are at two barriers".into());
+                }
+            }
             self.turn += 1;
             for unit in &mut self.units {
                 if unit.state == State::Waits {
@@ -206,6 +213,9 @@ impl<'a> Cube<'a> {
         };
         let accesses: Vec<Access> = there.iter().map(|&unit| access(unit)).collect();
         let result = match &instruction.step {
+            Step::PlaneBarrier(_) if mask != 0xffff_ffff => {
+                Err("a barrier of part of a plane is not known".into())
+            }
             Step::PlaneBarrier(_) => {
                 self.plane_turns[plane] += 1;
                 Ok(())
@@ -234,9 +244,11 @@ impl<'a> Cube<'a> {
                 sums,
                 left,
                 right,
+                adds,
                 transposes,
             } => {
-                self.multiply_together(&there, &accesses, *kind, sums, [*left, *right], *transposes)
+                let operands = [*left, *right, *adds];
+                self.multiply_together(&there, &accesses, *kind, sums, operands, *transposes)
             }
             _ => Err("nothing to do together".into()),
         };
@@ -333,7 +345,7 @@ impl<'a> Cube<'a> {
             }
             Step::Copy { to, from } => {
                 let copy = [*to, *from].map(|address: Address| address.of(&unit.registers));
-                self.shared.claim(copy[0], 16, access)?;
+                self.shared.begin_copy(copy[0], 16, access)?;
                 unit.open.push(copy);
             }
             Step::EndCopies => {
@@ -344,7 +356,7 @@ impl<'a> Cube<'a> {
                 while unit.groups.len() > *left {
                     for [to, from] in unit.groups.pop_front().unwrap_or_default() {
                         let bytes: [u8; 16] = self.global.read(from, 16, access, false)?;
-                        self.shared.write(to, &bytes, access)?;
+                        self.shared.end_copy(to, &bytes, access)?;
                     }
                 }
             }

@@ -33,38 +33,53 @@ impl Access {
 #[derive(Clone, Copy, Debug, Default)]
 struct Grain {
     written: Option<Access>,
-    /// The last read of each: of the last plane, and of one before it in the same turn.
+    /// The last read, and the last that was not ordered with the one after it: by another cube, another plane, or another unit.
     read: Option<Access>,
-    read_before: Option<Access>,
+    read_before: [Option<Access>; 3],
     /// Read as what no one writes.
     constant: bool,
     /// Written and not shown to `wgmma` yet.
     hidden: bool,
+    /// A copy may change it at any time.
+    copying: bool,
 }
 
 impl Grain {
     fn read(&mut self, now: Access) -> Result<(), String> {
+        if self.copying {
+            return Err(format!("{now:?} reads what is being copied"));
+        }
         if let Some(written) = self.written
             && now.races(&written)
         {
             return Err(format!("{now:?} reads what {written:?} writes"));
         }
         if let Some(read) = self.read
-            && read != now
             && now.races(&read)
         {
-            // One that a write must not follow, whatever follows the other.
-            self.read_before = Some(read);
+            // A write must not follow either of the two, whoever writes.
+            let slot = match (read.cube == now.cube, read.plane() == now.plane()) {
+                (false, _) => 0,
+                (true, false) => 1,
+                (true, true) => 2,
+            };
+            self.read_before[slot] = Some(read);
         }
         self.read = Some(now);
         Ok(())
     }
 
     fn write(&mut self, now: Access) -> Result<(), String> {
+        if self.copying {
+            return Err(format!("{now:?} writes what is being copied"));
+        }
+        let [one, other, third] = self.read_before;
         for (how, earlier) in [
             ("writes", self.written),
             ("reads", self.read),
-            ("reads", self.read_before),
+            ("reads", one),
+            ("reads", other),
+            ("reads", third),
         ] {
             if let Some(earlier) = earlier
                 && now.races(&earlier)
@@ -285,24 +300,44 @@ impl Shared {
         bytes: &[u8],
         access: Access,
     ) -> Result<(), String> {
-        self.claim(address, bytes.len(), access)?;
-        let from = address as usize;
+        let from = self.place(address, bytes.len())?;
+        let grains = from / GRAIN..(from + bytes.len()).div_ceil(GRAIN);
+        if let Some(hidden) = self.hidden.get_mut(access.unit as usize) {
+            hidden.extend(grains);
+        }
+        self.watched
+            .touch(from, bytes.len(), |grain| grain.write(access))?;
         self.watched.bytes[from..from + bytes.len()].copy_from_slice(bytes);
         Ok(())
     }
 
-    /// A write that may happen from now on.
-    pub(super) fn claim(
+    /// A copy, which may land from now on.
+    pub(super) fn begin_copy(
         &mut self,
         address: u64,
         bytes: usize,
         access: Access,
     ) -> Result<(), String> {
         let from = self.place(address, bytes)?;
-        let grains = from / GRAIN..(from + bytes).div_ceil(GRAIN);
-        if let Some(hidden) = self.hidden.get_mut(access.unit as usize) {
-            hidden.extend(grains);
-        }
-        self.watched.touch(from, bytes, |grain| grain.write(access))
+        self.watched.touch(from, bytes, |grain| {
+            grain.write(access)?;
+            grain.copying = true;
+            Ok(())
+        })
+    }
+
+    /// A copy, which has landed.
+    pub(super) fn end_copy(
+        &mut self,
+        address: u64,
+        bytes: &[u8],
+        access: Access,
+    ) -> Result<(), String> {
+        let from = self.place(address, bytes.len())?;
+        self.watched.touch(from, bytes.len(), |grain| {
+            grain.copying = false;
+            Ok(())
+        })?;
+        self.write(address, bytes, access)
     }
 }

@@ -2,8 +2,8 @@
 //!
 //! Units run one after the other until they have to wait for each other. What a GPU leaves open is decided against the kernel:
 //! asynchronous copies land when they are waited for and no earlier, and fresh memory holds NaNs. Beside wrong results, a launch fails
-//! if it reads or writes outside of a buffer, if units of a cube touch the same shared memory without a barrier between them, or if
-//! cubes touch the same global memory, one of them to write.
+//! if it reads or writes outside of a buffer, or reads what is being copied; and if units of a cube without a barrier between them, or
+//! cubes, touch the same memory, one of them to write.
 
 mod arithmetic;
 mod collective;
@@ -46,7 +46,7 @@ mod tests {
     fn program(body: &str) -> Program {
         let text = format!(
             ".visible .entry k(\n .param .u64 .ptr .global .align 1 k_param_0,\n .param .u64 .ptr .global .align 1 k_param_1\n)\n{{\n\
-             ld.param.b64 %rd1, [k_param_0];\nld.param.b64 %rd2, [k_param_1];\nmov.u32 %r1, %tid.x;\nmul.wide.u32 %rd3, %r1, 4;\n\
+             .reg .b32 %r<999>;\n.reg .b64 %rd<9>;\n.reg .pred %p<9>;\nld.param.b64 %rd1, [k_param_0];\nld.param.b64 %rd2, [k_param_1];\nmov.u32 %r1, %tid.x;\nmul.wide.u32 %rd3, %r1, 4;\n\
              {body}\nret;\n}}\n"
         );
         Program::of(&text).expect("known instructions")
@@ -127,18 +127,20 @@ mod tests {
 
     #[test]
     fn copies_are_there_when_they_were_awaited() {
-        let copied = |wait: &str| {
+        let copied = |wait: &str| -> Result<[u32; 2], String> {
             let body = format!(
                 "cp.async.cg.shared.global [cube_shared], [%rd1], 16;\ncp.async.commit_group;\n\
                  cp.async.cg.shared.global [cube_shared+16], [%rd1+16], 16;\ncp.async.commit_group;\n{wait}\n\
                  ld.shared.b32 %r2, [cube_shared+4];\nld.shared.b32 %r3, [cube_shared+20];\nst.global.v2.b32 [%rd2], {{%r2, %r3}};"
             );
-            let found = run(&body, 1, 1).expect("nothing that it must not");
-            [found[0], found[1]]
+            let found = run(&body, 1, 1)?;
+            Ok([found[0], found[1]])
         };
-        assert_eq!(copied(""), [u32::MAX; 2]);
-        assert_eq!(copied("cp.async.wait_group 1;"), [101, u32::MAX]);
-        assert_eq!(copied("cp.async.wait_group 0;"), [101, 105]);
+        for early in ["", "cp.async.wait_group 1;"] {
+            let error = copied(early).expect_err("one has not landed");
+            assert!(error.contains("reads what is being copied"), "{error}");
+        }
+        assert_eq!(copied("cp.async.wait_group 0;"), Ok([101, 105]));
     }
 
     #[test]
@@ -182,5 +184,27 @@ mod tests {
         let text = ".entry k(\n)\n{\n sin.approx.f32 %r1, %r2;\n}\n";
         let error = Program::of(text).err().expect("no kernel has it");
         assert!(error.contains("sin.approx.f32 %r1, %r2"), "{error}");
+        for wrong in [
+            "mov.u32 %r1, %laneid",
+            "add.rz.f32 %r1, %r1, %r1",
+            "bar.sync 1",
+        ] {
+            let text = format!(".entry k(\n)\n{{\n.reg .b32 %r<2>;\n{wrong};\n}}\n");
+            assert!(Program::of(&text).is_err(), "{wrong}");
+        }
+    }
+
+    /// Whoever reads last, a write is compared with all that may come before or after it.
+    #[test]
+    fn reads_by_several_are_not_forgotten() {
+        let read = "ld.global.b32 %r2, [%rd2];\n";
+        let second = "mov.u32 %r3, %ctaid.x;\nsetp.eq.b32 %p1, %r3, 1;\nsetp.eq.b32 %p2, %r1, 0;\nand.pred %p1, %p1, %p2;\n";
+        let of_cubes = format!("{read}bar.sync 0;\n{second}@%p1 st.global.b32 [%rd2], %r1;");
+        refused(&of_cubes, 2, 2, " what Access");
+        let in_plane = "mov.b32 %r4, 32;\nsetp.eq.b32 %p1, %r1, %r4;\n";
+        let of_planes = format!(
+            "ld.shared.b32 %r2, [cube_shared];\nbar.warp.sync -1;\n{in_plane}@%p1 st.shared.b32 [cube_shared], %r1;"
+        );
+        refused(&of_planes, 1, 64, " what Access");
     }
 }

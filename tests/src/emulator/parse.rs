@@ -101,6 +101,8 @@ pub(super) enum Step {
         sums: Vec<usize>,
         left: Operand,
         right: Operand,
+        /// Whether to what the sums are already.
+        adds: Operand,
         transposes: [bool; 2],
     },
     AwaitProducts,
@@ -147,6 +149,9 @@ impl Program {
             parser
                 .statement(&statement)
                 .map_err(|reason| format!("{statement}: {reason}"))?;
+        }
+        if let Some(name) = parser.names.keys().find(|name| !parser.knows(name)) {
+            return Err(format!("{name} is not known"));
         }
         let labels = parser.labels;
         for (at, label) in parser.jumps {
@@ -214,6 +219,8 @@ struct Parser {
     instructions: Vec<Instruction>,
     labels: HashMap<String, usize>,
     jumps: Vec<(usize, String)>,
+    /// As `.reg` has them: `%r<9>` are nine.
+    declared: Vec<String>,
 }
 
 /// What commas part, but for those in braces and brackets.
@@ -243,6 +250,21 @@ fn list(text: &str) -> Vec<&str> {
 }
 
 impl Parser {
+    fn knows(&self, name: &str) -> bool {
+        let (special, axis) = name.split_once('.').unwrap_or((name, ""));
+        let is_position = ["%tid", "%ntid", "%ctaid", "%nctaid"].contains(&special)
+            && ["x", "y", "z"].contains(&axis);
+        let numbered = name.trim_end_matches(|c: char| c.is_ascii_digit());
+        let is_declared = |declared: &String| {
+            let stem = declared.split('<').next().unwrap_or("");
+            declared == name || declared.contains('<') && stem == numbered
+        };
+        is_position
+            || name == "_"
+            || name.contains("_param_")
+            || self.declared.iter().any(is_declared)
+    }
+
     fn register(&mut self, name: &str) -> usize {
         let next = self.names.len();
         *self.names.entry(name.to_owned()).or_insert(next)
@@ -297,7 +319,13 @@ impl Parser {
                 .insert(label.to_owned(), self.instructions.len());
             return Ok(());
         }
-        if text.is_empty() || text.starts_with(".reg") || text.starts_with(".pragma") {
+        if let Some(declared) = text.strip_prefix(".reg") {
+            let names = declared.split_whitespace().skip(1);
+            self.declared
+                .extend(names.map(|name| name.trim_end_matches(',').to_owned()));
+            return Ok(());
+        }
+        if text.is_empty() || text.starts_with(".pragma") {
             return Ok(());
         }
         let (guard, rest) = match text.strip_prefix('@') {
@@ -376,7 +404,7 @@ impl Parser {
                 }
                 _ => return Err("this copy is not known".into()),
             },
-            "bar" if opcode == "bar.sync" => Step::Barrier,
+            "bar" if opcode == "bar.sync" && operands == ["0"] => Step::Barrier,
             "bar" if opcode == "bar.warp.sync" => Step::PlaneBarrier(self.operand(operand(0)?)?),
             "activemask" => Step::ActiveMask(self.register(operand(0)?)),
             "shfl" if opcode == "shfl.sync.bfly.b32" && operand(3)? == "31" => Step::Shuffle {
@@ -424,6 +452,7 @@ impl Parser {
                         sums: self.registers(operand(0)?),
                         left: self.operand(operand(1)?)?,
                         right: self.operand(operand(2)?)?,
+                        adds: self.operand(operand(3)?)?,
                         transposes: [operand(6)? == "1", operand(7)? == "1"],
                     }
                 }

@@ -92,7 +92,7 @@ pub(crate) fn step(
 }
 
 /// Problems that failed once, as they were when they could not be made smaller. Seeds in `regressions.txt` lose theirs as soon as a
-/// problem has one more choice. One more, of zero rows in f16, has gradients beyond f16's numbers, which are not compared any more.
+/// problem has one more choice.
 pub(crate) fn failed_once() -> [Problem; 6] {
     [
         Problem::plain((1, 1, 4, 1, 1)),

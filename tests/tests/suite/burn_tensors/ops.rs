@@ -317,16 +317,30 @@ fn a_strategy_that_the_device_cannot_run_takes_no_part() {
     assert_eq!(by(protohead::Strategy::Inferred), by(forced));
 }
 
+/// Whether this is a process of this test's own. If not, it is run in one: what other tests let go of would hide what it holds.
+fn alone(test: &str) -> bool {
+    const ALONE: &str = "PROTOHEAD_ALONE";
+    if std::env::var_os(ALONE).is_some() {
+        return true;
+    }
+    let output = std::process::Command::new(std::env::current_exe().expect("it runs"))
+        .args(["--exact", test])
+        .env(ALONE, "1")
+        .output()
+        .expect("the suite starts");
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        output.status.success() && said.contains("1 passed"),
+        "{said}"
+    );
+    false
+}
+
 /// By how many bytes memory grows on each CPU for as long as what `work` gives is held, of embeddings and tracked class weights, and
 /// how many their gradient takes. A GPU has a workspace that hides one.
 fn grown<T>(work: impl Fn(Tensor<3>, Tensor<3>, &Device) -> T) -> Vec<(u64, u64)> {
     const CLASSES: usize = 40_000;
     const DIM: usize = 64;
-    // One test at a time: what another lets go would hide what this one holds.
-    static TURN: std::sync::Mutex<()> = std::sync::Mutex::new(());
-    let _turn = TURN
-        .lock()
-        .unwrap_or_else(std::sync::PoisonError::into_inner);
     let of_cpu = |tested: &&protohead_tests::devices::Tested| tested.name == "cpu";
     let grown = |tested: &protohead_tests::devices::Tested| {
         let client = &tested.client;
@@ -349,6 +363,10 @@ fn grown<T>(work: impl Fn(Tensor<3>, Tensor<3>, &Device) -> T) -> Vec<(u64, u64)
 /// The gradient of the class weights came with the loss; the backward pass scales it where it is.
 #[test]
 fn a_training_step_holds_one_gradient_of_the_class_weights() {
+    let name = "burn_tensors::ops::a_training_step_holds_one_gradient_of_the_class_weights";
+    if !alone(name) {
+        return;
+    }
     let step = |embeddings, weights: Tensor<3>, device: &Device| {
         let options = fused::Options::default();
         let loss = cosine_cross_entropy(embeddings, weights.clone(), labels(device), &options);
@@ -370,6 +388,10 @@ fn a_training_step_holds_one_gradient_of_the_class_weights() {
 /// A module that is being trained can be asked for classes without a backward pass.
 #[test]
 fn predictions_hold_no_gradient_of_the_class_weights() {
+    let name = "burn_tensors::ops::predictions_hold_no_gradient_of_the_class_weights";
+    if !alone(name) {
+        return;
+    }
     let three_times = |embeddings: Tensor<3>, weights: Tensor<3>, _: &Device| {
         let options = fused::Options::default();
         [(); 3].map(|()| predictions(embeddings.clone(), weights.clone(), &options).expect("valid"))

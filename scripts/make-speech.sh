@@ -46,6 +46,17 @@ speak() { # keyword, voice, take
   espeak-ng -v "$2" -s "$speed" -p "$pitch" -w "$out/$1/$name" "$1"
 }
 
+listed() { # keyword, list, voices whose clips are on it
+  local keyword=$1 list=$2 voice take
+  shift 2
+  for voice; do
+    for ((take = 0; take < takes; take++)); do
+      speak "$keyword" "$voice" "$take"
+      echo "$keyword/$name" >>"$out/$list"
+    done
+  done
+}
+
 for keyword in "${keywords[@]}"; do
   mkdir -p "$out/$keyword"
   # What an earlier call left of these voices is not on the new list, and would be trained on.
@@ -57,17 +68,7 @@ for keyword in "${keywords[@]}"; do
       speak "$keyword" "$voice" "$take"
     done
   done
-  for voice in "${validation[@]}"; do
-    for ((take = 0; take < takes; take++)); do
-      speak "$keyword" "$voice" "$take"
-      echo "$keyword/$name" >>"$out/validation_list.txt"
-    done
-  done
-  for voice in "${test[@]}"; do
-    for ((take = 0; take < takes; take++)); do
-      speak "$keyword" "$voice" "$take"
-      echo "$keyword/$name" >>"$out/testing_list.txt"
-    done
-  done
+  listed "$keyword" validation_list.txt "${validation[@]}"
+  listed "$keyword" testing_list.txt "${test[@]}"
 done
 echo "make-speech: $(find "$out" -name '*.wav' | wc -l) clips in $out"

@@ -89,8 +89,8 @@ pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<Lo
 
 /// The gradients of the operands, from the output of [`forward`]. It can be called more than once.
 ///
-/// Inputs, scale, active classes and ignored label must be those of the forward pass, which of the inputs is not checked. Reduction, label smoothing and head weights may
-/// differ.
+/// Inputs, scale, active classes and ignored label must be those of the forward pass, which of the inputs is not checked. Reduction,
+/// label smoothing and head weights may differ.
 ///
 /// # Errors
 /// As [`forward`]; [`Error::OtherForward`] if scale, active classes or ignored label are not those of the forward pass; and a typed

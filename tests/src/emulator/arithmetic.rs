@@ -4,7 +4,7 @@ use std::cmp::Ordering;
 
 use half::{bf16, f16};
 
-use super::parse::Operand;
+use super::instruction::Operand;
 
 /// What an instruction does to registers.
 pub(super) type Compute = Box<dyn Fn(&mut [u64]) + Send + Sync>;

@@ -3,8 +3,8 @@
 use half::{bf16, f16};
 
 use super::cube::Cube;
+use super::instruction::{Address, Kind, Operand};
 use super::memory::Access;
-use super::parse::{Address, Kind, Operand};
 
 /// Two numbers of 16 bits in a register, or one of 32.
 fn numbers(register: u64, kind: Kind) -> Vec<f64> {

@@ -2,8 +2,9 @@
 
 use std::collections::VecDeque;
 
+use super::instruction::{Address, Space, Step};
 use super::memory::{Access, Global, Shared};
-use super::parse::{Address, Program, Space, Step};
+use super::parse::Program;
 
 /// Units of a plane.
 pub(super) const PLANE: usize = 32;

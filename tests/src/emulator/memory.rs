@@ -119,6 +119,24 @@ impl Watched {
             .iter_mut()
             .try_for_each(&mut how)
     }
+
+    fn read<const N: usize>(
+        &mut self,
+        from: usize,
+        count: usize,
+        how: impl FnMut(&mut Grain) -> Result<(), String>,
+    ) -> Result<[u8; N], String> {
+        self.touch(from, count, how)?;
+        let mut found = [0; N];
+        found[..count].copy_from_slice(&self.bytes[from..from + count]);
+        Ok(found)
+    }
+
+    fn write(&mut self, from: usize, bytes: &[u8], access: Access) -> Result<(), String> {
+        self.touch(from, bytes.len(), |grain| grain.write(access))?;
+        self.bytes[from..from + bytes.len()].copy_from_slice(bytes);
+        Ok(())
+    }
 }
 
 /// A part of a memory that a kernel is given.
@@ -199,17 +217,13 @@ impl Global {
         is_constant: bool,
     ) -> Result<[u8; N], String> {
         let (memory, from) = self.place(address, bytes)?;
-        let memory = &mut self.memories[memory];
-        memory.touch(from, bytes, |grain| {
+        self.memories[memory].read(from, bytes, |grain| {
             grain.constant |= is_constant;
             if is_constant && let Some(written) = grain.written {
                 return Err(format!("reads as a constant what {written:?} writes"));
             }
             grain.read(access)
-        })?;
-        let mut found = [0; N];
-        found[..bytes].copy_from_slice(&memory.bytes[from..from + bytes]);
-        Ok(found)
+        })
     }
 
     pub(super) fn write(
@@ -219,10 +233,7 @@ impl Global {
         access: Access,
     ) -> Result<(), String> {
         let (memory, from) = self.place(address, bytes.len())?;
-        let memory = &mut self.memories[memory];
-        memory.touch(from, bytes.len(), |grain| grain.write(access))?;
-        memory.bytes[from..from + bytes.len()].copy_from_slice(bytes);
-        Ok(())
+        self.memories[memory].write(from, bytes, access)
     }
 }
 
@@ -287,11 +298,7 @@ impl Shared {
         access: Access,
     ) -> Result<[u8; N], String> {
         let from = self.place(address, bytes)?;
-        self.watched
-            .touch(from, bytes, |grain| grain.read(access))?;
-        let mut found = [0; N];
-        found[..bytes].copy_from_slice(&self.watched.bytes[from..from + bytes]);
-        Ok(found)
+        self.watched.read(from, bytes, |grain| grain.read(access))
     }
 
     pub(super) fn write(
@@ -305,10 +312,7 @@ impl Shared {
         if let Some(hidden) = self.hidden.get_mut(access.unit as usize) {
             hidden.extend(grains);
         }
-        self.watched
-            .touch(from, bytes.len(), |grain| grain.write(access))?;
-        self.watched.bytes[from..from + bytes.len()].copy_from_slice(bytes);
-        Ok(())
+        self.watched.write(from, bytes, access)
     }
 
     /// A copy, which may land from now on.

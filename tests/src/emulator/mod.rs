@@ -8,6 +8,7 @@
 mod arithmetic;
 mod collective;
 mod cube;
+mod instruction;
 mod memory;
 mod parse;
 

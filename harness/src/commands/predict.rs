@@ -6,8 +6,8 @@ use clap::Args;
 
 use crate::device::DeviceName;
 use crate::error::Error;
-use crate::output::say;
-use crate::training::classifier::Classifier;
+use crate::output::{complain, say};
+use crate::training::classifier::{Classifier, Prediction};
 use crate::training::run::Finished;
 
 #[derive(Args)]
@@ -15,7 +15,8 @@ pub(crate) struct Arguments {
     /// The folder of a finished run.
     run: PathBuf,
     /// WAV files, each with a keyword in its first second. A line is printed per file, with tabs between: the file, the keyword, and
-    /// its probability among all keywords of the run.
+    /// its probability among all keywords of the run. A file that cannot be read gets its line on standard error, and the exit
+    /// code is 2.
     #[arg(required = true, value_name = "WAV")]
     files: Vec<PathBuf>,
     /// auto, cpu, cuda, cuda:N or wgpu; auto is the first that works of cuda, cpu, wgpu
@@ -27,14 +28,24 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Error> {
     let finished = Finished::read(&arguments.run)?;
     let devices = arguments.device.training_devices()?;
     let classifier = Classifier::new(&finished, &devices)?;
-    let predictions = classifier.predict(&arguments.files)?;
-    for (file, prediction) in arguments.files.iter().zip(predictions) {
-        say(format_args!(
-            "{}\t{}\t{:.3}",
-            file.display(),
-            prediction.keyword,
-            prediction.probability
-        ));
+    let mut refused = None;
+    classifier.predict(&arguments.files, |file, prediction| match prediction {
+        Ok(Prediction {
+            keyword,
+            probability,
+        }) => say(format_args!(
+            "{}\t{keyword}\t{probability:.3}",
+            file.display()
+        )),
+        // The last one is told of by whoever gets it.
+        Err(error) => {
+            if let Some(before) = refused.replace(error) {
+                complain(before);
+            }
+        }
+    })?;
+    match refused {
+        Some(error) => Err(error),
+        None => Ok(()),
     }
-    Ok(())
 }

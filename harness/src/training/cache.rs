@@ -42,7 +42,11 @@ pub(super) fn cached(
     }
     let bar = progress(files.len() as u64);
     bar.set_message("clips");
-    let features = extract(&extractor, files, &bar)?;
+    let features: Result<Vec<_>, _> = files
+        .par_iter()
+        .map(|file| extract(&extractor, file, &bar))
+        .collect();
+    let features = features?;
     bar.finish_and_clear();
     if keep && let Err(error) = write_cache(&name, cache, &features) {
         complain(format_args!(
@@ -52,26 +56,21 @@ pub(super) fn cached(
     Ok(features)
 }
 
-/// Features of files, each of which takes the bar one step on.
+/// Features of a file, which takes the bar one step on.
 pub(super) fn extract(
     extractor: &Extractor,
-    files: &[PathBuf],
+    path: &Path,
     bar: &ProgressBar,
-) -> Result<Vec<Vec<f32>>, Error> {
-    files
-        .par_iter()
-        .map(|path| {
-            bar.inc(1);
-            let features = extractor.extract(&read_clip(path)?);
-            match features.iter().all(|value| value.is_finite()) {
-                true => Ok(features),
-                false => Err(Error::Content {
-                    path: path.clone(),
-                    reason: "its samples are too large for a spectrum".into(),
-                }),
-            }
-        })
-        .collect()
+) -> Result<Vec<f32>, Error> {
+    bar.inc(1);
+    let features = extractor.extract(&read_clip(path)?);
+    match features.iter().all(|value| value.is_finite()) {
+        true => Ok(features),
+        false => Err(Error::Content {
+            path: path.into(),
+            reason: "its samples are too large for a spectrum".into(),
+        }),
+    }
 }
 
 /// Of the content of each file.

@@ -7,6 +7,7 @@ use burn::tensor::{Tensor, TensorData};
 use indicatif::ProgressBar;
 use protohead::burn::cosine_logits;
 use protohead::cosine_logits::Options;
+use rayon::prelude::*;
 
 use super::cache::extract;
 use super::network::{Devices, Network};
@@ -19,7 +20,7 @@ use crate::tensors::{TensorFile, Written};
 
 const NAME: &str = "prototypes";
 /// Files whose features are there at once.
-const CHUNK: usize = 256;
+const CHUNK: usize = 64;
 
 /// Leaves the prototypes after the last session.
 pub(super) fn write(path: &Path, prototypes: Tensor<3>) -> Result<(), Error> {
@@ -60,20 +61,38 @@ impl<'a> Classifier<'a> {
         })
     }
 
-    /// Of the keyword in each file.
-    pub(crate) fn predict(&self, files: &[PathBuf]) -> Result<Vec<Prediction<'a>>, Error> {
+    /// Of the keyword in each file: `answer` gets them in order, a chunk of files at a time, or what is wrong with a file.
+    pub(crate) fn predict(
+        &self,
+        files: &[PathBuf],
+        mut answer: impl FnMut(&Path, Result<Prediction<'a>, Error>),
+    ) -> Result<(), Error> {
         let extractor = Extractor::new();
         let bar = progress(files.len() as u64);
-        let mut predictions = Vec::with_capacity(files.len());
         for files in files.chunks(CHUNK) {
-            let features = extract(&extractor, files, &bar)?;
-            predictions.extend(self.predict_features(&features)?);
+            let extracted: Vec<Result<Vec<f32>, Error>> = files
+                .par_iter()
+                .map(|file| extract(&extractor, file, &bar))
+                .collect();
+            let features: Vec<Vec<f32>> = extracted.iter().flatten().cloned().collect();
+            let mut predictions = self.predict_features(&features)?.into_iter();
+            bar.suspend(|| {
+                for (file, extracted) in files.iter().zip(extracted) {
+                    match extracted.map(|_| predictions.next()) {
+                        Ok(of_file) => of_file.into_iter().for_each(|p| answer(file, Ok(p))),
+                        Err(error) => answer(file, Err(error)),
+                    }
+                }
+            });
         }
         bar.finish_and_clear();
-        Ok(predictions)
+        Ok(())
     }
 
     fn predict_features(&self, features: &[Vec<f32>]) -> Result<Vec<Prediction<'a>>, Error> {
+        if features.is_empty() {
+            return Ok(Vec::new());
+        }
         let rows: Vec<usize> = (0..features.len()).collect();
         let data = &self.finished.data;
         let embedded = embeddings(

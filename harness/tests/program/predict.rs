@@ -64,8 +64,20 @@ fn predict_prints_a_line_per_file_and_refuses_what_is_damaged() {
     assert_eq!(lines[0], lines[2]);
 
     refused(&[], "WAV");
-    refused(&[&tone, &text], "no WAV file that is read");
     refused(&["nowhere.wav"], "No such file");
+    // The others are predicted all the same.
+    let output = predict(&[&text, &tone, "nowhere.wav", &noise]);
+    assert_eq!(output.status.code(), Some(2), "{output:?}");
+    let some = String::from_utf8_lossy(&output.stdout);
+    let answers: Vec<&str> = stdout.lines().take(2).collect();
+    assert_eq!(some.lines().collect::<Vec<_>>(), answers);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    let complaints: Vec<&str> = stderr.lines().collect();
+    let [of_text, of_nowhere] = complaints[..] else {
+        panic!("{stderr}")
+    };
+    assert!(of_text.contains("no WAV file that is read"), "{stderr}");
+    assert!(of_nowhere.contains("No such file"), "{stderr}");
     let damage = |name: &str, damaged: &dyn Fn(&str) -> Vec<u8>, says: &str| {
         let path = run.join(name);
         let sound = fs::read(&path).expect("written by train");

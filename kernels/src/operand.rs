@@ -175,6 +175,14 @@ impl Labels {
         })
     }
 
+    /// Class 0 for every row.
+    pub(crate) fn zeros(client: &Client, rows: usize) -> Self {
+        let zeros = client.create_from_slice(&vec![0; rows * U32.size()]);
+        Self {
+            tensor: TensorHandle::new_contiguous(vec![rows], zeros, U32),
+        }
+    }
+
     pub(crate) fn dtype(&self) -> ElemType {
         self.tensor.dtype
     }

@@ -79,12 +79,38 @@ impl Default for Options {
 /// # Ok(()) }
 /// ```
 pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<LossOutput, Error> {
-    let call = Call::new(client, inputs, options)?;
-    Ok(match call.kernels {
-        Kernels::Tiled(tile) => call.gpu_forward(&tiled::forward_chunks(&call, tile), None),
-        Kernels::Small => call.small(None).0,
-        Kernels::Unit => call.unit_forward()?,
-    })
+    Call::new(client, inputs, options)?.forward()
+}
+
+/// The class of the highest logit of each row, u32 `[heads, rows]`; of equal ones, the first. [`forward`] without labels, whose loss
+/// nobody wants; the options of the loss take no part.
+///
+/// # Errors
+/// As [`forward`], but for what labels and the options of the loss can get wrong.
+///
+/// # Examples
+/// ```no_run
+/// use cubecl::prelude::CubeElement;
+/// use cubecl::std::tensor::TensorHandle;
+/// use protohead::cosine_cross_entropy::{Options, predictions};
+///
+/// # fn classify(client: &cubecl::client::Client, embeddings: &TensorHandle, weights: &TensorHandle) -> Result<(), Box<dyn std::error::Error>> {
+/// let predicted = predictions(client, embeddings, weights, &Options::default())?;
+/// println!("{:?}", u32::from_bytes(&client.read_one(predicted.handle)?));
+/// # Ok(()) }
+/// ```
+pub fn predictions(
+    client: &Client,
+    embeddings: &TensorHandle,
+    weights: &TensorHandle,
+    options: &Options,
+) -> Result<TensorHandle, Error> {
+    let options = Options {
+        loss: LossOptions::default(),
+        ..options.clone()
+    };
+    let call = Call::of_operands(client, embeddings, weights, None, &options)?;
+    Ok(call.forward()?.predictions)
 }
 
 /// The gradients of the operands, from the output of [`forward`]. It can be called more than once.
@@ -193,7 +219,23 @@ impl<'a> Call<'a> {
         inputs: &Inputs,
         options: &'a Options,
     ) -> Result<Self, Error> {
-        let dtype = inputs.embeddings.dtype;
+        let Inputs {
+            embeddings,
+            weights,
+            labels,
+        } = inputs;
+        Self::of_operands(client, embeddings, weights, Some(labels), options)
+    }
+
+    /// Without labels, every row's is class 0.
+    fn of_operands(
+        client: &'a Client,
+        embeddings: &TensorHandle,
+        weights: &TensorHandle,
+        labels: Option<&TensorHandle>,
+        options: &'a Options,
+    ) -> Result<Self, Error> {
+        let dtype = embeddings.dtype;
         let forced_small = options.strategy == Strategy::Forced(Variant::Small);
         let mut blueprint = match forced_small {
             true => Blueprint::small(client)?,
@@ -202,14 +244,17 @@ impl<'a> Call<'a> {
         let problem = CosineProblem::new(
             client,
             &blueprint,
-            &inputs.embeddings,
-            &inputs.weights,
+            embeddings,
+            weights,
             options.scale,
             options.active,
         )?;
         let heads = problem.sizes.heads;
         options.loss.validate(heads)?;
-        let labels = Labels::new(client, &inputs.labels, problem.sizes.rows)?;
+        let labels = match labels {
+            Some(labels) => Labels::new(client, labels, problem.sizes.rows)?,
+            None => Labels::zeros(client, problem.sizes.rows),
+        };
         if forced_small {
             small::check(&blueprint, &problem)?;
         } else if options.strategy == Strategy::Inferred && blueprint.variant != Variant::Unit {
@@ -246,6 +291,14 @@ impl<'a> Call<'a> {
             sizes.rows,
             sizes.active,
         )
+    }
+
+    fn forward(&self) -> Result<LossOutput, Error> {
+        Ok(match self.kernels {
+            Kernels::Tiled(tile) => self.gpu_forward(&tiled::forward_chunks(self, tile), None),
+            Kernels::Small => self.small(None).0,
+            Kernels::Unit => self.unit_forward()?,
+        })
     }
 
     fn rows_of(&self, dtype: ElemType) -> TensorHandle {

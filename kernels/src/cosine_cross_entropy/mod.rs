@@ -48,4 +48,4 @@ mod unit;
 pub use captured::Captured;
 #[cfg(feature = "burn")]
 pub(crate) use launch::backward_from;
-pub use launch::{Inputs, Options, backward, forward, forward_backward};
+pub use launch::{Inputs, Options, backward, forward, forward_backward, predictions};

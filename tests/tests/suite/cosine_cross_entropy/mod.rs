@@ -3,10 +3,13 @@
 mod shapes;
 mod values;
 
+use cubecl::prelude::CubeElement;
 use cubecl::std::tensor::TensorHandle;
 use proptest::prelude::*;
 use proptest::test_runner::TestCaseError;
-use protohead::cosine_cross_entropy::{Inputs, Options, backward, forward, forward_backward};
+use protohead::cosine_cross_entropy::{
+    Inputs, Options, backward, forward, forward_backward, predictions,
+};
 use protohead::{Gradients, LossOutput, Upstream, Wanted};
 use protohead_reference as reference;
 use protohead_tests::close::{Comparison, Share, lengths};
@@ -149,12 +152,17 @@ fn check(
         Ok(())
     };
     predicts(&output)?;
+    let unlabelled = predictions(client, &inputs.embeddings, &inputs.weights, &options);
+    let unlabelled = client.read_one(unlabelled.map_err(said)?.handle);
+    let unlabelled = unlabelled.map_err(|error| format!("{error:?}"))?;
+    if u32::from_bytes(&unlabelled) != output.read_predictions(client).map_err(said)? {
+        return Err("predictions are others without labels".into());
+    }
 
     // An element of a gradient, times its row's length, is a sum of logit gradients, each up to scale · upstream.
     let size = |other: usize| 2.0 * scale * share.of_row * (other as f64).sqrt();
     let (x_size, w_size) = (size(1), size(rows));
-    let loss_gradient =
-        client.create_from_slice(cubecl::prelude::CubeElement::as_bytes(&data.upstream[..]));
+    let loss_gradient = client.create_from_slice(CubeElement::as_bytes(&data.upstream[..]));
     let loss_gradient = TensorHandle::new_contiguous(
         output.loss.shape().to_vec(),
         loss_gradient,

@@ -39,7 +39,7 @@ check: setup-tests ## formatting, lints, documentation, combinations of features
 	cargo clippy $(cargo_flags) --all-targets -- --deny warnings
 	RUSTDOCFLAGS="--deny warnings" cargo doc $(cargo_flags) --no-deps
 	cargo clippy --release -p protohead -- --deny warnings
-	cargo clippy --release -p protohead --features burn,cpu -- --deny warnings
+	cargo clippy --release -p protohead --features burn-unfused,cpu -- --deny warnings
 	cargo clippy $(cargo_flags) --features protohead-harness/wgpu -- --deny warnings
 	cargo test $(cargo_flags)
 	cargo test --profile once -p protohead-tests --no-default-features --features cpu --test suite burn_tensors # with Burn's fusion off

@@ -54,6 +54,15 @@ download_llvm() {
   fi
 }
 
+wanted="${1:-}"
+case "$wanted" in
+'' | --tests | --peers) ;;
+*)
+  echo "usage: scripts/setup.sh [--tests | --peers]" >&2
+  exit 2
+  ;;
+esac
+
 command -v cargo >/dev/null || fail "Rust is missing: install Rust 1.95 or newer with rustup, then run this again"
 
 if ! command -v c++ >/dev/null; then
@@ -85,15 +94,15 @@ WRAPPER
   fi
 fi
 
-if [ "${1:-}" = "--tests" ] && ! command -v espeak-ng >/dev/null; then
+if [ "$wanted" = "--tests" ] && ! command -v espeak-ng >/dev/null; then
   apt_install espeak-ng ||
     echo "setup: espeak-ng could not be installed: the tests will not train on speech, and say so" >&2
 fi
-if [ "${1:-}" = "--tests" ] && ! ls /usr/share/vulkan/icd.d/*.json >/dev/null 2>&1; then
+if [ "$wanted" = "--tests" ] && ! ls /usr/share/vulkan/icd.d/*.json >/dev/null 2>&1; then
   apt_install mesa-vulkan-drivers libvulkan1 ||
     echo "setup: no Vulkan driver could be installed: the tests will skip wgpu and say so" >&2
 fi
-if [ "${1:-}" = "--tests" ] && [ "$(cat "$cuda_dir/version" 2>/dev/null)" != "$cuda_version" ]; then
+if [ "$wanted" = "--tests" ] && [ "$(cat "$cuda_dir/version" 2>/dev/null)" != "$cuda_version" ]; then
   python3 -m pip --version >/dev/null 2>&1 || apt_install python3-pip || true
   echo "setup: installing NVIDIA's assembler $cuda_version from PyPI into $cuda_dir"
   rm -rf "$cuda_dir"
@@ -104,6 +113,6 @@ if [ "${1:-}" = "--tests" ] && [ "$(cat "$cuda_dir/version" 2>/dev/null)" != "$c
     echo "setup: it could not be installed: the tests will not compile kernels for NVIDIA GPUs, and say so" >&2
   fi
 fi
-if [ "${1:-}" = "--peers" ] && ! python3 -c 'import ensurepip, venv' 2>/dev/null; then
+if [ "$wanted" = "--peers" ] && ! python3 -c 'import ensurepip, venv' 2>/dev/null; then
   apt_install python3-venv || fail "no Python with virtual environments: install one (Debian's python3-venv), then run this again"
 fi

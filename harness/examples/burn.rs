@@ -81,7 +81,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             .heads
             .loss(model.embed(inputs), targets, &LossOptions::default())?;
         // Waits for the device, and reports labels that are not a class.
-        loss.heads.check()?;
+        loss.check()?;
         if step % 10 == 9 {
             let total: f32 = loss.total.clone().into_scalar();
             let right = accuracy(loss.heads.predictions, &labels);
@@ -96,7 +96,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let centers = centers.without_autodiff();
     let device = model.heads.weight.val().device();
     let (inputs, labels) = batch(&centers, 0..TRAINED, 400);
-    let (heads, means) = model.heads.clone().replace_prototypes(
+    let (heads, means) = model.heads.replace_prototypes(
         model.embed(inputs),
         on_heads(&labels, &device),
         TRAINED,

@@ -6,8 +6,6 @@
 //! many cubes of many units with shared memory, which is the *plane* variants' shape; where it has tensor cores for the
 //! operands, ops with a product run their *cmma* variants, the same kernels with another instruction.
 
-use std::cell::Cell;
-
 use cubecl::client::Client;
 use cubecl::ir::ElemType;
 use cubecl::ir::features::Plane;
@@ -15,6 +13,7 @@ use cubecl::prelude::*;
 
 use crate::error::Error;
 use crate::math::tile::TILE_VECTORS;
+use crate::pace::keep_close;
 use crate::tiles::{Engine, Tile};
 
 /// The shape of a kernel.
@@ -55,7 +54,7 @@ impl Strategy {
     ///
     /// # Errors
     /// [`Error::Variant`] with what the device lacks, [`Error::NoCpu`], [`Error::NoGpu`] or [`Error::NoHopper`].
-    pub fn check(self, client: &Client, dtype: ElemType) -> Result<Variant, Error> {
+    pub fn variant(self, client: &Client, dtype: ElemType) -> Result<Variant, Error> {
         let blueprint = match self {
             Self::Forced(Variant::Small) => Blueprint::small(client)?,
             _ => Blueprint::of_product(client, self, dtype, false)?,
@@ -255,7 +254,7 @@ impl Blueprint {
         self.for_work(elements.saturating_mul(ELEMENT_OPERATIONS))
     }
 
-    /// The grid of a kernel that strides over `work` items, each for itself.
+    /// The grid of the next launch, of a kernel that strides over `work` items, each for itself. On a CPU it [keeps close](keep_close).
     pub(crate) fn elementwise(&self, client: &Client, work: usize) -> (CubeCount, CubeDim) {
         match self.variant {
             Variant::Unit => self.unit_grid(client),
@@ -266,7 +265,8 @@ impl Blueprint {
         }
     }
 
-    /// The grid of a unit variant: one cube, a unit a core, striding over the work. Its units meet at barriers.
+    /// The grid of the next launch, of a unit variant: one cube, a unit a core, striding over the work. Its units meet at barriers, so it
+    /// [keeps close](keep_close).
     pub(crate) fn unit_grid(&self, client: &Client) -> (CubeCount, CubeDim) {
         keep_close(client);
         (CubeCount::new_single(), CubeDim::new_1d(self.units as u32))
@@ -277,29 +277,6 @@ impl Blueprint {
 const UNIT_OPERATIONS: usize = 8_000_000;
 /// Operations that reading and writing an element, and what is done between, take as long as.
 const ELEMENT_OPERATIONS: usize = 64;
-
-/// Launches of unit variants that a thread may be ahead of a CPU. CubeCL's two queues of 32 tasks have room for four, with what
-/// belongs to them; a thread that finds them full spins on a core that a unit needs, and the units that wait for that one at a
-/// barrier wait milliseconds. Waiting at every launch would cost a loop that reads its results a second way to the device and back.
-const AHEAD: u32 = 4;
-
-thread_local! {
-    /// Launches of unit variants since this thread waited for one.
-    static LAUNCHED: Cell<u32> = const { Cell::new(0) };
-}
-
-/// Lets the device finish what was launched before, and waits for it if this thread has got too far ahead.
-fn keep_close(client: &Client) {
-    // CubeCL writes only once the launches before are done, and its thread waits for them by giving its core away. The unit of a launch behind
-    // another would wait on its core for that one, spinning, and in its way.
-    let _ = client.create_from_slice(&[0; 4]);
-    let launched = LAUNCHED.get();
-    if launched == AHEAD {
-        // What failed stays with the buffers that it left unwritten, and is told where they are read.
-        let _ = client.flush();
-    }
-    LAUNCHED.set(launched % AHEAD + 1);
-}
 
 /// Units of a plane that can exchange registers and wait for each other, where every plane is whole and of one size.
 fn exchanging_units(client: &Client) -> usize {

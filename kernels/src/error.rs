@@ -96,6 +96,11 @@ pub enum Error {
         /// H
         heads: usize,
     },
+    /// Head weights were given where losses come head by head.
+    #[error(
+        "head weights are not taken here: multiply the losses, which come head by head, by them"
+    )]
+    Unweighted,
     /// A problem is too large for the 32-bit addressing of the kernels, or for a buffer of the device.
     #[error("{operand}: {elements} elements are more than the {most} that fit")]
     TooLarge {
@@ -208,7 +213,10 @@ pub enum Error {
 impl Error {
     /// What a device says of itself.
     pub(crate) fn device(reported: impl std::fmt::Debug) -> Self {
-        Self::Device(format!("{reported:?}"))
+        let said = format!("{reported:?}");
+        // CubeCL goes on with where it was asked, which is always here.
+        let said = said.split("\nBacktrace:").next().unwrap_or_default();
+        Self::Device(said.trim_end().to_owned())
     }
 }
 

@@ -25,8 +25,8 @@
 //! | feature | |
 //! |---|---|
 //! | `cpu`, `cuda`, `wgpu` | CubeCL's runtimes, and Burn's devices on them |
-//! | `burn` | the ops as functions on Burn tensors, with autodiff, and the module `CosineHeads`, in the module `burn`; for a Burn whose fusion is off |
-//! | `fusion` | the same for a Burn whose fusion is on, as it is by default |
+//! | `burn` | the ops as functions on Burn tensors, with autodiff, and the module `CosineHeads`, in the module `burn`; turns Burn's fusion on |
+//! | `burn-unfused` | the same where Burn's fusion, which is on by default, is to stay off |
 
 // In kernels loops run over ranges: CubeCL compiles no iterator adaptors.
 #![allow(clippy::needless_range_loop)]
@@ -37,8 +37,13 @@ pub mod cosine_logits;
 pub mod cross_entropy;
 pub mod reconstruction;
 
-#[cfg(feature = "burn")]
+#[cfg(feature = "burn-unfused")]
 pub mod burn;
+
+/// The examples of the README compile.
+#[cfg(all(doctest, feature = "burn"))]
+#[doc = include_str!("../../README.md")]
+mod readme {}
 
 mod blueprint;
 mod error;
@@ -46,6 +51,7 @@ mod gradients;
 mod loss;
 mod math;
 mod operand;
+mod pace;
 mod tiles;
 
 /// The CubeCL whose clients and tensors the ops take.

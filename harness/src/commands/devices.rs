@@ -13,13 +13,13 @@ pub(crate) fn run() -> Result<(), Error> {
             Ok(client) => {
                 let kinds = [FloatKind::F32, FloatKind::F16, FloatKind::BF16];
                 let variants = kinds.map(ElemType::Float).into_iter().filter_map(|dtype| {
-                    let variant = Strategy::Inferred.check(&client, dtype).ok()?;
+                    let variant = Strategy::Inferred.variant(&client, dtype).ok()?;
                     let has = client.properties().supports_type(dtype);
                     has.then(|| format!("{dtype} {variant:?}").to_lowercase())
                 });
                 let variants: Vec<String> = variants.collect();
                 say(format_args!(
-                    "{name}: works; variants: {}",
+                    "{name}: works; large products: {}",
                     variants.join(", ")
                 ));
             }

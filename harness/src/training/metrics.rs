@@ -18,7 +18,7 @@ pub(crate) struct EpochMetrics {
     pub reconstruction: f32,
     /// Of the training clips as they were trained on, in percent.
     pub accuracy: f32,
-    /// Of the validation clips after the epoch, in percent; absent without such clips.
+    /// Of the validation clips after the epoch, in percent; null without such clips.
     pub validation_accuracy: Option<f32>,
 }
 

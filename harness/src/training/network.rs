@@ -29,9 +29,10 @@ pub(crate) struct Network {
 
 /// The loss of a batch and what is reported of it.
 pub(crate) struct BatchLoss {
+    /// What is minimized.
     pub total: Tensor<1>,
-    pub classification: Tensor<1>,
-    pub reconstruction: Tensor<1>,
+    /// Total, classification and reconstruction.
+    pub values: [f32; 3],
     pub correct: usize,
 }
 
@@ -83,7 +84,7 @@ impl Network {
         let classification =
             self.heads
                 .loss(embeddings.clone(), targets, &LossOptions::default())?;
-        classification.heads.check()?;
+        classification.check()?;
         let predictions = classification
             .heads
             .predictions
@@ -112,10 +113,13 @@ impl Network {
         )?;
         let reconstruction =
             plain.mul_scalar(lambdas.plain) + shuffled.mul_scalar(lambdas.shuffled);
+        let total = classification.total.clone() + reconstruction.clone();
+        let values = [total.clone(), classification.total, reconstruction].map(Tensor::detach);
+        let values = Tensor::cat(values.into(), 0).try_into_vec_as::<f32>();
+        let values = values.map_err(Error::of_device)?.try_into();
         Ok(BatchLoss {
-            total: classification.total.clone() + reconstruction.clone(),
-            classification: classification.total,
-            reconstruction,
+            total,
+            values: values.map_err(Error::of_device)?,
             correct,
         })
     }

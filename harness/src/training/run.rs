@@ -264,7 +264,7 @@ impl Run {
                 let features = &dataset.train.features;
                 let inputs = batch(&dataset.scaling, features, chosen, 0..INPUTS, device);
                 let loss = network.loss(inputs, &labels, &partners, lambdas, &devices.heads)?;
-                let total: f32 = loss.total.clone().into_scalar();
+                let [total, ..] = loss.values;
                 if !total.is_finite() {
                     bar.finish_and_clear();
                     return Err(Error::Diverged {
@@ -274,11 +274,8 @@ impl Run {
                     });
                 }
                 let weight = chosen.len() as f64 / rows as f64;
-                for (sum, value) in
-                    sums.iter_mut()
-                        .zip([&loss.total, &loss.classification, &loss.reconstruction])
-                {
-                    *sum += weight * f64::from(value.clone().into_scalar::<f32>());
+                for (sum, value) in sums.iter_mut().zip(loss.values) {
+                    *sum += weight * f64::from(value);
                 }
                 correct += loss.correct;
                 let along = step as f64 / (config.epochs * steps) as f64;

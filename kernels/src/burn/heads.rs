@@ -5,8 +5,8 @@ use burn::module::{Initializer, Module, Param};
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor};
 
 use super::{
-    ClassMeans, ClassSums, class_means, cosine_cross_entropy, cosine_logits, float_dtype,
-    predictions, together, total,
+    ClassMeans, ClassSums, CrossEntropy, class_means, cosine_cross_entropy,
+    cosine_cross_entropy_by_row, cosine_logits, float_dtype, predictions, together, total,
 };
 use crate::{
     Error, LossOptions, class_means as means, cosine_cross_entropy as fused,
@@ -65,7 +65,7 @@ impl CosineHeadsConfig {
 ///     .with_active(Some(20))
 ///     .init(&embeddings.device());
 /// let loss = heads.loss(embeddings, labels, &LossOptions::default())?;
-/// loss.heads.check()?; // waits: were all labels classes?
+/// loss.check()?; // waits: were all labels classes?
 /// let gradients = loss.total.backward();
 /// # Ok(()) }
 /// ```
@@ -85,7 +85,17 @@ pub struct HeadsLoss {
     /// `[1]`: the weighted sum of the heads' losses.
     pub total: Tensor<1>,
     /// The losses by head, and what came with them.
-    pub heads: super::CrossEntropy<1>,
+    pub heads: CrossEntropy<1>,
+}
+
+impl HeadsLoss {
+    /// Waits, and says whether every label was a class or ignored: [`CrossEntropy::check`] of [`heads`](Self::heads).
+    ///
+    /// # Errors
+    /// [`Error::Label`] with the first row that was not, [`Error::Device`] if the device failed.
+    pub fn check(&self) -> Result<(), Error> {
+        self.heads.check()
+    }
 }
 
 impl CosineHeads {
@@ -187,7 +197,7 @@ impl CosineHeads {
     /// `Module::valid`, which computes none.
     ///
     /// # Errors
-    /// A typed [`Error`] if the operands do not fit, or the reduction is `None`.
+    /// A typed [`Error`] if the operands do not fit, or the reduction is `None`: see [`loss_by_row`](Self::loss_by_row).
     pub fn loss(
         &self,
         embeddings: Tensor<3>,
@@ -208,7 +218,23 @@ impl CosineHeads {
         Ok(HeadsLoss { total, heads })
     }
 
-    /// Replaces the first `active` class weights of every head with the means of `embeddings [heads, rows, dim]` by label. A class
+    /// The loss of each row of each head, `[heads, rows]`, to be reduced otherwise than [`loss`](Self::loss) does: see
+    /// [`cosine_cross_entropy_by_row`]. The gradients are computed in the backward pass.
+    ///
+    /// # Errors
+    /// A typed [`Error`] if the operands do not fit, or there are head weights: multiply the result by them instead.
+    pub fn loss_by_row(
+        &self,
+        embeddings: Tensor<3>,
+        labels: Tensor<1, Int>,
+        options: &LossOptions,
+    ) -> Result<CrossEntropy<2>, Error> {
+        let weights = self.weights_for(&embeddings)?;
+        let options = self.fused_options(options.clone());
+        cosine_cross_entropy_by_row(embeddings, weights, labels, &options)
+    }
+
+    /// These heads with the first `active` class weights of every head replaced by the means of `embeddings [heads, rows, dim]` by label. A class
     /// without rows keeps its weights, so you can pass examples of new classes only. The returned [`ClassMeans`] counts the rows of each
     /// class, and [`check`](ClassMeans::check) reports bad labels. How many classes take part in logits and losses stays as it is: see
     /// [`with_active`](Self::with_active).
@@ -216,7 +242,7 @@ impl CosineHeads {
     /// # Errors
     /// A typed [`Error`] if the operands do not fit.
     pub fn replace_prototypes(
-        self,
+        &self,
         embeddings: Tensor<3>,
         labels: Tensor<1, Int>,
         active: usize,
@@ -231,18 +257,18 @@ impl CosineHeads {
     ///
     /// # Errors
     /// A typed [`Error`] if the sums do not fit.
-    pub fn replace_prototypes_by(self, sums: &mut ClassSums) -> Result<(Self, ClassMeans), Error> {
+    pub fn replace_prototypes_by(&self, sums: &mut ClassSums) -> Result<(Self, ClassMeans), Error> {
         let replacement = sums.means(self.weight.val().detach())?;
         Ok((self.replaced_by(&replacement), replacement))
     }
 
-    fn replaced_by(self, replacement: &ClassMeans) -> Self {
+    fn replaced_by(&self, replacement: &ClassMeans) -> Self {
         let trained = self.weight.val().is_require_grad();
         let means = replacement.weights.clone().detach();
         let means = means.set_require_grad(trained);
         Self {
             weight: self.weight.clone().map(|_| means),
-            ..self
+            ..self.clone()
         }
     }
 }

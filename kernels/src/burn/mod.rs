@@ -1,8 +1,7 @@
 //! The ops as functions on [Burn](https://burn.dev) tensors, differentiable on an autodiff device, and a module to put
 //! in a model.
 //!
-//! They run on CubeCL's devices, with the crate's features `cpu`, `cuda` and `wgpu`. If Burn's fusion is on, the feature `fusion` must
-//! be on too. Shapes and options are checked at the call and returned as an [`Error`]. Each operand has at most 2³² − 2²⁴ elements, the
+//! They run on CubeCL's devices, with the crate's features `cpu`, `cuda` and `wgpu`. Shapes and options are checked at the call and returned as an [`Error`]. Each operand has at most 2³² − 2²⁴ elements, the
 //! padding that kernels add included; on a CPU the embeddings and the active class weights of a product have so many together. Each
 //! also fits in one buffer of the device, as its gradient has to. Labels are data on the device: a row whose label is not a class counts
 //! as ignored, and only [`CrossEntropy::check`] and [`ClassMeans::check`] report it. The `strategy` of options is ignored: the device picks
@@ -15,7 +14,7 @@ mod autodiff;
 mod cube;
 mod heads;
 mod ops;
-#[cfg(feature = "fusion")]
+#[cfg(feature = "burn")]
 mod specs;
 mod sums;
 mod total;
@@ -115,6 +114,12 @@ impl<const D: usize> CrossEntropy<D> {
     pub fn check(&self) -> Result<(), Error> {
         self.labels.check()
     }
+
+    /// `[1]`: how many rows count, those that are not ignored. [`Reduction::Mean`] divides by it, and so should a mean of losses by row.
+    pub fn counted(&self) -> Tensor<1, Int> {
+        let int = self.predictions.dtype();
+        self.labels.status.clone().slice([0..1]).cast(int)
+    }
 }
 
 /// The loss of each head, `[heads]`: see [`cosine_cross_entropy`](crate::cosine_cross_entropy).
@@ -132,13 +137,19 @@ pub fn cosine_cross_entropy(
     labels: Tensor<1, Int>,
     options: &fused::Options,
 ) -> Result<CrossEntropy<1>, Error> {
-    if options.loss.reduction == Reduction::None {
-        return Err(Error::Reduction {
-            got: Reduction::None,
-            expected: "one number a head: use cosine_cross_entropy_by_row without a reduction",
-        });
-    }
+    reduced(&options.loss)?;
     fused_loss(embeddings, weights, labels, options)
+}
+
+/// Proves that a loss is one number a head.
+fn reduced(options: &LossOptions) -> Result<(), Error> {
+    match options.reduction {
+        Reduction::None => Err(Error::Reduction {
+            got: Reduction::None,
+            expected: "one number a head: the function by row gives one a row",
+        }),
+        Reduction::Sum | Reduction::Mean => Ok(()),
+    }
 }
 
 /// Proves the options of a loss that is returned head by head.
@@ -146,11 +157,7 @@ fn unweighted(options: &LossOptions, heads: usize) -> Result<(), Error> {
     options.validate(heads)?;
     match &options.head_weights {
         None => Ok(()),
-        Some(weights) => Err(Error::Shape {
-            operand: "head weights",
-            got: vec![weights.len()],
-            expected: "none: multiply the result by them".into(),
-        }),
+        Some(_) => Err(Error::Unweighted),
     }
 }
 
@@ -162,7 +169,8 @@ fn total(loss: Tensor<1>, alphas: Vec<f32>) -> Tensor<1> {
     ))
 }
 
-/// The loss of each row of each head, `[heads, rows]`; the options' reduction is ignored.
+/// The loss of each row of each head, `[heads, rows]`, 0 where the label is ignored; the options' reduction is ignored. A mean that
+/// leaves such rows out divides by [`counted`](CrossEntropy::counted).
 ///
 /// # Errors
 /// A typed [`Error`] if shapes, dtypes, devices or options do not fit, or there are head weights: multiply the result by them instead.
@@ -231,8 +239,21 @@ pub fn predictions(
     Ok(cosine_cross_entropy(embeddings, weights, labels, &options)?.predictions)
 }
 
-/// The loss of each row of each head, `[heads, rows]`, of given `logits [heads, rows, classes]`: see
-/// [`cross_entropy`](crate::cross_entropy). The options' reduction is ignored; reduce the result.
+/// The loss of each head, `[heads]`, of given `logits [heads, rows, classes]`: see [`cross_entropy`](crate::cross_entropy).
+///
+/// # Errors
+/// A typed [`Error`] if shapes, dtypes, devices or options do not fit, the reduction is [`Reduction::None`], or there are head
+/// weights: multiply the result by them instead.
+pub fn cross_entropy(
+    logits: Tensor<3>,
+    labels: Tensor<1, Int>,
+    options: &cross_entropy_op::Options,
+) -> Result<CrossEntropy<1>, Error> {
+    reduced(&options.loss)?;
+    given_loss(logits, labels, options.clone())
+}
+
+/// The loss of each row of each head, `[heads, rows]`, of given logits, as [`cosine_cross_entropy_by_row`] has it.
 ///
 /// # Errors
 /// A typed [`Error`] if shapes, dtypes, devices or options do not fit, or there are head weights: multiply the result by them instead.
@@ -241,6 +262,16 @@ pub fn cross_entropy_by_row(
     labels: Tensor<1, Int>,
     options: &cross_entropy_op::Options,
 ) -> Result<CrossEntropy<2>, Error> {
+    let mut options = options.clone();
+    options.loss.reduction = Reduction::None;
+    given_loss(logits, labels, options)
+}
+
+fn given_loss<const D: usize>(
+    logits: Tensor<3>,
+    labels: Tensor<1, Int>,
+    mut options: cross_entropy_op::Options,
+) -> Result<CrossEntropy<D>, Error> {
     let client = cube_client(&logits.device())?;
     let [heads, rows, active] = logits.dims();
     sized("logits", &logits.dims())?;
@@ -249,8 +280,6 @@ pub fn cross_entropy_by_row(
     let row_states = [2, heads, rows];
     sized("row states", &row_states)?;
     allocatable(&client, "row states", count(&row_states), F32)?;
-    let mut options = options.clone();
-    options.loss.reduction = Reduction::None;
     options.strategy = Strategy::Inferred;
     unweighted(&options.loss, heads)?;
     row_labels(&labels, rows, &logits.device())?;

@@ -3,7 +3,7 @@
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, ExtensionType, backend_extension};
 
-#[cfg(feature = "fusion")]
+#[cfg(feature = "burn")]
 use super::specs::{
     class_means_spec, class_sums_spec, cross_entropy_grad_spec, cross_entropy_spec,
     fused_at_once_spec, fused_grad_spec, fused_spec, logits_grad_spec, logits_spec,
@@ -14,7 +14,7 @@ use crate::{cosine_cross_entropy as fused, cosine_logits as logits, cross_entrop
 
 /// A gradient that was asked for, or not.
 #[derive(ExtensionType)]
-#[cfg_attr(feature = "fusion", extension_type(fusion))]
+#[cfg_attr(feature = "burn", extension_type(fusion))]
 pub(super) enum MaybeGrad<B: Backend> {
     Skipped,
     Computed(FloatTensor<B>),
@@ -31,7 +31,7 @@ impl<B: Backend> MaybeGrad<B> {
 
 /// The results of a cross-entropy.
 #[derive(ExtensionType)]
-#[cfg_attr(feature = "fusion", extension_type(fusion))]
+#[cfg_attr(feature = "burn", extension_type(fusion))]
 pub(super) struct Losses<B: Backend> {
     pub loss: FloatTensor<B>,
     pub lse: FloatTensor<B>,
@@ -43,7 +43,7 @@ pub(super) struct Losses<B: Backend> {
 
 /// What the backward pass of a cross-entropy reads of the forward pass.
 #[derive(Clone, Debug, ExtensionType)]
-#[cfg_attr(feature = "fusion", extension_type(fusion))]
+#[cfg_attr(feature = "burn", extension_type(fusion))]
 pub(super) struct SavedRows<B: Backend> {
     pub labels: IntTensor<B>,
     pub lse: FloatTensor<B>,
@@ -52,7 +52,7 @@ pub(super) struct SavedRows<B: Backend> {
 
 /// The results of class means.
 #[derive(ExtensionType)]
-#[cfg_attr(feature = "fusion", extension_type(fusion))]
+#[cfg_attr(feature = "burn", extension_type(fusion))]
 pub(super) struct Means<B: Backend> {
     /// Class weights with the means in place.
     pub weights: FloatTensor<B>,
@@ -75,7 +75,7 @@ impl<B: Backend> Losses<B> {
 /// The ops, differentiable where the autodiff backend wraps them.
 #[backend_extension(
     Cube: cfg(any(feature = "cpu", feature = "cuda", feature = "wgpu")),
-    Fusion: cfg(feature = "fusion"),
+    Fusion: cfg(feature = "burn"),
     Autodiff
 )]
 pub(super) trait ProtoheadOps: Backend {
@@ -138,7 +138,7 @@ pub(super) trait ProtoheadOps: Backend {
 }
 
 /// What the autodiff backend asks of the one that it wraps.
-#[backend_extension(Fusion: cfg(feature = "fusion"))]
+#[backend_extension(Fusion: cfg(feature = "burn"))]
 pub(super) trait ProtoheadGradOps: Backend {
     /// The results, and the gradients of each head's loss.
     #[fusion(meta = fused_at_once_spec)]

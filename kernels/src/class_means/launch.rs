@@ -54,8 +54,8 @@ pub(crate) const SUMS_STATUS_FIELDS: usize = 4;
 /// #     batches: Vec<(TensorHandle, TensorHandle)>,
 /// #     weights: TensorHandle,
 /// # ) -> Result<(), protohead::Error> {
-/// let (heads, classes, dim) = (3, 20, 256);
-/// let mut sums = ClassSums::new(client, heads, classes, dim, &Options::default())?;
+/// let (heads, active, dim) = (3, 20, 256);
+/// let mut sums = ClassSums::new(client, heads, active, dim, &Options::default())?;
 /// for (embeddings, labels) in batches {
 ///     sums.accumulate(client, &embeddings, &labels)?;
 /// }
@@ -65,9 +65,9 @@ pub(crate) const SUMS_STATUS_FIELDS: usize = 4;
 /// ```
 #[derive(Debug)]
 pub struct ClassSums {
-    pub(super) sums: TensorHandle,    // f32, [lanes, heads, classes, dim]
+    pub(super) sums: TensorHandle,    // f32, [lanes, heads, active, dim]
     pub(super) carries: TensorHandle, // f32, of the same shape: the rounding error of the sums, to be subtracted
-    pub(super) counts: TensorHandle,  // u32, [classes]
+    pub(super) counts: TensorHandle,  // u32, [active]
     pub(super) status: TensorHandle,  // u32, [SUMS_STATUS_FIELDS]
     pub(super) options: Options,
     /// Rows that came so far, whether or not they had a class.
@@ -77,7 +77,7 @@ pub struct ClassSums {
 }
 
 impl ClassSums {
-    /// Sums of no rows yet, for `heads` × `classes` × `dim` (H, K, D): labels are to be in `0..classes`.
+    /// Sums of no rows yet, for `heads` × `active` × `dim` (H, K, D): labels are to be in `0..active`.
     ///
     /// # Errors
     /// [`Error::Empty`] if a size is zero, [`Error::TooLarge`] if the sums pass 32-bit addresses or a buffer of the device; a typed
@@ -85,15 +85,15 @@ impl ClassSums {
     pub fn new(
         client: &Client,
         heads: usize,
-        classes: usize,
+        active: usize,
         dim: usize,
         options: &Options,
     ) -> Result<Self, Error> {
-        let shape = Self::shape_of(client, [heads, classes, dim], options)?;
+        let shape = Self::shape_of(client, [heads, active, dim], options)?;
         Ok(Self {
             sums: empty(client, shape, F32),
             carries: empty(client, shape, F32),
-            counts: empty(client, [classes], U32),
+            counts: empty(client, [active], U32),
             status: empty(client, [SUMS_STATUS_FIELDS], U32),
             options: options.clone(),
             rows: 0,
@@ -101,14 +101,14 @@ impl ClassSums {
         })
     }
 
-    /// `[lanes, heads, classes, dim]` of a state on this device, if it can be there.
+    /// `[lanes, heads, active, dim]` of a state on this device, if it can be there.
     pub(crate) fn shape_of(
         client: &Client,
-        [heads, classes, dim]: [usize; 3],
+        [heads, active, dim]: [usize; 3],
         options: &Options,
     ) -> Result<[usize; 4], Error> {
         let operand = "class sums";
-        let shape = [heads, classes, dim];
+        let shape = [heads, active, dim];
         if shape.contains(&0) {
             return Err(Error::Empty {
                 operand,
@@ -121,12 +121,12 @@ impl ClassSums {
             Variant::Unit => unit::lanes(blueprint.units, shape),
             _ => plane::lanes(shape),
         };
-        let shape = [lanes, heads, classes, dim];
+        let shape = [lanes, heads, active, dim];
         allocatable(client, operand, count(&shape), F32)?;
         Ok(shape)
     }
 
-    /// f32, `[lanes, heads, classes, dim]`, unspecified before the first batch, and of classes without rows. Where there are few classes
+    /// f32, `[lanes, heads, active, dim]`, unspecified before the first batch, and of classes without rows. Where there are few classes
     /// there are several lanes, so that the whole device has something to do; which of them sums a row depends only on the rows before
     /// it, not on how they came in batches. The sum of a class is that of its lanes.
     pub fn sums(&self) -> &TensorHandle {
@@ -139,7 +139,7 @@ impl ClassSums {
         &self.carries
     }
 
-    /// u32, `[classes]`: rows of each class so far; unspecified before the first batch.
+    /// u32, `[active]`: rows of each class so far; unspecified before the first batch.
     pub fn counts(&self) -> &TensorHandle {
         &self.counts
     }
@@ -155,7 +155,7 @@ impl ClassSums {
         Blueprint::new(client, self.options.strategy)
     }
 
-    /// `[lanes, heads, classes, dim]`
+    /// `[lanes, heads, active, dim]`
     pub(super) fn shape(&self) -> [usize; 4] {
         let shape = self.sums.shape();
         [shape[0], shape[1], shape[2], shape[3]]
@@ -180,8 +180,8 @@ impl ClassSums {
         let blueprint = self.blueprint(client)?;
         let embeddings = Strided::float(client, "embeddings", embeddings, 3)?;
         let [heads, rows, dim] = embeddings.dims3();
-        let [_, classes, _] = self.dims();
-        if self.dims() != [heads, classes, dim] {
+        let [_, active, _] = self.dims();
+        if self.dims() != [heads, active, dim] {
             return Err(Error::Shape {
                 operand: "embeddings",
                 got: embeddings.shape().to_vec(),
@@ -231,12 +231,11 @@ impl ClassSums {
         if other.fresh {
             return Ok(());
         }
-        let [lanes, heads, classes, dim] = self.shape();
+        let [lanes, heads, active, dim] = self.shape();
         let vector = widest(blueprint.vector(F32), [dim]);
-        let elements = lanes * heads * classes * dim;
+        let elements = lanes * heads * active * dim;
         let blueprint = blueprint.for_elements(elements);
         let (count, cube) = blueprint.elementwise(client, elements / vector);
-        let (per_class, _) = blueprint.elementwise(client, classes);
         // SAFETY: `new` allocated both states, and their shapes are equal.
         unsafe {
             merge::launch_unchecked(
@@ -250,10 +249,11 @@ impl ClassSums {
                 whole(&other.sums, vector),
                 whole(&other.carries, vector),
                 whole(&other.counts, 1),
-                classes,
+                active,
                 dim / vector,
                 self.fresh,
             );
+            let (per_class, cube) = blueprint.elementwise(client, active);
             // Afterwards, since the sums are told by the counts.
             add_counts::launch_unchecked(
                 client,
@@ -271,7 +271,7 @@ impl ClassSums {
         Ok(())
     }
 
-    /// A copy of `weights [heads, stored, dim]`, of their dtype, whose first `classes` rows are the class means. A class without rows
+    /// A copy of `weights [heads, stored, dim]`, of their dtype, whose first `active` rows are the class means. A class without rows
     /// keeps its old weights, as do the classes behind.
     ///
     /// # Errors
@@ -279,13 +279,13 @@ impl ClassSums {
     pub fn means(&self, client: &Client, weights: &TensorHandle) -> Result<TensorHandle, Error> {
         let blueprint = self.blueprint(client)?;
         let weights = Strided::float(client, "class weights", weights, 3)?;
-        let [lanes, heads, classes, dim] = self.shape();
+        let [lanes, heads, active, dim] = self.shape();
         let [_, stored, _] = weights.dims3();
-        if weights.shape() != [heads, stored, dim] || stored < classes {
+        if weights.shape() != [heads, stored, dim] || stored < active {
             return Err(Error::Shape {
                 operand: "class weights",
                 got: weights.shape().to_vec(),
-                expected: format!("[{heads}, at least {classes}, {dim}]"),
+                expected: format!("[{heads}, at least {active}, {dim}]"),
             });
         }
         let means = count(weights.shape());
@@ -296,9 +296,9 @@ impl ClassSums {
             Variant::Unit => 1,
             _ => Group::of(&blueprint, dim / vector).size,
         };
-        let blueprint = blueprint.for_elements(heads * (lanes * classes + stored) * dim);
+        let blueprint = blueprint.for_elements(heads * (lanes * active + stored) * dim);
         let (count, cube) = blueprint.elementwise(client, heads * stored * sharing);
-        // SAFETY: `Strided` proved the weights, the sums are [lanes, heads, classes ≤ stored, dim].
+        // SAFETY: `Strided` proved the weights, the sums are [lanes, heads, active ≤ stored, dim].
         unsafe {
             write_means::launch_unchecked(
                 client,
@@ -313,7 +313,7 @@ impl ClassSums {
                 whole(&out, vector),
                 lanes,
                 heads,
-                classes,
+                active,
                 stored,
                 dim / vector,
                 sharing,
@@ -332,7 +332,7 @@ impl ClassSums {
         self.read_counts(client).map(drop)
     }
 
-    /// Waits, and reads how many rows each class has had, `[classes]`.
+    /// Waits, and reads how many rows each class has had, `[active]`.
     ///
     /// # Errors
     /// [`Error::Label`] if a label was neither a class nor ignored, with its row in the batch that it came in; [`Error::Device`] if the

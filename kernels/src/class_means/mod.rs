@@ -11,6 +11,6 @@ mod plane;
 mod state;
 mod unit;
 
-#[cfg(feature = "burn")]
+#[cfg(feature = "burn-unfused")]
 pub(crate) use launch::SUMS_STATUS_FIELDS;
 pub use launch::{ClassSums, Options};

@@ -46,6 +46,6 @@ mod tiled;
 mod unit;
 
 pub use captured::Captured;
-#[cfg(feature = "burn")]
+#[cfg(feature = "burn-unfused")]
 pub(crate) use launch::backward_from;
 pub use launch::{Inputs, Options, backward, forward, forward_backward, predictions};

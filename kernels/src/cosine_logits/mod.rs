@@ -6,6 +6,10 @@
 //! dx̂ = scale Σ_c dz ŵ_c      dx = (dx̂ − x̂ (x̂·dx̂)) / ‖x‖        (dx̂ / 1e-12 where the norm was clamped)
 //! dŵ = scale Σ_n dz x̂_n      dw likewise
 //! ```
+//!
+//! Memory beside the outputs: on a CPU f32 copies of the embeddings and of the active class weights, rows and columns padded to whole
+//! tiles (of the class weights two in the forward pass); on a GPU what [`cosine_cross_entropy`](crate::cosine_cross_entropy) takes, but
+//! for what it keeps by row.
 
 mod launch;
 mod problem;
@@ -14,5 +18,5 @@ mod unit;
 
 pub use launch::{Inputs, Options, backward, forward};
 pub(crate) use problem::CosineProblem;
-#[cfg(feature = "burn")]
+#[cfg(feature = "burn-unfused")]
 pub(crate) use problem::{Sizes, active_classes, same_dtype};

@@ -14,6 +14,6 @@ mod launch;
 mod plane;
 mod unit;
 
-#[cfg(feature = "burn")]
+#[cfg(feature = "burn-unfused")]
 pub(crate) use launch::backward_from;
 pub use launch::{Inputs, Options, backward, forward};

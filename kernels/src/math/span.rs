@@ -32,16 +32,25 @@ pub(crate) fn wait(#[comptime] units: usize) {
 }
 
 /// [`wait`], the first time in a launch.
-///
-/// The shared memory has CubeCL wait for the launches before this one: otherwise two launches of different streams could each hold
-/// cores that the other is waiting for.
 #[cube]
 pub(crate) fn meet(#[comptime] units: usize) {
+    let _ = told(0u32.runtime(), units);
+}
+
+/// [`wait`], the first time in a launch, and what unit 0 has found.
+///
+/// The shared memory also has CubeCL wait for the launches before this one: otherwise two launches of different streams could each
+/// hold cores that the other is waiting for.
+#[cube]
+pub(crate) fn told(found: u32, #[comptime] units: usize) -> u32 {
+    let mut told = found;
     if comptime!(units > 1) {
         let mut place = Shared::<[u32]>::new_slice(1usize);
         if UNIT_POS == 0 {
-            place[0] = 0u32.runtime();
+            place[0] = found;
         }
+        sync_cube();
+        told = place[0];
     }
-    wait(units);
+    told
 }

@@ -36,24 +36,6 @@ pub(super) fn launch(call: &AccumulateCall) -> Result<(), Error> {
     }
 }
 
-/// What unit 0 has found, told to all; every unit must call.
-///
-/// Shared memory also has the runtime wait for the launches before this one, so that no two launches with barriers, of different
-/// streams, can each hold cores that the other is waiting for.
-#[cube]
-fn told(found: u32, #[comptime] units: usize) -> u32 {
-    let mut told = found;
-    if comptime!(units > 1) {
-        let mut shared = Shared::<[u32]>::new_slice(1usize);
-        if UNIT_POS == 0 {
-            shared[0] = found;
-        }
-        sync_cube();
-        told = shared[0];
-    }
-    told
-}
-
 /// Reads the row that begins at `from` a first time, for its norm or, where rows are not normalized, for nothing but to bring it to
 /// the cache: then `squares` gathers all rows, for the caller to write, or the reading would be optimised away.
 #[cube]

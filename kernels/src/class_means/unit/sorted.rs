@@ -10,12 +10,12 @@
 
 use cubecl::prelude::*;
 
-use super::{classify, read_first, told};
+use super::{classify, read_first};
 use crate::class_means::launch::AccumulateCall;
 use crate::error::Error;
 use crate::loss::target::{LabelRule, is_class, label_rule};
 use crate::math::norm::{no_squares, norm_of};
-use crate::math::span::share;
+use crate::math::span::{share, told};
 use crate::math::sum::KahanLanes;
 use crate::operand::{RowStrides, addressable, whole};
 

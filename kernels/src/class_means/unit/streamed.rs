@@ -13,10 +13,11 @@ use crate::class_means::launch::AccumulateCall;
 use crate::error::Error;
 use crate::loss::target::{LabelRule, is_class, label_rule};
 use crate::math::norm::{no_squares, norm_of};
+use crate::math::span::told;
 use crate::math::sum::KahanLanes;
 use crate::operand::{RowStrides, addressable, whole};
 
-use super::{classify, read_first, told};
+use super::{classify, read_first};
 
 /// Elements of a chunk's rows, which stay in the cache between their two readings; fewer where many units want some.
 const CHUNK: usize = 1 << 16;

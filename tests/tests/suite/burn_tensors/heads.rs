@@ -45,24 +45,29 @@ fn the_module_gives_the_references_loss_gradients_and_prototypes() {
             head_weights: Some(alphas.iter().map(|&a| a as f32).collect()),
         };
         let judged = |device: &Device| labels_of(&judged, device);
-        let predicted = |predictions: Tensor<2, Int>| {
-            let read = predictions.try_into_vec_as::<i64>();
-            let read = read.expect("the device works").into_iter();
-            read.map(|class| class as u32).collect::<Vec<u32>>()
-        };
         // Of both ways: tracked, the gradients come with the loss.
         for module in [module.clone().valid(), module.clone()] {
             let place = module.weight.val().device();
             let embeddings = tensor(&x, [3, 7, 6], &place);
             let loss = module.loss(embeddings.clone(), judged(&place), &loss_options);
             let loss = loss.expect("valid");
-            loss.heads.check().expect("labels are valid");
+            loss.check().expect("labels are valid");
             near("loss", &read(loss.heads.loss), &truth.loss);
             near("total", &read(loss.total), &[truth.total]);
             near("lse", &read(loss.heads.lse), &truth.lse);
             assert_eq!(predicted(loss.heads.predictions), truth.predictions);
-            let predictions = module.predict(embeddings).expect("valid");
+            let predictions = module.predict(embeddings.clone()).expect("valid");
             assert_eq!(predicted(predictions), truth.predictions);
+            let refused = module.loss_by_row(embeddings.clone(), judged(&place), &loss_options);
+            assert_eq!(refused.map(drop).err(), Some(Error::Unweighted));
+            let unweighted = LossOptions {
+                head_weights: None,
+                ..loss_options.clone()
+            };
+            let by_row = module.loss_by_row(embeddings, judged(&place), &unweighted);
+            let by_row = by_row.expect("valid");
+            assert_eq!(predicted(by_row.counted()), [6]);
+            near("losses by row", &read(by_row.loss.sum_dim(1)), &truth.loss);
         }
         let loss = module
             .loss(embeddings.clone(), judged(&device), &loss_options)
@@ -168,15 +173,11 @@ fn prototypes_over_batches_are_those_of_all_rows_at_once() {
             let device = module.weight.val().device();
             let embeddings = tensor(&numbers(126, 1), [3, 7, 6], &device);
             let options = Default::default();
-            let replaced = module.clone();
-            let (at_once, _) = replaced
+            let (at_once, _) = module
                 .replace_prototypes(embeddings.clone(), labels(&device), 4, &options)
                 .expect("valid");
             let mut sums = ClassSums::new(3, 4, 6, &options, &device).expect("valid");
-            let (untouched, nothing) = module
-                .clone()
-                .replace_prototypes_by(&mut sums)
-                .expect("valid");
+            let (untouched, nothing) = module.replace_prototypes_by(&mut sums).expect("valid");
             let mut between = None;
             for (first, last) in [(0, 3), (3, 4), (4, 7)] {
                 // Halved and doubled, so that Burn has something of its own to put between.
@@ -188,10 +189,7 @@ fn prototypes_over_batches_are_those_of_all_rows_at_once() {
                     between = Some(sums.means(weights * 2.0).expect("valid"));
                 }
             }
-            let (over_batches, means) = module
-                .clone()
-                .replace_prototypes_by(&mut sums)
-                .expect("valid");
+            let (over_batches, means) = module.replace_prototypes_by(&mut sums).expect("valid");
             means.check().expect("labels are valid");
             let counts = |means: &ClassMeans| read_counts(means.counts.clone());
             assert_eq!(read(over_batches.weight.val()), read(at_once.weight.val()));
@@ -263,6 +261,12 @@ fn bad_labels_and_shapes_over_batches_are_told() {
         matches!(elsewhere, Err(Error::Place { .. })),
         "{elsewhere:?}"
     );
+}
+
+fn predicted<const D: usize>(classes: Tensor<D, Int>) -> Vec<u32> {
+    let read = classes.try_into_vec_as::<i64>();
+    let read = read.expect("the device works").into_iter();
+    read.map(|class| class as u32).collect()
 }
 
 fn read_counts(counts: Tensor<1, Int>) -> Vec<u32> {

@@ -2,10 +2,12 @@
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use protohead::burn::{
-    cosine_cross_entropy, cosine_cross_entropy_by_row, cosine_logits, cross_entropy_by_row,
-    predictions, reconstruction,
+    cosine_cross_entropy, cosine_cross_entropy_by_row, cosine_logits, cross_entropy,
+    cross_entropy_by_row, predictions, reconstruction,
 };
-use protohead::{Error, LossOptions, cosine_cross_entropy as fused};
+use protohead::{
+    Error, LossOptions, Reduction, cosine_cross_entropy as fused, cross_entropy as cross_entropy_op,
+};
 use protohead_reference as reference;
 
 use super::{LABELS, SIZES, device_of, devices, labels, near, near_by, numbers, read, tensor};
@@ -56,7 +58,6 @@ fn an_upstream_gradient_by_row_and_frozen_embeddings_are_honoured() {
 /// Loss by head, weighed by what arrives: of each dtype, reduction and smoothing, with operands frozen, and in any layout.
 #[test]
 fn gradients_of_the_loss_by_head_reach_what_is_tracked() {
-    use protohead::Reduction;
     let (x, w, upstream) = (numbers(126, 3), numbers(90, 4), numbers(3, 5));
     for device in devices() {
         let plain = device.clone();
@@ -260,6 +261,45 @@ fn cross_entropy_of_given_logits_reaches_them() {
             .sum()
             .backward();
         near("dz", &read(logits.grad(&gradients).expect("tracked")), &dz);
+    }
+}
+
+#[test]
+fn cross_entropy_of_given_logits_by_head_reaches_them() {
+    for device in devices() {
+        let device = device.autodiff();
+        let (z, upstream) = (numbers(3 * 7 * 4, 9), numbers(3, 5));
+        let wide = |values: &[f32]| values.iter().map(|&v| f64::from(v)).collect::<Vec<f64>>();
+        for (ours, theirs) in [
+            (Reduction::Mean, reference::Reduction::Mean),
+            (Reduction::Sum, reference::Reduction::Sum),
+        ] {
+            let options = reference::LossOptions {
+                reduction: theirs,
+                label_smoothing: 0.1,
+                ignore_index: -100,
+                head_weights: vec![1.0; 3],
+            };
+            let truth = reference::cross_entropy(&wide(&z), &LABELS, SIZES, &options);
+            let upstreams = reference::Upstream::Loss(wide(&upstream));
+            let dz =
+                reference::cross_entropy_backward(&wide(&z), &LABELS, SIZES, &options, &upstreams);
+            let options = cross_entropy_op::Options {
+                loss: LossOptions {
+                    reduction: ours,
+                    label_smoothing: 0.1,
+                    ..Default::default()
+                },
+                ..Default::default()
+            };
+            let logits = tensor(&z, [3, 7, 4], &device).require_grad();
+            let loss = cross_entropy(logits.clone(), labels(&device), &options).expect("valid");
+            near("loss", &read(loss.loss.clone()), &truth.loss);
+            let gradients = (loss.loss * tensor(&upstream, [3], &device))
+                .sum()
+                .backward();
+            near("dz", &read(logits.grad(&gradients).expect("tracked")), &dz);
+        }
     }
 }
 

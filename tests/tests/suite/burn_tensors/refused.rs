@@ -50,13 +50,7 @@ fn what_does_not_fit_is_refused_at_the_call() {
         },
     );
     for refused in [summed.map(drop), by_row.map(drop), of_logits.map(drop)] {
-        assert!(matches!(
-            refused,
-            Err(Error::Shape {
-                operand: "head weights",
-                ..
-            })
-        ));
+        assert_eq!(refused, Err(Error::Unweighted));
     }
     let unreduced = fused::Options {
         loss: LossOptions {
@@ -65,13 +59,22 @@ fn what_does_not_fit_is_refused_at_the_call() {
         },
         ..fused::Options::default()
     };
-    assert!(matches!(
-        cosine_cross_entropy(embeddings(), weights(), labels(&device), &unreduced),
-        Err(Error::Reduction {
-            got: Reduction::None,
-            ..
-        })
-    ));
+    let of_logits = cross_entropy::Options {
+        loss: unreduced.loss.clone(),
+        ..cross_entropy::Options::default()
+    };
+    for refused in [
+        cosine_cross_entropy(embeddings(), weights(), labels(&device), &unreduced).map(drop),
+        protohead::burn::cross_entropy(embeddings(), labels(&device), &of_logits).map(drop),
+    ] {
+        assert!(matches!(
+            refused,
+            Err(Error::Reduction {
+                got: Reduction::None,
+                ..
+            })
+        ));
+    }
     let elsewhere = labels(&Device::flex());
     let embeddings = tensor(&numbers(126, 1), [3, 7, 6], &device);
     assert!(matches!(
@@ -88,7 +91,7 @@ fn what_does_not_fit_is_refused_at_the_call() {
         .loss(embeddings, bad, &LossOptions::default())
         .expect("shapes fit");
     assert_eq!(
-        loss.heads.check(),
+        loss.check(),
         Err(Error::Label {
             row: 4,
             label: 9,
@@ -122,7 +125,7 @@ fn labels_of_u64_are_refused_and_smaller_ones_are_widened() {
         let labels = Tensor::from_data(TensorData::new(values.to_vec(), [7]), (&device, dtype));
         let embeddings = tensor(&numbers(126, 1), [3, 7, 6], &device);
         let loss = module.loss(embeddings, labels, &LossOptions::default())?;
-        loss.heads.check()?;
+        loss.check()?;
         Ok(read(loss.total))
     };
     let told = loss(DType::U64).map_err(|error: Error| error.to_string());

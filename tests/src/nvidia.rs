@@ -204,6 +204,8 @@ impl Nvidia {
             sm_arch: Some(SmArch::new(self.arch, true)),
             // The driver of CUDA 13.0.
             ptx_version: PtxVersion::for_driver(13000),
+            // As CubeCL has it for every GPU since 7.0: scalars come by value.
+            grid_constants: true,
             ..Default::default()
         };
         let mut compiler = PlironCompiler {

@@ -26,12 +26,17 @@ impl Program {
         let entry = text.split_once(".entry").ok_or("there is no entry")?.1;
         let (head, rest) = entry.split_once('{').ok_or("the entry has no body")?;
         let mut parser = Parser::default();
-        let parameters = head
-            .split_whitespace()
-            .map(|word| word.trim_matches([',', '(', ')']))
-            .filter(|word| word.contains("_param_") && !word.ends_with(".param"))
-            .map(|word| parser.register(word))
-            .collect();
+        let mut parameters = Vec::new();
+        for word in head.split_whitespace() {
+            let word = word.trim_matches([',', '(', ')']);
+            if word.contains("_param_") {
+                // `name[bytes]` comes by value, and the register has where.
+                let name = word.split('[').next().unwrap_or(word);
+                let register = parser.register(name);
+                parameters.push(register);
+                parser.pointers.extend((name == word).then_some(register));
+            }
+        }
         for statement in statements(rest)? {
             parser
                 .statement(&statement)
@@ -108,6 +113,8 @@ struct Parser {
     jumps: Vec<(usize, String)>,
     /// As `.reg` has them: `%r<9>` are nine.
     declared: Vec<String>,
+    /// Parameters that are addresses.
+    pointers: Vec<usize>,
 }
 
 /// What commas part, but for those in braces and brackets.
@@ -252,20 +259,26 @@ impl Parser {
                 Step::Nothing
             }
             "ret" | "exit" => Step::End,
-            "ld" if parts[1] == "param" => {
+            "ld" => {
                 let (to, from) = (self.registers(operand(0)?), self.address(operand(1)?)?);
-                let Operand::Register(from) = from.base else {
-                    return Err("a parameter has a name".into());
-                };
-                Step::Compute(arithmetic::copied(to[0], Operand::Register(from)))
+                let is_parameter = parts[1] == "param";
+                match from.base {
+                    Operand::Register(name) if is_parameter && self.pointers.contains(&name) => {
+                        Step::Compute(arithmetic::copied(to[0], from.base))
+                    }
+                    _ => Step::Load {
+                        space: if is_parameter {
+                            Space::Global
+                        } else {
+                            space(parts[1])?
+                        },
+                        bytes: arithmetic::bytes(parts[parts.len() - 1])?,
+                        extends: parts[parts.len() - 1] == "s32" && operand(0)?.starts_with("%rd"),
+                        to,
+                        from,
+                    },
+                }
             }
-            "ld" => Step::Load {
-                space: space(parts[1])?,
-                bytes: arithmetic::bytes(parts[parts.len() - 1])?,
-                extends: parts[parts.len() - 1] == "s32" && operand(0)?.starts_with("%rd"),
-                to: self.registers(operand(0)?),
-                from: self.address(operand(1)?)?,
-            },
             "st" => Step::Store {
                 space: space(parts[1])?,
                 bytes: arithmetic::bytes(parts[parts.len() - 1])?,

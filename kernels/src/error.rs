@@ -9,7 +9,7 @@ use crate::loss::Reduction;
 #[non_exhaustive]
 pub enum Error {
     /// An operand has the wrong number of axes or the wrong lengths.
-    #[error("{operand} has shape {got:?}, expected {expected}")]
+    #[error("{operand}: shape {got:?}, expected {expected}")]
     Shape {
         /// The operand's name.
         operand: &'static str,
@@ -19,7 +19,7 @@ pub enum Error {
         expected: String,
     },
     /// An axis has length zero.
-    #[error("{operand} has shape {got:?}: every axis must have at least one element")]
+    #[error("{operand}: shape {got:?}, every axis must have at least one element")]
     Empty {
         /// The operand's name.
         operand: &'static str,
@@ -28,7 +28,7 @@ pub enum Error {
     },
     /// The strides are not what the op takes, or leave the buffer.
     #[error(
-        "{operand} has strides {strides:?} for shape {shape:?} in a buffer of {elements} elements, expected {expected} and every element inside the buffer"
+        "{operand}: strides {strides:?} for shape {shape:?} in a buffer of {elements} elements, expected {expected} and every element inside the buffer"
     )]
     Strides {
         /// The operand's name.
@@ -43,7 +43,7 @@ pub enum Error {
         expected: &'static str,
     },
     /// An operand has a dtype that the op or the device does not take.
-    #[error("{operand} has dtype {got}, expected {expected}")]
+    #[error("{operand}: dtype {got}, expected {expected}")]
     Dtype {
         /// The operand's name.
         operand: &'static str,
@@ -177,7 +177,7 @@ pub enum Error {
     },
     /// A label is neither a class nor ignored.
     #[error(
-        "label {label} of row {row} is not a class below {active} ({rows} row(s) with such a label)"
+        "label {label} of row {row} is none of the {active} active classes, nor the ignored label (of {rows} such row(s) the first)"
     )]
     Label {
         /// The first such row, counted in its batch.

@@ -12,7 +12,7 @@ use cubecl::ir::Type;
 use cubecl::std::tensor::TensorHandle;
 
 use super::ops::{Losses, MaybeGrad, Means, ProtoheadGradOps, ProtoheadOps, SavedRows};
-use super::sums::State;
+use super::sums::{Kept, State};
 use super::total;
 use crate::class_means::ClassSums;
 use crate::gradients::scaled;
@@ -68,9 +68,10 @@ fn with_sums<T>(client: &Client, state: &State, then: impl FnOnce(&mut ClassSums
         let State {
             heads, active, dim, ..
         } = *state;
-        checked(ClassSums::new(client, heads, active, dim, &state.options))
+        let sums = ClassSums::new(client, heads, active, dim, &state.options);
+        Kept(checked(sums))
     });
-    then(sums)
+    then(&mut sums.0)
 }
 
 /// A result of the kernels as Burn's tensor, on the device of `like`.

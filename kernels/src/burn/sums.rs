@@ -1,5 +1,6 @@
 //! Prototype averaging on Burn tensors: streamed over batches, or at once.
 
+use std::marker::PhantomData;
 use std::sync::{Arc, Mutex};
 
 use burn::backend::Dispatch;
@@ -11,7 +12,7 @@ use crate::class_means::SUMS_STATUS_FIELDS;
 use crate::{Error, Strategy, class_means as means};
 
 /// Sums of rows by class, over batches: [`class_means::ClassSums`](crate::class_means::ClassSums) on Burn tensors. Not [`Clone`], since
-/// a copy would share the buffers. Use it from one thread: CubeCL orders only the calls of one thread.
+/// a copy would share the buffers, and bound to the thread that made it: CubeCL orders only the calls of one thread.
 ///
 /// # Examples
 /// ```no_run
@@ -36,17 +37,26 @@ pub struct ClassSums {
     state: State,
     /// What the last call gave, and the next asks for: Burn runs them in this order.
     status: Tensor<1, Int>,
+    of_this_thread: PhantomData<*const ()>,
 }
 
 /// The sums themselves, which Burn does not see. The first call that reaches a device makes them.
 #[derive(Clone, Debug)]
 pub(super) struct State {
-    pub sums: Arc<Mutex<Option<means::ClassSums>>>,
+    pub sums: Arc<Mutex<Option<Kept>>>,
     pub heads: usize,
     pub active: usize,
     pub dim: usize,
     pub options: means::Options,
 }
+
+/// Sums on their way through Burn, which wants to send whatever it is given.
+#[derive(Debug)]
+pub(super) struct Kept(pub means::ClassSums);
+
+// SAFETY: all that is in them can be sent. What binds them to a thread is the order of calls, and the [`ClassSums`] that make these
+// calls are bound to theirs.
+unsafe impl Send for Kept {}
 
 impl ClassSums {
     /// Sums of no rows yet, for `heads` × `active` × `dim` (H, K, D): labels are to be in `0..active`.
@@ -76,6 +86,7 @@ impl ClassSums {
             },
             // Without autodiff, whatever the device: the means follow the weights.
             status: Tensor::zeros([SUMS_STATUS_FIELDS], &device.clone().without_autodiff()),
+            of_this_thread: PhantomData,
         })
     }
 

@@ -1,5 +1,7 @@
 //! The public state: accumulate, merge, finish.
 
+use std::marker::PhantomData;
+
 use cubecl::client::Client;
 use cubecl::prelude::*;
 use cubecl::std::tensor::TensorHandle;
@@ -19,9 +21,10 @@ use crate::operand::{
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Options {
-    /// Whether rows are normalized first, `x / max(‖x‖₂, 1e-12)`; otherwise the raw embeddings are averaged.
+    /// Whether rows are normalized first, `x / max(‖x‖₂, 1e-12)`: then each counts alike in the mean's direction, which is all that a
+    /// cosine head takes of it. By default the raw embeddings are averaged, as in prototypical networks.
     pub normalize: bool,
-    /// Rows with this label are left out and not reported.
+    /// Rows with this label, by default -100, are left out and not reported.
     pub ignore_index: i32,
     /// Which variant runs.
     #[serde(skip)]
@@ -41,8 +44,8 @@ impl Default for Options {
 /// Of a state's status: rows with a bad label, the first of them in its batch, its label in [`halves`](crate::loss::target::halves).
 pub(crate) const SUMS_STATUS_FIELDS: usize = 4;
 
-/// Sums and counts of rows by class, on the device. Not [`Clone`], since a copy would share the buffers. Use it from one thread:
-/// CubeCL orders only the calls of one thread.
+/// Sums and counts of rows by class, on the device. Not [`Clone`], since a copy would share the buffers, and bound to the thread that
+/// made it: CubeCL orders only the calls of one thread.
 ///
 /// # Examples
 /// ```no_run
@@ -63,6 +66,11 @@ pub(crate) const SUMS_STATUS_FIELDS: usize = 4;
 /// let prototypes = sums.means(client, &weights)?; // of weights [3, 35, 256] the first 20 classes are replaced
 /// # Ok(()) }
 /// ```
+///
+/// ```compile_fail,E0277
+/// fn moved_to_another_thread<T: Send>() {}
+/// moved_to_another_thread::<protohead::class_means::ClassSums>();
+/// ```
 #[derive(Debug)]
 pub struct ClassSums {
     pub(super) sums: TensorHandle,    // f32, [lanes, heads, active, dim]
@@ -74,6 +82,7 @@ pub struct ClassSums {
     pub(super) rows: usize,
     /// Nothing was added yet: every buffer is unspecified, and stands for zeros. Later the sums of classes without rows still are.
     pub(crate) fresh: bool,
+    of_this_thread: PhantomData<*const ()>,
 }
 
 impl ClassSums {
@@ -98,6 +107,7 @@ impl ClassSums {
             options: options.clone(),
             rows: 0,
             fresh: true,
+            of_this_thread: PhantomData,
         })
     }
 
@@ -169,8 +179,8 @@ impl ClassSums {
     /// Adds `embeddings [heads, rows, dim]` (f32, f16 or bf16) to the classes that `labels [rows]` name, in row order.
     ///
     /// # Errors
-    /// A typed [`Error`] for what the host can see, before anything is launched. A bad label leaves its row out
-    /// and is reported by [`read_counts`](Self::read_counts).
+    /// A typed [`Error`] for what the host can see, before anything is launched. A bad label leaves its row out, and from then on
+    /// [`check`](Self::check) and [`read_counts`](Self::read_counts) report it; sums and means are those of the other rows.
     pub fn accumulate(
         &mut self,
         client: &Client,
@@ -272,7 +282,7 @@ impl ClassSums {
     }
 
     /// A copy of `weights [heads, stored, dim]`, of their dtype, whose first `active` rows are the class means. A class without rows
-    /// keeps its old weights, as do the classes behind.
+    /// keeps its old weights, as do the classes behind. It does not wait, and so says nothing of labels: see [`check`](Self::check).
     ///
     /// # Errors
     /// A typed [`Error`] if the weights do not fit.

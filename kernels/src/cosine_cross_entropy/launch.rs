@@ -24,7 +24,8 @@ pub struct Inputs {
     pub embeddings: TensorHandle,
     /// `[heads, classes, dim]`, the same dtype.
     pub weights: TensorHandle,
-    /// `[rows]`, i32, i64 or u32, contiguous: a class in `0..K` for each row, the same for all heads, or the ignored label.
+    /// `[rows]`, i32, i64 or u32, contiguous: a class in `0..K` for each row, the same for all heads, or the ignored label. Whether the
+    /// buffer holds numbers of this dtype, nobody can check.
     pub labels: TensorHandle,
 }
 
@@ -32,7 +33,8 @@ pub struct Inputs {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Options {
-    /// The factor on the cosines: the inverse temperature. Any finite number; it has no gradient.
+    /// The factor on the cosines, the inverse temperature: 16 by default. Any finite number, though logits beyond f32 are infinite; it has
+    /// no gradient.
     pub scale: f32,
     /// K: only the classes `0..K` take part; all of them if absent.
     pub active: Option<usize>,
@@ -82,7 +84,7 @@ pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<Lo
     Call::new(client, inputs, options)?.forward()
 }
 
-/// The class of the highest logit of each row, u32 `[heads, rows]`; of equal ones, the first. [`forward`] without labels, whose loss
+/// The class of the highest logit of each row, as [`LossOutput::predictions`]: u32 `[heads, rows]`. [`forward`] without labels, whose loss
 /// nobody wants; the options of the loss take no part.
 ///
 /// # Errors
@@ -142,8 +144,7 @@ pub(crate) fn backward_from(
     wanted: Wanted,
 ) -> Result<Gradients, Error> {
     let call = Call::new(client, inputs, options)?;
-    let sizes = call.problem.sizes;
-    saved.prove(client, sizes.heads, sizes.rows, &call.asked())?;
+    saved.prove(client, &call.asked())?;
     call.problem.check_gradients(client, wanted)?;
     let arriving = call.arriving(upstream)?;
     if !wanted.any() {
@@ -166,6 +167,9 @@ pub(crate) fn backward_from(
 /// workspace, a chunk of rows at a time, or the memory of `dW`. On a GPU it does for a small step; and in f32 multiply-adds, if the
 /// scale is positive, for the classes that a bounded workspace holds at once, if those are at least a quarter of all. The results agree
 /// with those of the two calls up to f32's rounding, not to the bit. `examples/step.rs` is a whole program around it.
+///
+/// On a CPU the device's threads run on the cores of those who launch and of everybody else. Read something of every step, as
+/// [`LossOutput::check`] does: a thread that only fills the queue takes a core from the kernels, as does any other that is busy meanwhile.
 ///
 /// # Errors
 /// As [`forward`] and [`backward`].
@@ -323,9 +327,13 @@ impl<'a> Call<'a> {
     }
 
     fn asked(&self) -> Asked {
+        let sizes = &self.problem.sizes;
         Asked {
+            op: "cosine_cross_entropy",
             scale: self.options.scale,
-            active: self.problem.sizes.active,
+            heads: sizes.heads,
+            rows: sizes.rows,
+            active: sizes.active,
             ignore_index: self.options.loss.ignore_index,
         }
     }

@@ -23,7 +23,7 @@ pub struct Inputs {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Options {
-    /// The factor on the cosines: the inverse temperature.
+    /// The factor on the cosines, the inverse temperature: 16 by default. Any finite number.
     pub scale: f32,
     /// K: only the classes `0..K` take part; all of them if absent.
     pub active: Option<usize>,

@@ -7,7 +7,7 @@ use cubecl::std::tensor::TensorHandle;
 use super::launch::Call;
 use crate::Gradients;
 use crate::blueprint::{PLANE_UNITS, cubes_for};
-use crate::operand::{RowStrides, Strided, address_type, whole};
+use crate::operand::{RowStrides, Strided, address_type, whole, widest};
 use crate::tiles::{
     Backward, ChunkShape, Chunks, GradientChunk, Lies, Tile, column_of, place, result_of, row_of,
 };
@@ -16,6 +16,7 @@ pub(super) fn launch_forward(call: &Call, tile: Tile, logits: &TensorHandle, sca
     let client = call.client;
     let sizes = &call.problem.sizes;
     let elements = sizes.heads * sizes.rows * sizes.active;
+    let together = widest(tile.neighbours(), [sizes.active]);
     let chunks = Chunks::new(client, &call.blueprint, tile, &call.problem, 1.0);
     for chunk in chunks.forward(None) {
         let cubes = sizes.heads * (sizes.rows_padded / tile.side) * (chunk.padded / tile.side);
@@ -27,9 +28,10 @@ pub(super) fn launch_forward(call: &Call, tile: Tile, logits: &TensorHandle, sca
                 CubeDim::new_1d(tile.units() as u32),
                 address_type(&[elements]),
                 tile.vector,
+                together,
                 chunks.embeddings_arg(),
                 chunks.weights_arg(&chunk),
-                whole(logits, 1),
+                whole(logits, together),
                 chunks.shape_arg(&chunk),
                 scale,
                 tile,
@@ -56,8 +58,9 @@ pub(super) fn launch_backward(
         factors,
         gradients,
     };
+    let vector = upstream.vector_size(&call.blueprint);
     backward.run(None, |GradientChunk { chunk, values }, _| {
-        let elements = sizes.heads * sizes.rows_padded * chunk.padded;
+        let elements = sizes.heads * sizes.rows_padded * chunk.padded / vector;
         // SAFETY: `Strided` proved the upstream, the copy has whole tiles.
         unsafe {
             copy::launch_unchecked(
@@ -65,15 +68,16 @@ pub(super) fn launch_backward(
                 cubes_for(client, elements.div_ceil(PLANE_UNITS)),
                 CubeDim::new_1d(PLANE_UNITS as u32),
                 address_type(&[upstream.elements()]),
-                upstream.buffer_arg(1),
-                upstream.strides_arg(1),
+                vector,
+                upstream.buffer_arg(vector),
+                upstream.strides_arg(vector),
                 BufferArg::from_raw_parts(values.clone(), elements),
                 sizes.heads,
                 sizes.rows,
                 sizes.rows_padded,
-                chunk.first,
-                chunk.classes,
-                chunk.padded,
+                chunk.first / vector,
+                chunk.classes / vector,
+                chunk.padded / vector,
                 upstream.dtype(),
                 tile.packed,
             );
@@ -82,10 +86,10 @@ pub(super) fn launch_backward(
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn forward<E: Float, F: Float, N: Size>(
+fn forward<E: Float, F: Float, N: Size, M: Size>(
     embeddings: &[Vector<E, N>], // [heads, rows_padded, dim]
     weights: &[Vector<E, N>],    // [heads, classes, dim]
-    logits: &mut [F],            // [heads, rows, active]
+    logits: &mut [Vector<F, M>], // [heads, rows, active]
     shape: ChunkShape,
     scale: f32,
     #[comptime] tile: Tile,
@@ -110,16 +114,23 @@ fn forward<E: Float, F: Float, N: Size>(
         tile,
     );
     let at = place(tile);
+    // Results next to each other, if so many divide the classes: then all of them are classes, or none.
+    let together = M::value();
     #[unroll]
     for r in 0..comptime!(tile.rows()) {
         let row = of.first_row + row_of(&at, r, tile);
         #[unroll]
-        for c in 0..comptime!(tile.columns()) {
+        for first in 0..comptime!(tile.columns() / together) {
+            let c = comptime!(first * together);
             let class = shape.first + of.in_chunk + column_of(&at, c, tile);
             if row < shape.rows && class < shape.active {
-                let from = comptime!(result_of(r, c, tile));
-                logits[(of.head * shape.rows + row) * shape.active + class] =
-                    F::cast_from(results[from] * scale);
+                let mut some = Vector::<f32, M>::empty();
+                #[unroll]
+                for e in 0..together {
+                    some.insert(e, results[comptime!(result_of(r, c + e, tile))] * scale);
+                }
+                logits[((of.head * shape.rows + row) * shape.active + class) / together] =
+                    Vector::<F, M>::cast_from(some);
             }
         }
     }
@@ -127,16 +138,16 @@ fn forward<E: Float, F: Float, N: Size>(
 
 /// A chunk of the upstream gradient, zero-padded to whole tiles.
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn copy<F: Float, E: Float>(
-    upstream: &[F], // [heads, rows, active]
+fn copy<F: Float, E: Float, N: Size>(
+    upstream: &[Vector<F, N>], // [heads, rows, active]
     strides: RowStrides,
-    logits: &mut [E], // [heads, rows_padded, padded] at least
+    logits: &mut [Vector<E, N>], // [heads, rows_padded, padded] at least
     heads: usize,
     rows: usize,
     rows_padded: usize,
-    first: usize,
-    classes: usize,
-    padded: usize,
+    first: usize,   // in vectors
+    classes: usize, // in vectors
+    padded: usize,  // in vectors
     #[define(F)] _dtype: ElemType,
     #[define(E)] _packed: ElemType,
 ) {
@@ -148,9 +159,11 @@ fn copy<F: Float, E: Float>(
     if head >= heads {
         terminate!();
     }
-    let mut value = E::new(0.0);
+    let mut value = Vector::<E, N>::new(E::new(0.0));
     if row < rows && class < classes {
-        value = E::cast_from(upstream[head * strides.head + row * strides.row + first + class]);
+        value = Vector::<E, N>::cast_from(
+            upstream[head * strides.head + row * strides.row + first + class],
+        );
     }
     logits[at] = value;
 }

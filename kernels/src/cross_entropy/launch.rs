@@ -16,7 +16,7 @@ use crate::operand::{F32, Labels, Strided, U32, addressable, allocatable, count,
 pub struct Inputs {
     /// `[heads, rows, classes]`, f32, f16 or bf16; the last axis packed, the others of any stride.
     pub logits: TensorHandle,
-    /// `[rows]`, i32, i64 or u32.
+    /// `[rows]`, i32, i64 or u32, contiguous: a class for each row, the same for all heads, or the ignored label.
     pub labels: TensorHandle,
 }
 
@@ -87,7 +87,7 @@ pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<Lo
         lse,
         predictions,
         &labels,
-        asked(classes, &options.loss),
+        asked([heads, rows, classes], &options.loss),
         &options.loss,
     ))
 }
@@ -117,7 +117,7 @@ pub(crate) fn backward_from(
 ) -> Result<TensorHandle, Error> {
     let (blueprint, logits, labels) = validate(client, inputs, options)?;
     let [heads, rows, classes] = logits.dims3();
-    saved.prove(client, heads, rows, &asked(classes, &options.loss))?;
+    saved.prove(client, &asked([heads, rows, classes], &options.loss))?;
     let arriving = Arriving::new(client, upstream, &options.loss, heads, rows, classes)?;
     let elements = count(logits.shape());
     allocatable(
@@ -144,8 +144,11 @@ pub(crate) fn backward_from(
     Ok(grad)
 }
 
-fn asked(classes: usize, loss: &LossOptions) -> Asked {
+fn asked([heads, rows, classes]: [usize; 3], loss: &LossOptions) -> Asked {
     Asked {
+        op: "cross_entropy",
+        heads,
+        rows,
         scale: 1.0,
         active: classes,
         ignore_index: loss.ignore_index,

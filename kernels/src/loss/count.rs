@@ -5,6 +5,9 @@ use cubecl::prelude::*;
 use super::target::{INVALID, LabelRule, is_class, target_of};
 use crate::math::group::{Group, group_count, group_min};
 
+/// Labels that a unit reads at a time, so that it does not wait for each.
+const AHEAD: usize = 8;
+
 #[derive(CubeType, Clone, Copy)]
 pub(crate) struct Counted {
     /// Rows that count.
@@ -26,16 +29,27 @@ pub(crate) fn count_labels<I: Int>(
     let mut classes = 0u32.runtime();
     let mut invalid = 0u32.runtime();
     let mut first_invalid = INVALID.runtime();
-    let mut row = UNIT_POS as usize;
-    while row < rows {
-        let target = target_of::<I>(labels[row], rule);
-        if is_class(target) {
-            classes += 1;
-        } else if target == INVALID {
-            invalid += 1;
-            first_invalid = min(first_invalid, row as u32);
+    let mut first = UNIT_POS as usize;
+    while first < rows {
+        let mut some = Array::<I>::new(AHEAD);
+        #[unroll]
+        for i in 0..AHEAD {
+            some[i] = labels[min(first + i * all.size, rows - 1)];
         }
-        row += all.size;
+        #[unroll]
+        for i in 0..AHEAD {
+            let row = first + i * all.size;
+            let target = target_of::<I>(some[i], rule);
+            if row < rows {
+                if is_class(target) {
+                    classes += 1;
+                } else if target == INVALID {
+                    invalid += 1;
+                    first_invalid = min(first_invalid, row as u32);
+                }
+            }
+        }
+        first += AHEAD * all.size;
     }
     Counted {
         classes: group_count(classes, all),

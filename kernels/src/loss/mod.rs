@@ -45,7 +45,8 @@ pub struct LossOutput {
     pub total: TensorHandle,
     /// f32, `[heads, rows]`: `ln Σ_c e^z`.
     pub lse: TensorHandle,
-    /// u32, `[heads, rows]`: the class of the highest logit; of equal ones, the first.
+    /// u32, `[heads, rows]`: the class of the highest logit; of equal ones, the first. A NaN is never the highest, and of a row of them
+    /// it is class 0.
     pub predictions: TensorHandle,
     /// u32, `[3]`: rows that count, rows whose label is invalid, the first of these (`u32::MAX − 1` if there is none).
     pub status: TensorHandle,
@@ -57,7 +58,10 @@ pub struct LossOutput {
 /// What a forward pass was asked, as far as its backward pass must be asked the same.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Asked {
+    pub op: &'static str,
     pub scale: f32, // 1 where the logits are given
+    pub heads: usize,
+    pub rows: usize,
     pub active: usize,
     pub ignore_index: i32,
 }
@@ -65,6 +69,9 @@ pub(crate) struct Asked {
 impl Asked {
     /// Proves that a backward pass is asked the same.
     fn same(&self, backward: &Self) -> Result<(), Error> {
+        same("the op", self.op, backward.op)?;
+        same("the number of heads", self.heads, backward.heads)?;
+        same("the number of rows", self.rows, backward.rows)?;
         same("scale", self.scale, backward.scale)?;
         let option = "the number of active classes";
         same(option, self.active, backward.active)?;
@@ -98,17 +105,12 @@ pub(crate) struct Saved {
 
 impl Saved {
     /// Proves them for a backward pass, as they come from a caller.
-    pub(crate) fn prove(
-        &self,
-        client: &Client,
-        heads: usize,
-        rows: usize,
-        backward: &Asked,
-    ) -> Result<(), Error> {
+    pub(crate) fn prove(&self, client: &Client, backward: &Asked) -> Result<(), Error> {
         if let Some(forward) = &self.asked {
             forward.same(backward)?;
         }
-        contiguous(client, "saved lse", &self.lse, &[2, heads, rows], F32)?;
+        let expected = [2, backward.heads, backward.rows];
+        contiguous(client, "saved lse", &self.lse, &expected, F32)?;
         contiguous(client, "status", &self.status, &[STATUS_FIELDS], U32)
     }
 }

@@ -38,14 +38,14 @@ pub enum Reduction {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LossOptions {
-    /// How a head's rows become its loss.
+    /// How a head's rows become its loss: by default the mean.
     pub reduction: Reduction,
-    /// ε, between 0 and 1.
+    /// ε, between 0 and 1: by default 0.
     pub label_smoothing: f32,
-    /// Rows with this label have no loss and no gradient. Their embeddings must be finite: a NaN spreads through the products of the
+    /// Rows with this label, by default -100, have no loss and no gradient. Their embeddings must be finite: a NaN spreads through the products of the
     /// fused op. It may be the index of a class. A negative one matches no u32 label.
     pub ignore_index: i32,
-    /// α of `total = Σ_h α_h · loss_h`, one a head; all 1 if absent.
+    /// α of `total = Σ_h α_h · loss_h`, one finite number a head, also 0 or less; all 1 if absent.
     pub head_weights: Option<Vec<f32>>,
 }
 

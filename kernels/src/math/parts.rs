@@ -5,6 +5,7 @@ use cubecl::prelude::*;
 use cubecl::server::Handle;
 
 use crate::blueprint::{PLANE_UNITS, cubes_for};
+use crate::tiles::Tile;
 
 /// Floats that the parts of sums may take together: 32 MiB.
 const PARTS: usize = 1 << 23;
@@ -12,23 +13,18 @@ const PARTS: usize = 1 << 23;
 /// Steps that beginning a part and writing its sums takes as long as, about: by count of instructions, not measured.
 const STEPS_OF_A_PART: usize = 4;
 
-/// In how many parts a GPU's cubes sum what fewer cubes than it has room for would sum alone: `owners` cubes, each of `steps`
+/// In how many parts a GPU's cubes sum what fewer cubes than its `slots` would sum alone: `owners` cubes, each of `steps`
 /// steps, into `elements` sums. The parts are added in their order.
-pub(crate) fn parts_of_sums(
-    client: &Client,
-    owners: usize,
-    steps: usize,
-    elements: usize,
-) -> usize {
+pub(crate) fn parts_of_sums(slots: usize, owners: usize, steps: usize, elements: usize) -> usize {
     let most = steps.div_ceil(STEPS_OF_A_PART).min(PARTS / elements);
-    parts_that_fill(slots(client), owners, steps, STEPS_OF_A_PART, most)
+    parts_that_fill(slots, owners, steps, STEPS_OF_A_PART, most)
 }
 
-/// Cubes that a GPU runs at a time: two on a multiprocessor, or one of those that take more registers, in half as many slots.
-pub(crate) fn slots(client: &Client) -> usize {
+/// Cubes of a product that a GPU runs at a time, as far as shared memory goes: of those that take more registers it has half as many.
+pub(crate) fn slots(client: &Client, tile: Tile) -> usize {
     // Where it is not known, as of a small GPU.
     let processors = client.properties().hardware.num_streaming_multiprocessors;
-    2 * processors.unwrap_or(16) as usize
+    tile.cubes_at_a_time(client) * processors.unwrap_or(16) as usize
 }
 
 /// In how many parts, `most` at most, each of `owners` does its work of `steps`, if a part takes `own` steps besides: as few as take

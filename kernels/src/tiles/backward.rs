@@ -11,7 +11,7 @@ use super::results::{column_of, place, result_of, row_of};
 use super::stage::{Lies, Source};
 use crate::Gradients;
 use crate::blueprint::cubes_for;
-use crate::math::parts::{add_parts, parts_of_sums};
+use crate::math::parts::{add_parts, parts_of_sums, slots};
 
 /// A backward pass.
 pub(crate) struct Backward<'a> {
@@ -35,7 +35,8 @@ impl Backward<'_> {
             let elements = heads * count * dim;
             let owners = elements / chunks.tile.side / chunks.tile.side;
             let slabs = reduced / chunks.tile.depth;
-            parts_of_sums(chunks.client, owners, slabs, elements)
+            let slots = slots(chunks.client, chunks.tile);
+            parts_of_sums(slots, owners, slabs, elements)
         };
         let for_rows = self.gradients.embeddings.as_ref().map(|grad| {
             let parts = parts_of(rows, step);

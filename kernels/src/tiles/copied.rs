@@ -109,7 +109,9 @@ fn copy_piece<E: Float, N: Size>(to: &mut [E], from: &[Vector<E, N>]) {
                 global: vec![from.value(scope)],
                 ..Default::default()
             };
-            register(scope, "cp.async.cg.shared.global [$0], [$1], 16;", operands);
+            // A slab takes half of each 128 bytes that lie in a row, and the next one the other half.
+            let text = "cp.async.cg.shared.global.L2::128B [$0], [$1], 16;";
+            register(scope, text, operands);
         }
     })
 }

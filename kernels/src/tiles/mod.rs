@@ -256,6 +256,28 @@ impl Tile {
         2 * self.wide()
     }
 
+    /// Results of a unit that are neighbours of a row.
+    pub(crate) fn neighbours(&self) -> usize {
+        let most = match self.engine {
+            Engine::Fma => 4,
+            _ => 2,
+        };
+        self.vector.min(most)
+    }
+
+    /// Cubes that a multiprocessor runs at a time, by their shared memory.
+    pub(crate) fn cubes_at_a_time(&self, client: &Client) -> usize {
+        let hardware = &client.properties().hardware;
+        // An NVIDIA GPU keeps so much for itself with each cube; one cube gets all the rest.
+        const KEPT: usize = 1 << 10;
+        let has = hardware.max_shared_memory_size + KEPT;
+        let is_nvidia = hardware.num_streaming_multiprocessors.is_some();
+        match is_nvidia && 2 * (self.shared_bytes() + KEPT) > has {
+            true => 1,
+            false => 2,
+        }
+    }
+
     /// Units that hold results of the same rows: four of each plane across.
     pub(crate) fn sharing(&self) -> usize {
         4 * self.across

@@ -17,9 +17,14 @@ fn numbers(register: u64, kind: Kind) -> Vec<f64> {
     }
 }
 
+/// Rounded towards zero, as tensor cores do, or worse.
 fn sum(products: impl Iterator<Item = f64>, more: u64) -> u64 {
-    let sum: f64 = products.sum();
-    let sum = (sum + f64::from(f32::from_bits(more as u32))) as f32;
+    let exact = products.sum::<f64>() + f64::from(f32::from_bits(more as u32));
+    let nearest = exact as f32;
+    let sum = match f64::from(nearest.abs()) > exact.abs() && nearest.is_finite() {
+        true => f32::from_bits(nearest.to_bits() - 1),
+        false => nearest,
+    };
     sum.to_bits().into()
 }
 

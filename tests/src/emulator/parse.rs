@@ -294,7 +294,7 @@ impl Parser {
                     let groups = operand(0)?.parse();
                     Step::AwaitCopies(groups.map_err(|e| format!("groups: {e}"))?)
                 }
-                "cp.async.cg.shared.global" | "cp.async.ca.shared.global"
+                "cp.async.cg.shared.global" | "cp.async.cg.shared.global.L2::128B"
                     if operand(2)? == "16" =>
                 {
                     Step::Copy {

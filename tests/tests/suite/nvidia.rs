@@ -135,7 +135,7 @@ fn is_of(row: &Row, &(op, kernel, _): &(&str, &str, usize)) -> bool {
 /// done with before the next turn.
 fn slab(row: &Row) -> Vec<String> {
     let of = |name: &str, times| std::iter::repeat_n(name.to_owned(), times);
-    let copies = of("cp.async.cg.shared.global", 8);
+    let copies = of("cp.async.cg.shared.global.L2::128B", 8);
     if row.wgmma > 0 {
         // 64 × 128 × 16 each, of 128 × 128 × 32.
         let product = format!(

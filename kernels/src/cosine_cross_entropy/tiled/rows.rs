@@ -90,6 +90,9 @@ pub(in crate::cosine_cross_entropy) fn gather_rows(
 
 const F16: ElemType = ElemType::Float(FloatKind::F16);
 
+/// Rows that a unit reads at a time, so that it does not wait for each.
+const AHEAD: usize = 8;
+
 /// A cube gathers the rows of a head, and divides what arrives by the largest finite gradient.
 #[cube(launch_unchecked)]
 fn gather<I: Int>(
@@ -121,31 +124,47 @@ fn gather<I: Int>(
     let of_low = of_lse + rows_padded;
     let of_arriving = of_low + rows_padded;
     let mut largest = 0.0f32.runtime();
-    let mut row = UNIT_POS as usize;
-    while row < rows_padded {
-        let mut target = IGNORED.runtime();
-        let mut row_lse = 0.0f32.runtime();
-        let mut row_low = 0.0f32.runtime();
-        let mut arrived = 0.0f32.runtime();
-        if row < rows {
-            target = target_of::<I>(labels[row], &rule);
-            row_lse = lse[head * rows + row];
-            row_low = lse[(heads + head) * rows + row];
-            arrived = arriving_at(
-                everywhere, gradient, head, row, rows, target, share, arrives,
-            );
+    let mut first = UNIT_POS as usize;
+    while first < rows_padded {
+        let mut some = Array::<I>::new(AHEAD);
+        let mut some_lse = Array::<f32>::new(AHEAD);
+        let mut some_low = Array::<f32>::new(AHEAD);
+        #[unroll]
+        for i in 0..AHEAD {
+            let row = min(first + i * PLANE_UNITS, rows - 1);
+            some[i] = labels[row];
+            some_lse[i] = lse[head * rows + row];
+            some_low[i] = lse[(heads + head) * rows + row];
         }
-        if head == 0 {
-            targets[row] = target;
+        #[unroll]
+        for i in 0..AHEAD {
+            let row = first + i * PLANE_UNITS;
+            if row < rows_padded {
+                let mut target = IGNORED.runtime();
+                let mut row_lse = 0.0f32.runtime();
+                let mut row_low = 0.0f32.runtime();
+                let mut arrived = 0.0f32.runtime();
+                if row < rows {
+                    target = target_of::<I>(some[i], &rule);
+                    row_lse = some_lse[i];
+                    row_low = some_low[i];
+                    arrived = arriving_at(
+                        everywhere, gradient, head, row, rows, target, share, arrives,
+                    );
+                }
+                if head == 0 {
+                    targets[row] = target;
+                }
+                state[of_lse + row] = row_lse;
+                state[of_low + row] = row_low;
+                state[of_arriving + row] = arrived;
+                // An infinite one is its own row's matter.
+                if arrived.abs() <= f32::MAX {
+                    largest = max(largest, arrived.abs());
+                }
+            }
         }
-        state[of_lse + row] = row_lse;
-        state[of_low + row] = row_low;
-        state[of_arriving + row] = arrived;
-        // An infinite one is its own row's matter.
-        if arrived.abs() <= f32::MAX {
-            largest = max(largest, arrived.abs());
-        }
-        row += PLANE_UNITS;
+        first += AHEAD * PLANE_UNITS;
     }
     let largest = group_max(largest, group);
     let mut inverse = 0.0f32.runtime();
@@ -153,10 +172,25 @@ fn gather<I: Int>(
     if largest > 0.0 && becomes / largest <= f32::MAX {
         inverse = becomes / largest;
     }
-    row = UNIT_POS as usize;
-    while row < rows_padded {
-        state[of_arriving + row] *= inverse;
-        row += PLANE_UNITS;
+    first = UNIT_POS as usize;
+    while first < rows_padded {
+        let mut some = Array::<f32>::new(AHEAD);
+        #[unroll]
+        for i in 0..AHEAD {
+            let row = first + i * PLANE_UNITS;
+            some[i] = 0.0;
+            if row < rows_padded {
+                some[i] = state[of_arriving + row];
+            }
+        }
+        #[unroll]
+        for i in 0..AHEAD {
+            let row = first + i * PLANE_UNITS;
+            if row < rows_padded {
+                state[of_arriving + row] = some[i] * inverse;
+            }
+        }
+        first += AHEAD * PLANE_UNITS;
     }
     if UNIT_POS == 0 {
         factors[head] = largest * factor;

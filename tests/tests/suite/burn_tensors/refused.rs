@@ -131,7 +131,7 @@ fn labels_of_u64_are_refused_and_smaller_ones_are_widened() {
     let told = loss(DType::U64).map_err(|error: Error| error.to_string());
     assert_eq!(
         told,
-        Err("labels has dtype u64, expected i32, i64 or u32, as far as the device has them".into())
+        Err("labels: dtype u64, expected i32, i64 or u32, as far as the device has them".into())
     );
     for dtype in [DType::I8, DType::U8, DType::I16, DType::U32, DType::I64] {
         assert_eq!(loss(dtype), loss(DType::I32), "{dtype:?}");

@@ -35,7 +35,7 @@ fn what_the_host_can_see_is_a_typed_error() {
                 },
                 Options::default()
             ),
-            "class weights has shape [2, 3, 6], expected [2, classes, 5] to go with embeddings [2, 4, 5]"
+            "class weights: shape [2, 3, 6], expected [2, classes, 5] to go with embeddings [2, 4, 5]"
         );
         assert_eq!(
             refused(
@@ -45,7 +45,7 @@ fn what_the_host_can_see_is_a_typed_error() {
                 },
                 Options::default()
             ),
-            "class weights has shape [1, 3, 5], expected [2, classes, 5] to go with embeddings [2, 4, 5]"
+            "class weights: shape [1, 3, 5], expected [2, classes, 5] to go with embeddings [2, 4, 5]"
         );
         assert_eq!(
             refused(
@@ -55,7 +55,7 @@ fn what_the_host_can_see_is_a_typed_error() {
                 },
                 Options::default()
             ),
-            "embeddings has shape [4, 5], expected 3 axes"
+            "embeddings: shape [4, 5], expected 3 axes"
         );
         assert_eq!(
             refused(
@@ -65,7 +65,7 @@ fn what_the_host_can_see_is_a_typed_error() {
                 },
                 Options::default()
             ),
-            "labels has shape [2], expected [4]"
+            "labels: shape [2], expected [4]"
         );
         let empty = TensorHandle::new_contiguous([2, 4, 0], client.empty(4), Dtype::F32.elem());
         assert_eq!(
@@ -76,22 +76,22 @@ fn what_the_host_can_see_is_a_typed_error() {
                 },
                 Options::default()
             ),
-            "embeddings has shape [2, 4, 0]: every axis must have at least one element"
+            "embeddings: shape [2, 4, 0], every axis must have at least one element"
         );
         let mut unpacked = good();
         unpacked.embeddings.metadata.strides = vec![20, 1, 4].into();
         assert!(
-            refused(unpacked, Options::default()).starts_with("embeddings has strides [20, 1, 4]")
+            refused(unpacked, Options::default()).starts_with("embeddings: strides [20, 1, 4]")
         );
         let mut outside = good();
         outside.embeddings.metadata.strides = vec![21, 5, 1].into();
         assert!(refused(outside, Options::default()).contains("in a buffer of 40 elements"));
         let mut few = good();
         few.embeddings.metadata.strides = vec![1].into();
-        assert!(refused(few, Options::default()).starts_with("embeddings has strides [1]"));
+        assert!(refused(few, Options::default()).starts_with("embeddings: strides [1]"));
         let mut integers = good();
         integers.embeddings.dtype = ElemType::UInt(UIntKind::U32);
-        assert!(refused(integers, Options::default()).starts_with("embeddings has dtype"));
+        assert!(refused(integers, Options::default()).starts_with("embeddings: dtype"));
         assert_eq!(
             with(|o| o.active = Some(4)),
             "4 active classes were asked for, expected between 1 and 3"

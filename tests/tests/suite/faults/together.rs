@@ -44,23 +44,23 @@ fn class_sums_and_what_does_not_go_with_them() {
         for wrong in [[1, 4, 5], [3, 4, 5], [2, 4, 4], [2, 4, 6]] {
             says(
                 add(wrong),
-                &format!("embeddings has shape {wrong:?}, expected [2, rows, 5], like the sums"),
+                &format!("embeddings: shape {wrong:?}, expected [2, rows, 5], like the sums"),
             );
         }
-        says(add([2, 3, 5]), "labels has shape [4], expected [3]");
+        says(add([2, 3, 5]), "labels: shape [4], expected [3]");
         assert_eq!(add([2, 4, 5]), Ok(()));
         let write = |shape: [usize; 3]| sums.means(client, &floats(client, &shape)).map(drop);
         for wrong in [[2, 2, 5], [1, 3, 5], [2, 3, 4]] {
             says(
                 write(wrong),
-                &format!("class weights has shape {wrong:?}, expected [2, at least 3, 5]"),
+                &format!("class weights: shape {wrong:?}, expected [2, at least 3, 5]"),
             );
         }
         assert_eq!(write([2, 4, 5]), Ok(()));
         for [heads, classes, dim] in [[1, 3, 5], [2, 4, 5], [2, 3, 6]] {
             says(
                 sums.merge(client, &of(heads, classes, dim)),
-                "class sums has shape [",
+                "class sums: shape [",
             );
         }
         // Nothing of it has come through.
@@ -84,15 +84,15 @@ fn parts_that_are_not_like_the_whole() {
         for (inputs, told) in [
             (
                 inputs(of([3, 5]), of([4, 5])),
-                "first part has shape [3, 5], expected [4, 5], like the whole",
+                "first part: shape [3, 5], expected [4, 5], like the whole",
             ),
             (
                 inputs(of([4, 5]), of([4, 4])),
-                "second part has shape [4, 4], expected [4, 5], like the whole",
+                "second part: shape [4, 4], expected [4, 5], like the whole",
             ),
             (
                 inputs(halves(client, &[4, 5]), of([4, 5])),
-                "first part has dtype f16, expected",
+                "first part: dtype f16, expected",
             ),
         ] {
             says(
@@ -126,7 +126,7 @@ fn operands_of_logits_and_their_gradients() {
         };
         says(
             cosine_logits::forward(client, &inputs(halves(client, &[2, 3, 5])), &options).map(drop),
-            "class weights has dtype f16, expected",
+            "class weights: dtype f16, expected",
         );
         let good = inputs(floats(client, &[2, 3, 5]));
         let back = |grad: &TensorHandle| {
@@ -135,12 +135,12 @@ fn operands_of_logits_and_their_gradients() {
         for wrong in [[1, 4, 2], [2, 3, 2], [2, 4, 3], [2, 4, 1]] {
             says(
                 back(&floats(client, &wrong)),
-                &format!("logit gradients has shape {wrong:?}, expected [2, 4, 2]"),
+                &format!("logit gradients: shape {wrong:?}, expected [2, 4, 2]"),
             );
         }
         says(
             back(&halves(client, &[2, 4, 2])),
-            "logit gradients has dtype f16, expected",
+            "logit gradients: dtype f16, expected",
         );
         assert_eq!(back(&floats(client, &[2, 4, 2])), Ok(()), "on {run}");
     }
@@ -185,6 +185,18 @@ fn the_output_of_a_forward_pass_with_other_options() {
             o.loss.head_weights = Some(vec![1.0, 2.0]);
         };
         assert_eq!(back(differ), Ok(()), "on {run}");
+        let given = cross_entropy::Inputs {
+            logits: floats(client, &[2, 4, 2]),
+            labels: inputs.labels.clone(),
+        };
+        let of_logits = cross_entropy::forward(client, &given, &Default::default());
+        let (total, wanted) = (Upstream::Total(1.0), Wanted::BOTH);
+        let of_logits = of_logits.expect("valid");
+        let fused = options(&|_| ());
+        says(
+            backward(client, &inputs, &fused, &of_logits, &total, wanted).map(drop),
+            "the op is cosine_cross_entropy, but was cross_entropy in the forward pass",
+        );
     }
     for run in runs() {
         let client = run.client;

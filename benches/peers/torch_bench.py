@@ -31,17 +31,6 @@ import torch.nn.functional as F
 SCALE = 16.0
 CALLS = 10
 PAUSE = 0.1  # seconds before our turn: OpenMP's threads spin on for a while after PyTorch is done
-SHAPES = {  # heads, rows, dim, classes, active
-    "seed": (3, 128, 256, 35, 20),
-    "mid": (3, 1024, 256, 1000, 1000),
-    "large": (3, 1024, 512, 10_000, 10_000),
-    "wide": (1, 512, 512, 100_000, 100_000),
-    "classes_100k": (1, 4096, 512, 100_000, 100_000),
-    "classes_360k": (1, 4096, 512, 360_000, 360_000),
-    "heads_10k": (3, 8192, 256, 10_000, 10_000),
-    "proto": (3, 20_000, 256, 20, 20),
-    "proto_many": (1, 200_000, 256, 20_000, 20_000),
-}
 
 
 DTYPES = {  # PyTorch's, and how our cases are named
@@ -182,6 +171,11 @@ class Serve:
     def repeat(self, case):
         return int(self.ask(f"{case} {CALLS}")[0]) / CALLS / 1e6
 
+    def shape(self, name):
+        """Heads, rows, dim, classes, active classes of a shape that our benches have, of the op that it is for."""
+        op = "class_means" if name.startswith("proto") else "cosine_cross_entropy"
+        return tuple(int(size) for size in self.ask(f"{op}/{name}/protohead shape"))
+
     def end(self):
         self.process.stdin.close()
         self.process.wait()
@@ -278,7 +272,7 @@ def on_cuda(options):
     ]
     print("\n".join(lines), flush=True)
     for name in options.shapes.split(","):
-        shape = SHAPES[name]
+        shape = serve.shape(name)
         heads, rows, dim, _, active = shape
         product = 2 * heads * rows * dim * active
         ops = [("class_means", False, None)] if name.startswith("proto") else [
@@ -357,7 +351,7 @@ def on_cpu(options):
     print("\n".join(lines), flush=True)
 
     for name in options.shapes.split(","):
-        shape = SHAPES[name]
+        shape = serve.shape(name)
         heads, rows, dim, classes, active = shape
         product = 2 * heads * rows * dim * active
         if name.startswith("proto"):

@@ -8,9 +8,8 @@ use cubecl::std::tensor::TensorHandle;
 use crate::blueprint::{Blueprint, Strategy};
 use crate::error::Error;
 use crate::math::narrow::narrow;
-use crate::operand::{
-    F32, addressable, contiguous, count, empty, float_dtype, offset, whole, widest,
-};
+use crate::memory::empty;
+use crate::operand::{F32, addressable, contiguous, count, float_dtype, offset, whole, widest};
 
 /// Which gradients to compute. The product for one that is left out is skipped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -50,6 +50,7 @@ mod error;
 mod gradients;
 mod loss;
 mod math;
+mod memory;
 mod operand;
 mod pace;
 mod tiles;

@@ -6,6 +6,7 @@
 //! | `<group>/<shape>/<who>` | nanoseconds of one call on fresh operands |
 //! | `<group>/<shape>/<who> <calls>` | nanoseconds of so many calls on the operands of the line before, if it is the same, of which only the last is waited for; ours only |
 //! | `<group>/<shape>/<who> memory` | bytes reserved for the operands, and by a step besides, in a process that did nothing before; ours only |
+//! | `<group>/<shape>/<who> shape` | heads, rows, dim, classes, active classes |
 //! | `ceiling/fma`, `ceiling/copy` | nanoseconds, and operations or bytes |
 //!
 //! `PROTOHEAD_VARIANT` forces the variant of ops with a product: `plane`, or `cmma` or `wgmma` where they have the operands on tensor cores.
@@ -31,6 +32,17 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             }
             ("ceiling/copy", _) => {
                 format!("{} {}", ceiling::copy().as_nanos(), ceiling::bytes())
+            }
+            (_, Some(case)) if how == "shape" => {
+                let shape = case.shape;
+                let sizes = [
+                    shape.heads,
+                    shape.rows,
+                    shape.dim,
+                    shape.classes,
+                    shape.active,
+                ];
+                sizes.map(|size| size.to_string()).join(" ")
             }
             (_, Some(case)) => {
                 if how != "memory" && checked.insert(id.to_owned()) {

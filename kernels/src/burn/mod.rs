@@ -118,7 +118,7 @@ impl<const D: usize> CrossEntropy<D> {
     /// `[1]`: how many rows count, those that are not ignored. [`Reduction::Mean`] divides by it, and so should a mean of losses by row.
     pub fn counted(&self) -> Tensor<1, Int> {
         let int = self.predictions.dtype();
-        self.labels.status.clone().slice([0..1]).cast(int)
+        self.labels.status.clone().slice(0..1).cast(int)
     }
 }
 

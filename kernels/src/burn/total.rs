@@ -6,7 +6,8 @@ use cubecl::std::tensor::TensorHandle;
 
 use crate::Error;
 use crate::math::sum::Kahan;
-use crate::operand::{F32, contiguous, empty, whole};
+use crate::memory::empty;
+use crate::operand::{F32, contiguous, whole};
 
 /// `Σ_h α_h · loss_h`, `[1]`, of `loss [heads]` and as many weights.
 pub(super) fn forward(

@@ -13,8 +13,9 @@ use crate::blueprint::{Blueprint, Strategy, Variant};
 use crate::error::Error;
 use crate::loss::target::joined;
 use crate::math::group::Group;
+use crate::memory::empty;
 use crate::operand::{
-    F32, Labels, Strided, U32, addressable, allocatable, count, empty, on_device, whole, widest,
+    F32, Labels, Strided, U32, addressable, allocatable, count, on_device, whole, widest,
 };
 
 /// Options of [`ClassSums`].

@@ -14,7 +14,8 @@ use crate::gradients::{Gradients, Wanted};
 use crate::loss::arriving::Arriving;
 use crate::loss::reduce::{self, Reduced};
 use crate::loss::{Asked, LossOptions, LossOutput, Saved, Upstream};
-use crate::operand::{F32, Labels, U32, empty};
+use crate::memory::empty;
+use crate::operand::{F32, Labels, U32};
 use crate::tiles::{Chunks, GradientChunk, Tile};
 
 /// The operands, never modified.

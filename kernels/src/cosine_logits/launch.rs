@@ -8,7 +8,8 @@ use super::{CosineProblem, tiled, unit};
 use crate::blueprint::{Blueprint, Strategy};
 use crate::error::Error;
 use crate::gradients::{Gradients, Wanted};
-use crate::operand::{Strided, addressable, addressed, allocatable, count, empty};
+use crate::memory::empty;
+use crate::operand::{Strided, addressable, addressed, allocatable, count};
 
 /// The operands, never modified.
 #[derive(Clone, Debug)]

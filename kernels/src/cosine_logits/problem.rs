@@ -8,7 +8,8 @@ use cubecl::std::tensor::TensorHandle;
 use crate::blueprint::Blueprint;
 use crate::error::Error;
 use crate::gradients::{Gradients, Wanted};
-use crate::operand::{F32, Strided, addressable, addressed, allocatable, count, empty_beside};
+use crate::memory::empty_beside;
+use crate::operand::{F32, Strided, addressable, addressed, allocatable, count};
 
 /// Embeddings and class weights that belong together.
 pub(crate) struct CosineProblem {

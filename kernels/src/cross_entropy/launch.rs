@@ -9,7 +9,8 @@ use crate::blueprint::{Blueprint, Strategy, Variant};
 use crate::error::Error;
 use crate::loss::arriving::Arriving;
 use crate::loss::{Asked, LossOptions, LossOutput, Saved, Upstream, reduce};
-use crate::operand::{F32, Labels, Strided, U32, addressable, allocatable, count, empty};
+use crate::memory::empty;
+use crate::operand::{F32, Labels, Strided, U32, addressable, allocatable, count};
 
 /// The operands, never modified.
 #[derive(Clone, Debug)]

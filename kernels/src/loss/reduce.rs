@@ -14,7 +14,8 @@ use super::target::{LabelRule, label_rule};
 use crate::blueprint::Blueprint;
 use crate::math::group::{Group, group_sum};
 use crate::math::sum::{Kahan, sum_of_unit};
-use crate::operand::{F32, Labels, U32, empty, whole};
+use crate::memory::empty;
+use crate::operand::{F32, Labels, U32, whole};
 
 /// Fields of the status: rows that count, rows with a bad label, the first of those.
 pub(crate) const STATUS_FIELDS: usize = 3;

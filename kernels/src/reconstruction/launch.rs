@@ -10,7 +10,8 @@ use super::{plane, unit};
 use crate::blueprint::{Blueprint, Strategy, Variant};
 use crate::error::Error;
 use crate::loss::Upstream;
-use crate::operand::{F32, Strided, allocatable, contiguous, count, empty, whole_if_asked};
+use crate::memory::empty;
+use crate::operand::{F32, Strided, allocatable, contiguous, count, whole_if_asked};
 
 /// The operands, never modified: `[rows, dim]`, f32, f16 or bf16, the last axis packed.
 #[derive(Clone, Debug)]

@@ -220,12 +220,12 @@ fn damaged_input_of_loss_gets_one_line_and_leaves_nothing() {
         (
             with("prototypes", floats("prototypes", &[2, 3, 4])),
             vec![],
-            "in: prototypes has shape [2, 3, 4]",
+            "in: prototypes: shape [2, 3, 4]",
         ),
         (
             with("labels", labels(&[0, 1])),
             vec![],
-            "labels has shape [2], expected [4]",
+            "labels: shape [2], expected [4]",
         ),
         (
             with("labels", labels(&[0, 1, 3, 0])),
@@ -339,7 +339,7 @@ fn damaged_input_of_prototypes_gets_one_line_and_leaves_nothing() {
         (
             vec![floats("embeddings", &[1, 2, 2]), labels(&[0])],
             vec![],
-            "labels has shape [1]",
+            "labels: shape [1]",
         ),
         (
             vec![floats("embeddings", &[1, 2, 2]), labels(&[0, 5])],

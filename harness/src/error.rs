@@ -63,6 +63,6 @@ impl Error {
 
     /// What a tensor could not be read with.
     pub(crate) fn of_device(reported: impl std::fmt::Debug) -> Self {
-        Self::Op(protohead::Error::Device(format!("{reported:?}")))
+        Self::Op(protohead::Error::device(reported))
     }
 }

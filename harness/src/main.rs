@@ -28,7 +28,7 @@ use crate::output::{complain, lost, tell};
     version,
     about,
     max_term_width = 100,
-    after_help = "On an error: one line on standard error, exit code 2, and no output file. The exit code is also 2 if results could not be written to standard output."
+    after_help = "On an error: one line on standard error (of predict one for each file that it cannot read), exit code 2, and no output file. The exit code is also 2 if results could not be written to standard output."
 )]
 struct Cli {
     #[command(subcommand)]

@@ -25,8 +25,7 @@ fn upload(client: &Client, values: &[f32], shape: [usize; 3]) -> TensorHandle {
 }
 
 fn download(client: &Client, tensor: TensorHandle) -> Result<Vec<f32>, Error> {
-    let bytes = client.read_one(tensor.handle);
-    let bytes = bytes.map_err(|error| Error::Device(format!("{error:?}")))?;
+    let bytes = client.read_one(tensor.handle).map_err(Error::device)?;
     Ok(f32::from_bytes(&bytes).to_vec())
 }
 

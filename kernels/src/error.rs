@@ -79,7 +79,9 @@ pub enum Error {
         expected: &'static str,
     },
     /// A tensor begins where the device's kernels cannot read it.
-    #[error("{operand} begins at byte {offset} of its buffer, expected a multiple of {alignment}")]
+    #[error(
+        "{operand}: first element at byte {offset} of its buffer, expected a multiple of {alignment}"
+    )]
     Offset {
         /// The operand's name.
         operand: &'static str,
@@ -96,11 +98,9 @@ pub enum Error {
         /// H
         heads: usize,
     },
-    /// Head weights were given where losses come head by head.
-    #[error(
-        "head weights are not taken here: multiply the losses, which come head by head, by them"
-    )]
-    Unweighted,
+    /// Head weights were given to a function that returns losses by head or by row.
+    #[error("head weights are not taken here: multiply the losses by them")]
+    HeadWeightsNotTaken,
     /// A problem is too large for the 32-bit addressing of the kernels, or for a buffer of the device.
     #[error("{operand}: {elements} elements are more than the {most} that fit")]
     TooLarge {
@@ -165,10 +165,10 @@ pub enum Error {
         /// The most rows, classes, vectors of columns, and their product with the heads.
         most: [usize; 4],
     },
-    /// The output that a backward pass was given is of a forward pass with other options.
+    /// The output that a backward pass was given is of another op, or of a forward pass with other sizes or options.
     #[error("{option} is {backward}, but was {forward} in the forward pass")]
     OtherForward {
-        /// The option's name.
+        /// What differs.
         option: &'static str,
         /// Its value in the forward pass.
         forward: String,
@@ -177,7 +177,7 @@ pub enum Error {
     },
     /// A label is neither a class nor ignored.
     #[error(
-        "label {label} of row {row} is none of the {active} active classes, nor the ignored label (of {rows} such row(s) the first)"
+        "label {label} of row {row} is none of the {active} active classes, nor the ignored label (the first of {rows} such row(s))"
     )]
     Label {
         /// The first such row, counted in its batch.
@@ -196,7 +196,7 @@ pub enum Error {
         normalized: bool,
     },
     /// An operand is on a device where the op cannot read it.
-    #[error("{operand} is on {on}, expected {expected}")]
+    #[error("{operand}: on {on}, expected {expected}")]
     Place {
         /// The operand's name.
         operand: &'static str,
@@ -211,15 +211,46 @@ pub enum Error {
 }
 
 impl Error {
-    /// What a device says of itself.
-    pub(crate) fn device(reported: impl std::fmt::Debug) -> Self {
+    /// What a device says of itself, in one line and without where in CubeCL it happened.
+    pub fn device(reported: impl std::fmt::Debug) -> Self {
         let said = format!("{reported:?}");
-        // CubeCL goes on with where it was asked, which is always here.
-        let said = said.split("\nBacktrace:").next().unwrap_or_default();
-        Self::Device(said.trim_end().to_owned())
+        let is_trace = |line: &&str| {
+            let (number, frame) = line.split_once(": ").unwrap_or(("", ""));
+            let is_frame = !frame.is_empty() && number.bytes().all(|b| b.is_ascii_digit());
+            let headings = [
+                "Backtrace",
+                "Asked at",
+                "No backtrace",
+                "disabled backtrace",
+                "at ",
+            ];
+            is_frame || headings.iter().any(|heading| line.starts_with(heading))
+        };
+        let lines = said.lines().map(str::trim);
+        let lines = lines.filter(|line| !line.is_empty() && !is_trace(line));
+        Self::Device(lines.collect::<Vec<_>>().join(" "))
     }
 }
 
 fn kind(normalized: bool) -> &'static str {
     if normalized { "normalized" } else { "raw" }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As CubeCL writes it.
+    #[test]
+    fn what_a_device_says_is_one_line_without_a_trace() {
+        struct Said;
+        impl std::fmt::Debug for Said {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("it failed\nCaused by:\n  0 of 3: too big\nBacktrace:\n   0: cubecl::run\n             at /a/b.rs:3:4\n  12: main\n\nand again\nNo backtrace available\n")
+            }
+        }
+        let said = Error::device(Said).to_string();
+        let expected = "the device reported: it failed Caused by: 0 of 3: too big and again";
+        assert_eq!(said, expected);
+    }
 }

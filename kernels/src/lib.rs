@@ -26,7 +26,7 @@
 //! |---|---|
 //! | `cpu`, `cuda`, `wgpu` | CubeCL's runtimes, and Burn's devices on them |
 //! | `burn` | the ops as functions on Burn tensors, with autodiff, and the module `CosineHeads`, in the module `burn`; turns Burn's fusion on |
-//! | `burn-unfused` | the same where Burn's fusion, which is on by default, is to stay off |
+//! | `burn-unfused` | the same for a Burn that is built without its fusion, which stays off |
 
 // In kernels loops run over ranges: CubeCL compiles no iterator adaptors.
 #![allow(clippy::needless_range_loop)]
@@ -39,11 +39,6 @@ pub mod reconstruction;
 
 #[cfg(feature = "burn-unfused")]
 pub mod burn;
-
-/// The examples of the README compile.
-#[cfg(all(doctest, feature = "burn"))]
-#[doc = include_str!("../../README.md")]
-mod readme {}
 
 mod blueprint;
 mod error;

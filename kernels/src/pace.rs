@@ -7,7 +7,7 @@ use cubecl::client::Client;
 /// Launches of unit variants that a thread may be ahead of a CPU. CubeCL's two queues of 32 tasks have room for four, with what
 /// belongs to them; a thread that finds them full spins on a core that a unit needs, and the units that wait for that one at a
 /// barrier wait milliseconds. Waiting at every launch would cost a loop that reads its results a second way to the device and back.
-const AHEAD: u32 = 4;
+const LAUNCHES_AHEAD: u32 = 4;
 
 thread_local! {
     /// Launches of unit variants since this thread waited for one.
@@ -20,9 +20,9 @@ pub(crate) fn keep_close(client: &Client) {
     // another would wait on its core for that one, spinning, and in its way.
     let _ = client.create_from_slice(&[0; 4]);
     let launched = LAUNCHED.get();
-    if launched == AHEAD {
+    if launched == LAUNCHES_AHEAD {
         // What failed stays with the buffers that it left unwritten, and is told where they are read.
         let _ = client.flush();
     }
-    LAUNCHED.set(launched % AHEAD + 1);
+    LAUNCHED.set(launched % LAUNCHES_AHEAD + 1);
 }

@@ -10,3 +10,8 @@ pub mod nvidia;
 pub mod problem;
 pub mod proof;
 pub mod rounded;
+
+/// The README's programs: all compile, and those that need no GPU run.
+#[cfg(all(doctest, feature = "fusion", feature = "cpu", feature = "cuda"))]
+#[doc = include_str!("../../README.md")]
+mod readme {}

@@ -29,7 +29,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Error> {
     let devices = arguments.device.training_devices()?;
     let classifier = Classifier::new(&finished, &devices)?;
     let mut refused = None;
-    classifier.predict(&arguments.files, |file, prediction| match prediction {
+    let predicted = classifier.predict(&arguments.files, |file, prediction| match prediction {
         Ok(Prediction {
             keyword,
             probability,
@@ -43,9 +43,13 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Error> {
                 complain(before);
             }
         }
-    })?;
-    match refused {
-        Some(error) => Err(error),
-        None => Ok(()),
+    });
+    match (refused, predicted) {
+        (Some(refused), Ok(())) => Err(refused),
+        (Some(refused), Err(error)) => {
+            complain(refused);
+            Err(error)
+        }
+        (None, predicted) => predicted,
     }
 }

@@ -51,7 +51,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Error> {
         return Err(Error::Content {
             path: arguments.input.clone(),
             reason: format!(
-                "`embeddings` has shape {:?}, expected [H, N, D]",
+                "embeddings: shape {:?}, expected [H, N, D]",
                 embeddings.shape().to_vec()
             ),
         });

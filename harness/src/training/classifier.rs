@@ -78,10 +78,11 @@ impl<'a> Classifier<'a> {
             let mut predictions = self.predict_features(&features)?.into_iter();
             bar.suspend(|| {
                 for (file, extracted) in files.iter().zip(extracted) {
-                    match extracted.map(|_| predictions.next()) {
-                        Ok(of_file) => of_file.into_iter().for_each(|p| answer(file, Ok(p))),
-                        Err(error) => answer(file, Err(error)),
-                    }
+                    let few = || Error::of_device("fewer predictions than files");
+                    answer(
+                        file,
+                        extracted.and_then(|_| predictions.next().ok_or_else(few)),
+                    );
                 }
             });
         }

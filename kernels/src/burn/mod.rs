@@ -115,7 +115,8 @@ impl<const D: usize> CrossEntropy<D> {
         self.labels.check()
     }
 
-    /// `[1]`: how many rows count, those that are not ignored. [`Reduction::Mean`] divides by it, and so should a mean of losses by row.
+    /// `[1]`: how many rows count, those that are not ignored. [`Reduction::Mean`] divides by it, or by 1 if it is 0, and so should a mean
+    /// of losses by row.
     pub fn counted(&self) -> Tensor<1, Int> {
         let int = self.predictions.dtype();
         self.labels.status.clone().slice(0..1).cast(int)
@@ -146,7 +147,7 @@ fn reduced(options: &LossOptions) -> Result<(), Error> {
     match options.reduction {
         Reduction::None => Err(Error::Reduction {
             got: Reduction::None,
-            expected: "one number a head: the function by row gives one a row",
+            expected: "Mean or Sum: the function whose name ends with by_row takes none",
         }),
         Reduction::Sum | Reduction::Mean => Ok(()),
     }
@@ -157,7 +158,7 @@ fn unweighted(options: &LossOptions, heads: usize) -> Result<(), Error> {
     options.validate(heads)?;
     match &options.head_weights {
         None => Ok(()),
-        Some(_) => Err(Error::Unweighted),
+        Some(_) => Err(Error::HeadWeightsNotTaken),
     }
 }
 

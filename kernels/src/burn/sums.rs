@@ -32,6 +32,11 @@ use crate::{Error, Strategy, class_means as means};
 /// means.check()?; // waits: were all labels of all batches classes?
 /// # Ok(heads) }
 /// ```
+///
+/// ```compile_fail
+/// fn moved_to_another_thread<T: Send>() {}
+/// moved_to_another_thread::<protohead::burn::ClassSums>();
+/// ```
 #[derive(Debug)]
 pub struct ClassSums {
     state: State,

@@ -68,7 +68,12 @@ pub(crate) const SUMS_STATUS_FIELDS: usize = 4;
 /// # Ok(()) }
 /// ```
 ///
-/// ```compile_fail,E0277
+/// Other results go to any thread:
+/// ```
+/// fn moved_to_another_thread<T: Send>() {}
+/// moved_to_another_thread::<protohead::LossOutput>();
+/// ```
+/// ```compile_fail
 /// fn moved_to_another_thread<T: Send>() {}
 /// moved_to_another_thread::<protohead::class_means::ClassSums>();
 /// ```
@@ -173,8 +178,8 @@ impl ClassSums {
     }
 
     fn dims(&self) -> [usize; 3] {
-        let [_, heads, classes, dim] = self.shape();
-        [heads, classes, dim]
+        let [_, heads, active, dim] = self.shape();
+        [heads, active, dim]
     }
 
     /// Adds `embeddings [heads, rows, dim]` (f32, f16 or bf16) to the classes that `labels [rows]` name, in row order.
@@ -191,16 +196,12 @@ impl ClassSums {
         let blueprint = self.blueprint(client)?;
         let embeddings = Strided::float(client, "embeddings", embeddings, 3)?;
         let [heads, rows, dim] = embeddings.dims3();
-        let [_, active, _] = self.dims();
-        if self.dims() != [heads, active, dim] {
+        let [of_heads, _, of_dim] = self.dims();
+        if [heads, dim] != [of_heads, of_dim] {
             return Err(Error::Shape {
                 operand: "embeddings",
                 got: embeddings.shape().to_vec(),
-                expected: format!(
-                    "[{}, rows, {}], like the sums",
-                    self.dims()[0],
-                    self.dims()[2]
-                ),
+                expected: format!("[{of_heads}, rows, {of_dim}], like the sums"),
             });
         }
         let labels = Labels::new(client, labels, rows)?;

@@ -122,7 +122,7 @@ pub fn predictions(
 /// label smoothing and head weights may differ.
 ///
 /// # Errors
-/// As [`forward`]; [`Error::OtherForward`] if scale, active classes or ignored label are not those of the forward pass; and a typed
+/// As [`forward`]; [`Error::OtherForward`] if op, heads, rows, scale, active classes or ignored label are not those of the forward pass; and a typed
 /// error if the upstream gradient or `output` does not fit.
 pub fn backward(
     client: &Client,

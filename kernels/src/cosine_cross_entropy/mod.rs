@@ -19,7 +19,7 @@
 //! dŵ = scale Σ_n g x̂_n      dw likewise
 //! ```
 //!
-//! A row whose norm passes f32 (from about 1.8e19 on) counts as a row of zeros: its logits and its gradient are 0.
+//! Of a row whose norm passes f32 (from about 1.8e19 on) logits and gradient are 0 or NaN.
 //!
 //! `u[h,n]` is what arrives at `ℓ[h,n]`. Of a gradient `G` of the total ([`Upstream::Total`](crate::Upstream)) that is `α_h G`, or
 //! `α_h G / M` under a mean over the M rows that count; [`Upstream::Loss`](crate::Upstream) gives the gradient of each loss instead,

@@ -96,7 +96,7 @@ pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<Lo
 /// The gradient of the logits, `[heads, rows, classes]`, contiguous, of their dtype. It can be called more than once.
 ///
 /// # Errors
-/// As [`forward`]; [`Error::OtherForward`] if the ignored label or the number of classes is not that of the forward pass; and a typed
+/// As [`forward`]; [`Error::OtherForward`] if op, heads, rows, classes or ignored label are not those of the forward pass; and a typed
 /// [`Error`] if the upstream gradient or `output` does not fit.
 pub fn backward(
     client: &Client,

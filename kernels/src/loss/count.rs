@@ -5,8 +5,8 @@ use cubecl::prelude::*;
 use super::target::{INVALID, LabelRule, is_class, target_of};
 use crate::math::group::{Group, group_count, group_min};
 
-/// Labels that a unit reads at a time, so that it does not wait for each.
-const AHEAD: usize = 8;
+/// Rows that a unit reads at a time, so that it does not wait for each.
+pub(crate) const READ_AHEAD: usize = 8;
 
 #[derive(CubeType, Clone, Copy)]
 pub(crate) struct Counted {
@@ -31,13 +31,13 @@ pub(crate) fn count_labels<I: Int>(
     let mut first_invalid = INVALID.runtime();
     let mut first = UNIT_POS as usize;
     while first < rows {
-        let mut some = Array::<I>::new(AHEAD);
+        let mut some = Array::<I>::new(READ_AHEAD);
         #[unroll]
-        for i in 0..AHEAD {
+        for i in 0..READ_AHEAD {
             some[i] = labels[min(first + i * all.size, rows - 1)];
         }
         #[unroll]
-        for i in 0..AHEAD {
+        for i in 0..READ_AHEAD {
             let row = first + i * all.size;
             let target = target_of::<I>(some[i], rule);
             if row < rows {
@@ -49,7 +49,7 @@ pub(crate) fn count_labels<I: Int>(
                 }
             }
         }
-        first += AHEAD * all.size;
+        first += READ_AHEAD * all.size;
     }
     Counted {
         classes: group_count(classes, all),

@@ -6,7 +6,7 @@ mod options;
 pub(crate) mod reduce;
 pub(crate) mod target;
 
-pub(crate) use count::count_labels;
+pub(crate) use count::{READ_AHEAD, count_labels};
 pub use options::{LossOptions, Reduction};
 
 use cubecl::bytes::Bytes;

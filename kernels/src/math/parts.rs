@@ -5,7 +5,6 @@ use cubecl::prelude::*;
 use cubecl::server::Handle;
 
 use crate::blueprint::{PLANE_UNITS, cubes_for};
-use crate::tiles::Tile;
 
 /// Floats that the parts of sums may take together: 32 MiB.
 const PARTS: usize = 1 << 23;
@@ -20,11 +19,16 @@ pub(crate) fn parts_of_sums(slots: usize, owners: usize, steps: usize, elements:
     parts_that_fill(slots, owners, steps, STEPS_OF_A_PART, most)
 }
 
-/// Cubes of a product that a GPU runs at a time, as far as shared memory goes: of those that take more registers it has half as many.
-pub(crate) fn slots(client: &Client, tile: Tile) -> usize {
-    // Where it is not known, as of a small GPU.
-    let processors = client.properties().hardware.num_streaming_multiprocessors;
-    tile.cubes_at_a_time(client) * processors.unwrap_or(16) as usize
+/// Cubes with so many bytes of shared memory that a GPU runs at a time: two on a multiprocessor, or one if two do not fit.
+pub(crate) fn slots(client: &Client, shared: usize) -> usize {
+    let hardware = &client.properties().hardware;
+    let Some(processors) = hardware.num_streaming_multiprocessors else {
+        return 32; // as of a small GPU
+    };
+    // An NVIDIA GPU keeps so much for itself with each cube; one cube gets all the rest.
+    const KEPT: usize = 1 << 10;
+    let fit = 2 * (shared + KEPT) <= hardware.max_shared_memory_size + KEPT;
+    processors as usize * if fit { 2 } else { 1 }
 }
 
 /// In how many parts, `most` at most, each of `owners` does its work of `steps`, if a part takes `own` steps besides: as few as take

@@ -35,7 +35,7 @@ impl Backward<'_> {
             let elements = heads * count * dim;
             let owners = elements / chunks.tile.side / chunks.tile.side;
             let slabs = reduced / chunks.tile.depth;
-            let slots = slots(chunks.client, chunks.tile);
+            let slots = slots(chunks.client, chunks.tile.stage_bytes());
             parts_of_sums(slots, owners, slabs, elements)
         };
         let for_rows = self.gradients.embeddings.as_ref().map(|grad| {

@@ -265,19 +265,6 @@ impl Tile {
         self.vector.min(most)
     }
 
-    /// Cubes that a multiprocessor runs at a time, by their shared memory.
-    pub(crate) fn cubes_at_a_time(&self, client: &Client) -> usize {
-        let hardware = &client.properties().hardware;
-        // An NVIDIA GPU keeps so much for itself with each cube; one cube gets all the rest.
-        const KEPT: usize = 1 << 10;
-        let has = hardware.max_shared_memory_size + KEPT;
-        let is_nvidia = hardware.num_streaming_multiprocessors.is_some();
-        match is_nvidia && 2 * (self.shared_bytes() + KEPT) > has {
-            true => 1,
-            false => 2,
-        }
-    }
-
     /// Units that hold results of the same rows: four of each plane across.
     pub(crate) fn sharing(&self) -> usize {
         4 * self.across
@@ -344,12 +331,16 @@ impl Tile {
         self.vectors().div_ceil(self.units())
     }
 
-    /// Shared memory of the hungriest kernel: the stages of two operands; the softmax of every row that is stowed, and of one that
+    /// Shared memory of the stages of two operands.
+    pub(crate) fn stage_bytes(&self) -> usize {
+        let stage = self.stage(Lies::Rows).max(self.stage(Lies::Columns));
+        2 * self.stages() * stage * self.packed.size()
+    }
+
+    /// Shared memory of the hungriest kernel, the forward pass: the stages of two operands; the softmax of every row that is stowed, and of one that
     /// is merged, four numbers each; targets.
-    fn shared_bytes(&self) -> usize {
-        2 * self.stages()
-            * self.stage(Lies::Rows).max(self.stage(Lies::Columns))
-            * self.packed.size()
+    pub(crate) fn shared_bytes(&self) -> usize {
+        self.stage_bytes()
             + 4 * size_of::<f32>() * self.units() * (self.stowed() + 1)
             + size_of::<u32>() * self.side
     }

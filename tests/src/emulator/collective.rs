@@ -17,7 +17,7 @@ fn numbers(register: u64, kind: Kind) -> Vec<f64> {
     }
 }
 
-/// Rounded towards zero, as tensor cores do, or worse.
+/// Rounded towards zero: tensor cores round so, or worse.
 fn sum(products: impl Iterator<Item = f64>, more: u64) -> u64 {
     let exact = products.sum::<f64>() + f64::from(f32::from_bits(more as u32));
     let nearest = exact as f32;

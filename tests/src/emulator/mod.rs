@@ -46,7 +46,7 @@ mod tests {
     /// A kernel of two buffers, which a unit has in `%rd1` and `%rd2`, with its number in `%r1` and four times that in `%rd3`.
     fn program(body: &str) -> Program {
         let text = format!(
-            ".visible .entry k(\n .param .u64 .ptr .global .align 1 k_param_0,\n .param .u64 .ptr .global .align 1 k_param_1\n)\n{{\n\
+            ".visible .entry k(\n .param .u64 .ptr .global .align 1 k_param_0,\n .param .u64 .ptr .global .align 1 k_param_1,\n .param .align 8 .b8 k_param_2[16]\n)\n{{\n\
              .reg .b32 %r<999>;\n.reg .b64 %rd<9>;\n.reg .pred %p<9>;\nld.param.b64 %rd1, [k_param_0];\nld.param.b64 %rd2, [k_param_1];\nmov.u32 %r1, %tid.x;\nmul.wide.u32 %rd3, %r1, 4;\n\
              {body}\nret;\n}}\n"
         );
@@ -61,7 +61,15 @@ mod tests {
             start: 0,
             end: 256,
         };
-        let mut global = Global::new(vec![input, output], vec![buffer(0), buffer(1)]);
+        // By value: 1, 2, 3 and 4.
+        let scalars: Vec<u8> = (1..5u32).flat_map(u32::to_le_bytes).collect();
+        let by_value = Buffer {
+            memory: 2,
+            start: 0,
+            end: 16,
+        };
+        let buffers = vec![buffer(0), buffer(1), by_value];
+        let mut global = Global::new(vec![input, output, scalars], buffers);
         launch(
             &program(body),
             [cubes, 1, 1],
@@ -115,6 +123,18 @@ mod tests {
     }
 
     #[test]
+    fn scalars_come_by_value() {
+        let found = run(
+            "ld.param.b32 %r2, [k_param_2+8];\nmov.b64 %rd4, k_param_2;\nld.param.v2.b32 {%r3, %r4}, [%rd4];\n\
+             st.global.b32 [%rd2], %r2;\nst.global.b32 [%rd2+4], %r3;\nst.global.b32 [%rd2+8], %r4;",
+            1,
+            1,
+        );
+        assert_eq!(found.expect("known instructions")[..3], [3, 1, 2]);
+        refused("ld.param.b32 %r2, [k_param_2+16];", 1, 1, "of buffer 2");
+    }
+
+    #[test]
     fn cubes_have_results_of_their_own() {
         let store = "mov.u32 %r2, %ctaid.x;\nmul.wide.u32 %rd4, %r2, 4;\nadd.s64 %rd4, %rd2, %rd4;\nst.global.b32 [%rd4], %r2;";
         let found = run(store, 3, 1).expect("no race");
@@ -130,8 +150,8 @@ mod tests {
     fn copies_are_there_when_they_were_awaited() {
         let copied = |wait: &str| -> Result<[u32; 2], String> {
             let body = format!(
-                "cp.async.cg.shared.global [cube_shared], [%rd1], 16;\ncp.async.commit_group;\n\
-                 cp.async.cg.shared.global [cube_shared+16], [%rd1+16], 16;\ncp.async.commit_group;\n{wait}\n\
+                "cp.async.cg.shared.global.L2::128B [cube_shared], [%rd1], 16;\ncp.async.commit_group;\n\
+                 cp.async.cg.shared.global.L2::128B [cube_shared+16], [%rd1+16], 16;\ncp.async.commit_group;\n{wait}\n\
                  ld.shared.b32 %r2, [cube_shared+4];\nld.shared.b32 %r3, [cube_shared+20];\nst.global.v2.b32 [%rd2], {{%r2, %r3}};"
             );
             let found = run(&body, 1, 1)?;

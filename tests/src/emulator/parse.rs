@@ -294,14 +294,10 @@ impl Parser {
                     let groups = operand(0)?.parse();
                     Step::AwaitCopies(groups.map_err(|e| format!("groups: {e}"))?)
                 }
-                "cp.async.cg.shared.global" | "cp.async.cg.shared.global.L2::128B"
-                    if operand(2)? == "16" =>
-                {
-                    Step::Copy {
-                        to: self.address(operand(0)?)?,
-                        from: self.address(operand(1)?)?,
-                    }
-                }
+                "cp.async.cg.shared.global.L2::128B" if operand(2)? == "16" => Step::Copy {
+                    to: self.address(operand(0)?)?,
+                    from: self.address(operand(1)?)?,
+                },
                 _ => return Err("this copy is not known".into()),
             },
             "bar" if opcode == "bar.sync" && operands == ["0"] => Step::Barrier,

@@ -115,7 +115,7 @@ fn multiplies_tiles(row: &Row) -> bool {
 }
 
 /// What streams rows, by op (any, if it has no name) and kernel: at least one load of 16 bytes a loop over each operand.
-const STREAMS: [(&str, &str, usize); 8] = [
+const STREAMS: [(&str, &str, usize); 9] = [
     ("reconstruction", "forward", 3),
     ("reconstruction", "backward", 6),
     ("class_means", "sum", 5),
@@ -123,6 +123,7 @@ const STREAMS: [(&str, &str, usize); 8] = [
     ("cross_entropy", "forward", 1),
     ("cross_entropy", "backward", 1),
     ("cosine_cross_entropy", "from", 1), // from_cosines
+    ("cosine_logits", "copy", 1),
     ("", "pack", 2),
 ];
 

@@ -48,13 +48,8 @@ pub(in crate::cosine_cross_entropy) fn launch_forward(
     let count = rest.len() + usize::from(kept.is_some());
     let tiles_of_chunk = sizes.active_padded / tile.side / count;
     // What a part leaves behind, three floats a row, is little beside a tile.
-    let parts_of_chunk = parts_that_fill(
-        slots(client, tile),
-        row_tiles,
-        tiles_of_chunk,
-        0,
-        tiles_of_chunk,
-    );
+    let slots = slots(client, tile.shared_bytes());
+    let parts_of_chunk = parts_that_fill(slots, row_tiles, tiles_of_chunk, 0, tiles_of_chunk);
     let parts = parts_of_chunk * count;
     let elements = sizes.heads * sizes.rows * parts;
     let float = size_of::<f32>();

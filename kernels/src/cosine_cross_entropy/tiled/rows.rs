@@ -9,7 +9,7 @@ use super::super::launch::Call;
 use crate::blueprint::{PLANE_UNITS, cubes_for};
 use crate::loss::arriving::{Arrives, Arriving, arriving_at, share_of_row};
 use crate::loss::target::{IGNORED, LabelRule, label_rule, target_of};
-use crate::loss::{Reduction, Saved};
+use crate::loss::{READ_AHEAD, Reduction, Saved};
 use crate::math::group::{Group, group_max};
 use crate::operand::whole;
 
@@ -90,9 +90,6 @@ pub(in crate::cosine_cross_entropy) fn gather_rows(
 
 const F16: ElemType = ElemType::Float(FloatKind::F16);
 
-/// Rows that a unit reads at a time, so that it does not wait for each.
-const AHEAD: usize = 8;
-
 /// A cube gathers the rows of a head, and divides what arrives by the largest finite gradient.
 #[cube(launch_unchecked)]
 fn gather<I: Int>(
@@ -126,18 +123,18 @@ fn gather<I: Int>(
     let mut largest = 0.0f32.runtime();
     let mut first = UNIT_POS as usize;
     while first < rows_padded {
-        let mut some = Array::<I>::new(AHEAD);
-        let mut some_lse = Array::<f32>::new(AHEAD);
-        let mut some_low = Array::<f32>::new(AHEAD);
+        let mut some = Array::<I>::new(READ_AHEAD);
+        let mut some_lse = Array::<f32>::new(READ_AHEAD);
+        let mut some_low = Array::<f32>::new(READ_AHEAD);
         #[unroll]
-        for i in 0..AHEAD {
+        for i in 0..READ_AHEAD {
             let row = min(first + i * PLANE_UNITS, rows - 1);
             some[i] = labels[row];
             some_lse[i] = lse[head * rows + row];
             some_low[i] = lse[(heads + head) * rows + row];
         }
         #[unroll]
-        for i in 0..AHEAD {
+        for i in 0..READ_AHEAD {
             let row = first + i * PLANE_UNITS;
             if row < rows_padded {
                 let mut target = IGNORED.runtime();
@@ -164,7 +161,7 @@ fn gather<I: Int>(
                 }
             }
         }
-        first += AHEAD * PLANE_UNITS;
+        first += READ_AHEAD * PLANE_UNITS;
     }
     let largest = group_max(largest, group);
     let mut inverse = 0.0f32.runtime();
@@ -174,9 +171,9 @@ fn gather<I: Int>(
     }
     first = UNIT_POS as usize;
     while first < rows_padded {
-        let mut some = Array::<f32>::new(AHEAD);
+        let mut some = Array::<f32>::new(READ_AHEAD);
         #[unroll]
-        for i in 0..AHEAD {
+        for i in 0..READ_AHEAD {
             let row = first + i * PLANE_UNITS;
             some[i] = 0.0;
             if row < rows_padded {
@@ -184,13 +181,13 @@ fn gather<I: Int>(
             }
         }
         #[unroll]
-        for i in 0..AHEAD {
+        for i in 0..READ_AHEAD {
             let row = first + i * PLANE_UNITS;
             if row < rows_padded {
                 state[of_arriving + row] = some[i] * inverse;
             }
         }
-        first += AHEAD * PLANE_UNITS;
+        first += READ_AHEAD * PLANE_UNITS;
     }
     if UNIT_POS == 0 {
         factors[head] = largest * factor;

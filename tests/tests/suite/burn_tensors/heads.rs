@@ -59,7 +59,7 @@ fn the_module_gives_the_references_loss_gradients_and_prototypes() {
             let predictions = module.predict(embeddings.clone()).expect("valid");
             assert_eq!(predicted(predictions), truth.predictions);
             let refused = module.loss_by_row(embeddings.clone(), judged(&place), &loss_options);
-            assert_eq!(refused.map(drop).err(), Some(Error::Unweighted));
+            assert_eq!(refused.map(drop).err(), Some(Error::HeadWeightsNotTaken));
             let unweighted = LossOptions {
                 head_weights: None,
                 ..loss_options.clone()

@@ -24,7 +24,9 @@ const SCALE: f64 = 8.0;
 fn devices() -> Vec<Device> {
     let devices = protohead_tests::devices::devices();
     let there = devices.iter().filter(|tested| !tested.is_emulated());
-    there.map(device_of).collect()
+    let there: Vec<Device> = there.map(device_of).collect();
+    assert!(!there.is_empty(), "Burn knows no device that is emulated");
+    there
 }
 
 fn device_of(tested: &Tested) -> Device {

@@ -50,7 +50,7 @@ fn what_does_not_fit_is_refused_at_the_call() {
         },
     );
     for refused in [summed.map(drop), by_row.map(drop), of_logits.map(drop)] {
-        assert_eq!(refused, Err(Error::Unweighted));
+        assert_eq!(refused, Err(Error::HeadWeightsNotTaken));
     }
     let unreduced = fused::Options {
         loss: LossOptions {

@@ -220,6 +220,12 @@ fn product<E: Float, N: Size>(
         16usize,
     );
     let mut results = Array::<f32>::new(comptime!(tile.results()));
+    let pairs = dim / 2;
+    // Where the tile goes waits in shared memory: with it in registers a second cube would not fit in some GPUs' multiprocessors.
+    let mut goes_to = Shared::<[u32]>::new_slice(1usize);
+    if UNIT_POS == 0 {
+        goes_to[0] = ((head_of_part * count + first) * pairs + column / 2) as u32;
+    }
     tile_product::<E, N>(
         &mut results,
         left,
@@ -234,8 +240,7 @@ fn product<E: Float, N: Size>(
         tile,
     );
     let at = place(tile);
-    let pairs = dim / 2;
-    let to = (head_of_part * count + first) * pairs + column / 2;
+    let to = goes_to[0] as usize;
     #[unroll]
     for r in 0..comptime!(tile.rows()) {
         let row = to + row_of(&at, r, tile) * pairs;

@@ -6,7 +6,7 @@ use super::target::{INVALID, LabelRule, is_class, target_of};
 use crate::math::group::{Group, group_count, group_min};
 
 /// Rows that a unit reads at a time, so that it does not wait for each.
-pub(crate) const READ_AHEAD: usize = 8;
+pub(crate) const READ_AHEAD: usize = 4;
 
 #[derive(CubeType, Clone, Copy)]
 pub(crate) struct Counted {

@@ -28,6 +28,7 @@ pub(crate) fn run(group: Group, shape: &Shape, data: &Data, keep: bool) -> Ran {
         ignore_index: -100,
         head_weights: vec![1.0; shape.heads],
     };
+    let cosine = reference::Cosine::scaled(16.0);
     let one = reference::Upstream::Total(1.0);
     let start = Instant::now();
     let answer = match group {
@@ -38,13 +39,13 @@ pub(crate) fn run(group: Group, shape: &Shape, data: &Data, keep: bool) -> Ran {
             vec![vec![loss.total], grad]
         }
         Group::FusedForward => {
-            let loss = reference::cosine_cross_entropy(&x, &w, &labels, sizes, 16.0, &options);
+            let loss = reference::cosine_cross_entropy(&x, &w, &labels, sizes, cosine, &options);
             vec![vec![loss.total]]
         }
         Group::Fused => {
-            let loss = reference::cosine_cross_entropy(&x, &w, &labels, sizes, 16.0, &options);
+            let loss = reference::cosine_cross_entropy(&x, &w, &labels, sizes, cosine, &options);
             let (dx, dw) = reference::cosine_cross_entropy_backward(
-                &x, &w, &labels, sizes, 16.0, &options, &one,
+                &x, &w, &labels, sizes, cosine, &options, &one,
             );
             vec![vec![loss.total], dx, dw]
         }

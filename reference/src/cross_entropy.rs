@@ -51,8 +51,19 @@ pub struct CrossEntropy<T> {
 }
 
 /// Whether a row takes part, by its label: ignored first, so that a class can be ignored.
-fn counts<T>(label: i64, active: usize, options: &LossOptions<T>) -> bool {
+pub(crate) fn counts<T>(label: i64, active: usize, options: &LossOptions<T>) -> bool {
     label != options.ignore_index && (0..active as i64).contains(&label)
+}
+
+/// The class of the highest logit, of equal ones the first.
+pub(crate) fn first_of_highest<T: Real>(row: &[T]) -> usize {
+    let mut best = 0;
+    for c in 1..row.len() {
+        if row[c] > row[best] {
+            best = c;
+        }
+    }
+    best
 }
 
 /// Cross-entropy of `logits [heads, rows, active]`.
@@ -88,12 +99,7 @@ pub fn cross_entropy<T: Real>(
         let mut sum = T::of(0.0);
         for n in 0..rows {
             let row = &logits[(h * rows + n) * active..][..active];
-            let mut best = 0;
-            for c in 1..active {
-                if row[c] > row[best] {
-                    best = c;
-                }
-            }
+            let best = first_of_highest(row);
             let peak = row[best];
             let lse = peak + row.iter().map(|&z| (z - peak).exp()).sum::<T>().ln();
             let loss = if counts(labels[n], active, options) {

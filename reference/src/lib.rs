@@ -8,6 +8,7 @@
 //! logits `[heads, rows, active]`, labels `[rows]`.
 
 mod class_means;
+mod cosine_cross_entropy;
 mod cosine_logits;
 mod cross_entropy;
 mod normalize;
@@ -15,6 +16,9 @@ mod real;
 mod reconstruction;
 
 pub use class_means::{ClassSums, class_means};
+pub use cosine_cross_entropy::{
+    Cosine, Margin, SINE, cosine_cross_entropy, cosine_cross_entropy_backward,
+};
 pub use cosine_logits::{cosine_logits, cosine_logits_backward};
 pub use cross_entropy::{
     CrossEntropy, LossOptions, Reduction, Upstream, cross_entropy, cross_entropy_backward,
@@ -36,32 +40,4 @@ pub struct Sizes {
     pub classes: usize,
     /// K ≤ C: only the classes `0..K` take part.
     pub active: usize,
-}
-
-/// `cross_entropy(cosine_logits(x, w))`, the composition that the fused op must equal.
-pub fn cosine_cross_entropy<T: Real>(
-    embeddings: &[T],
-    weights: &[T],
-    labels: &[i64],
-    sizes: Sizes,
-    scale: T,
-    options: &LossOptions<T>,
-) -> CrossEntropy<T> {
-    let logits = cosine_logits(embeddings, weights, sizes, scale);
-    cross_entropy(&logits, labels, sizes, options)
-}
-
-/// Gradients of [`cosine_cross_entropy`]: `([heads, rows, dim], [heads, classes, dim])`.
-pub fn cosine_cross_entropy_backward<T: Real>(
-    embeddings: &[T],
-    weights: &[T],
-    labels: &[i64],
-    sizes: Sizes,
-    scale: T,
-    options: &LossOptions<T>,
-    upstream: &Upstream<T>,
-) -> (Vec<T>, Vec<T>) {
-    let logits = cosine_logits(embeddings, weights, sizes, scale);
-    let grad_logits = cross_entropy_backward(&logits, labels, sizes, options, upstream);
-    cosine_logits_backward(embeddings, weights, &grad_logits, sizes, scale)
 }

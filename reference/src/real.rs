@@ -25,6 +25,10 @@ pub trait Real:
     fn exp(self) -> Self;
     /// The natural logarithm.
     fn ln(self) -> Self;
+    /// The sine of an angle in radians.
+    fn sin(self) -> Self;
+    /// Its cosine.
+    fn cos(self) -> Self;
 }
 
 macro_rules! real {
@@ -41,6 +45,12 @@ macro_rules! real {
             }
             fn ln(self) -> Self {
                 self.ln()
+            }
+            fn sin(self) -> Self {
+                self.sin()
+            }
+            fn cos(self) -> Self {
+                self.cos()
             }
         }
     };

@@ -45,6 +45,21 @@ const SIZES: Sizes = Sizes {
 };
 const LABELS: [i64; 5] = [0, 3, -100, 2, 3];
 
+/// Without a margin, and with either: 1.4 is so much that an angle beyond it passes π.
+const COSINES: [Cosine<f64>; 4] = [
+    with_margin(0.0, 0.0),
+    with_margin(0.5, 0.0),
+    with_margin(0.0, 0.35),
+    with_margin(1.4, 0.1),
+];
+
+const fn with_margin(angular: f64, cosine: f64) -> Cosine<f64> {
+    Cosine {
+        scale: 5.0,
+        margin: Margin { angular, cosine },
+    }
+}
+
 fn options(reduction: Reduction) -> LossOptions<f64> {
     LossOptions {
         reduction,
@@ -58,16 +73,18 @@ fn options(reduction: Reduction) -> LossOptions<f64> {
 fn gradients_of_the_total_are_its_differences() {
     let x = numbers(30, 1);
     let w = numbers(36, 2);
-    for reduction in [Reduction::None, Reduction::Sum, Reduction::Mean] {
+    let reductions = [Reduction::None, Reduction::Sum, Reduction::Mean];
+    for (reduction, cosine) in reductions.into_iter().flat_map(|r| COSINES.map(|c| (r, c))) {
         let options = options(reduction);
-        let total =
-            |x: &[f64], w: &[f64]| cosine_cross_entropy(x, w, &LABELS, SIZES, 5.0, &options).total;
+        let total = |x: &[f64], w: &[f64]| {
+            cosine_cross_entropy(x, w, &LABELS, SIZES, cosine, &options).total
+        };
         let (dx, dw) = cosine_cross_entropy_backward(
             &x,
             &w,
             &LABELS,
             SIZES,
-            5.0,
+            cosine,
             &options,
             &Upstream::Total(1.0),
         );
@@ -81,9 +98,10 @@ fn gradients_honour_an_upstream_that_differs_by_row() {
     let x = numbers(30, 3);
     let w = numbers(36, 4);
     let options = options(Reduction::None);
+    let cosine = COSINES[1];
     let upstream = numbers(10, 5);
     let objective = |x: &[f64], w: &[f64]| {
-        let loss = cosine_cross_entropy(x, w, &LABELS, SIZES, 5.0, &options).loss;
+        let loss = cosine_cross_entropy(x, w, &LABELS, SIZES, cosine, &options).loss;
         loss.iter().zip(&upstream).map(|(l, u)| l * u).sum::<f64>()
     };
     let (dx, dw) = cosine_cross_entropy_backward(
@@ -91,7 +109,7 @@ fn gradients_honour_an_upstream_that_differs_by_row() {
         &w,
         &LABELS,
         SIZES,
-        5.0,
+        cosine,
         &options,
         &Upstream::Loss(upstream.clone()),
     );
@@ -145,4 +163,46 @@ fn below_the_clamp_the_norm_is_a_constant() {
         normalize_backward(&normalized, &[1.0, 2.0], 2),
         [1e12, 2e12]
     );
+}
+
+#[test]
+fn a_margin_takes_from_a_cosine_what_its_formula_says() {
+    let margin = Margin {
+        angular: 0.5,
+        cosine: 0.2,
+    };
+    let at = |angle: f64| margin.of(angle.cos());
+    for step in 0..=200 {
+        let angle = f64::from(step) * std::f64::consts::PI / 200.0;
+        let (counts_as, slope) = at(angle);
+        let expected = match angle + 0.5 <= std::f64::consts::PI {
+            true => (angle + 0.5).cos() - 0.2,
+            false => angle.cos() - 0.5 * 0.5f64.sin() - 0.2,
+        };
+        assert!((counts_as - expected).abs() < 1e-12, "{angle}: {counts_as}");
+        assert!(counts_as < angle.cos() && slope > 0.0, "{angle}: {slope}");
+    }
+    let (counts_as, slope) = at(0.0);
+    assert!(slope.is_finite() && (counts_as - (0.5f64.cos() - 0.2)).abs() < 1e-15);
+}
+
+#[test]
+fn a_margin_changes_the_loss_of_rows_that_count_and_no_prediction() {
+    let (x, w) = (numbers(30, 1), numbers(36, 2));
+    let options = LossOptions {
+        label_smoothing: 0.0,
+        ..options(Reduction::None)
+    };
+    let of = |cosine| cosine_cross_entropy(&x, &w, &LABELS, SIZES, cosine, &options);
+    let plain = of(COSINES[0]);
+    for cosine in &COSINES[1..] {
+        let with = of(*cosine);
+        assert_eq!(with.predictions, plain.predictions);
+        for (at, (with, plain)) in with.loss.iter().zip(&plain.loss).enumerate() {
+            match LABELS[at % 5] {
+                -100 => assert_eq!((*with, *plain), (0.0, 0.0)),
+                _ => assert!(with > plain, "{with} for {plain}"),
+            }
+        }
+    }
 }

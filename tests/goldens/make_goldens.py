@@ -7,6 +7,7 @@ One file an op; the options of its cases are in the file's metadata, as JSON.
 
 import itertools
 import json
+import math
 import pathlib
 
 import torch
@@ -22,6 +23,19 @@ def total_of(loss, head_weights):
     return (torch.tensor(head_weights, dtype=loss.dtype) * per_head).sum()
 
 
+def with_margins(logits, labels, ignore_index, scale, angular, cosine):
+    """ArcFace's margin and CosFace's, on each row's own class, in the words of the former's code."""
+    if (angular, cosine) == (0.0, 0.0):
+        return logits
+    cosines = logits / scale
+    angles = torch.acos(cosines)
+    far = angles > math.pi - angular
+    other = torch.where(far, cosines - angular * math.sin(angular), torch.cos(angles + angular))
+    own = F.one_hot(labels.clamp(0, logits.shape[-1] - 1), logits.shape[-1]).bool()
+    counts = labels != ignore_index
+    return scale * torch.where(own & counts[:, None], other - cosine, cosines)
+
+
 def cosine_cross_entropy():
     tensors, cases = {}, []
     grid = itertools.product(
@@ -32,6 +46,7 @@ def cosine_cross_entropy():
     )
     for number, (heads, (rows, dim, classes, active), reduction, rest) in enumerate(grid):
         smoothing, ignore_index, ignored = rest
+        margins = [(0.0, 0.0), (0.5, 0.0), (0.3, 0.2)][number // 3 % 3]  # angular, cosine
         generator = torch.Generator().manual_seed(number)
         x = torch.randn(heads, rows, dim, generator=generator)
         w = torch.randn(heads, classes, dim, generator=generator)
@@ -46,12 +61,13 @@ def cosine_cross_entropy():
         xd, wd = x.double().requires_grad_(), w.double().requires_grad_()
         logits = scale * F.normalize(xd, dim=-1) @ F.normalize(wd, dim=-1).transpose(1, 2)
         logits = logits[:, :, :active]
+        seen = with_margins(logits, y, ignore_index, scale, *margins)
         loss = torch.stack(
             [
                 F.cross_entropy(
                     z, y, reduction=reduction, label_smoothing=smoothing, ignore_index=ignore_index
                 )
-                for z in logits
+                for z in seen
             ]
         )
         if (y == ignore_index).all():
@@ -65,7 +81,7 @@ def cosine_cross_entropy():
             prefix + "labels": y,
             prefix + "loss": loss.detach(),
             prefix + "total": total.detach().reshape(1),
-            prefix + "lse": logits.detach().logsumexp(-1),
+            prefix + "lse": seen.detach().logsumexp(-1),
             prefix + "grad_embeddings": xd.grad,
             prefix + "grad_weights": wd.grad,
         }
@@ -77,6 +93,8 @@ def cosine_cross_entropy():
                 label_smoothing=smoothing,
                 ignore_index=ignore_index,
                 head_weights=head_weights,
+                angular=margins[0],
+                cosine=margins[1],
             )
         )
     write("cosine_cross_entropy", tensors, cases)

@@ -18,6 +18,7 @@ pub fn arguments(run: &Run, problem: &Problem, data: &Data) -> (Inputs, Options)
         scale: problem.scale,
         active: Some(active),
         allow_tf32: false,
+        margin: problem.margin(),
         loss: problem.options(data),
         strategy: run.strategy,
     };

@@ -102,6 +102,7 @@ fn fused(client: &Client, dtype: FloatKind, strategy: Strategy, allow_tf32: bool
         options.loss.reduction = reduction;
         if reduction == Reduction::None {
             options.loss.label_smoothing = 0.1;
+            options.margin.angular = 0.5;
         }
         let output = cosine_cross_entropy::forward(client, &inputs, &options).expect(VALID);
         let upstream = Upstream::Total(1.0);
@@ -131,6 +132,7 @@ fn small(client: &Client, dtype: FloatKind) {
         options.loss.reduction = reduction;
         if reduction == Reduction::None {
             options.loss.label_smoothing = 0.1;
+            options.margin.angular = 0.5;
         }
         let _ = cosine_cross_entropy::forward(client, &inputs, &options).expect(VALID);
         let upstream = Upstream::Total(1.0);

@@ -8,6 +8,7 @@ use cubecl::prelude::CubeElement;
 use cubecl::std::tensor::TensorHandle;
 use half::{bf16, f16};
 use proptest::prelude::*;
+use protohead::cosine_cross_entropy::Margin;
 use protohead_reference as reference;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -115,6 +116,9 @@ pub struct Problem {
     pub labels: LabelKind,
     /// What cosines are multiplied with.
     pub scale: f32,
+    /// Of a row's own class in the fused op, angular and cosine; none where the scale is not positive.
+    #[serde(default)]
+    pub margin: (f32, f32),
     /// How rows become a loss.
     pub reduction: protohead::Reduction,
     /// ε
@@ -139,6 +143,7 @@ impl Problem {
             values: Values::Uniform,
             labels: LabelKind::Classes,
             scale: 16.0,
+            margin: (0.0, 0.0),
             reduction: protohead::Reduction::Mean,
             smoothing: 0.0,
             ignore_index: -100,
@@ -211,6 +216,12 @@ fn any_problem() -> impl proptest::strategy::Strategy<Value = Problem> {
     let options = (
         prop_oneof![Just(16.0f32), Just(1.0), Just(64.0), Just(-4.0)],
         prop_oneof![
+            3 => Just((0.0f32, 0.0f32)),
+            1 => Just((0.5, 0.0)),
+            1 => Just((0.0, 0.35)),
+            1 => Just((1.4, 0.1))
+        ],
+        prop_oneof![
             Just(Reduction::Mean),
             Just(Reduction::Sum),
             Just(Reduction::None)
@@ -224,7 +235,7 @@ fn any_problem() -> impl proptest::strategy::Strategy<Value = Problem> {
             sizes,
             (dtype, label_dtype, gap, interleaved),
             (values, labels, seed),
-            (scale, reduction, smoothing, ignore_index, weighted),
+            (scale, margin, reduction, smoothing, ignore_index, weighted),
         )| Problem {
             sizes,
             dtype,
@@ -234,6 +245,7 @@ fn any_problem() -> impl proptest::strategy::Strategy<Value = Problem> {
             values,
             labels,
             scale,
+            margin: if scale > 0.0 { margin } else { (0.0, 0.0) },
             reduction,
             smoothing,
             ignore_index,
@@ -348,6 +360,26 @@ impl Problem {
             upstream: (0..upstream)
                 .map(|_| rng.random_range(-2.0f32..2.0))
                 .collect(),
+        }
+    }
+
+    /// How cosines become logits, of the reference.
+    pub fn cosine<T: reference::Real>(&self) -> reference::Cosine<T> {
+        let of = |value: f32| T::of(f64::from(value));
+        reference::Cosine {
+            scale: of(self.scale),
+            margin: reference::Margin {
+                angular: of(self.margin.0),
+                cosine: of(self.margin.1),
+            },
+        }
+    }
+
+    /// Its margin.
+    pub fn margin(&self) -> Margin {
+        Margin {
+            angular: self.margin.0,
+            cosine: self.margin.1,
         }
     }
 

@@ -47,7 +47,10 @@ pub fn gradients(
     let logits: Vec<f64> = cosines.iter().map(|cosine| scale * cosine).collect();
     let sizes = problem.reference_sizes();
     let options = problem.reference_options(data);
-    let mut g = reference::cross_entropy_backward(&logits, &data.labels, sizes, &options, upstream);
+    let (cosine, labels) = (problem.cosine::<f64>(), &data.labels);
+    let (seen, slopes) = cosine.with_margin(&logits, labels, sizes, &options);
+    let mut g = reference::cross_entropy_backward(&seen, labels, sizes, &options, upstream);
+    reference::Cosine::through_margin(&mut g, &slopes, labels, sizes, &options);
     let mut dx = vec![0.0; heads * rows * dim];
     let mut dw = vec![0.0; heads * stored * dim];
     for (head, g) in g.chunks_exact_mut(rows * active).enumerate() {

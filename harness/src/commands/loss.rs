@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use clap::{Args, ValueEnum};
 use cubecl::client::Client;
 use cubecl::future::block_on;
-use protohead::cosine_cross_entropy::{Captured, Inputs, Options, forward_backward};
+use protohead::cosine_cross_entropy::{Captured, Inputs, Margin, Options, forward_backward};
 use protohead::{LossOptions, Reduction, Upstream, Wanted};
 
 use crate::device::DeviceName;
@@ -36,6 +36,22 @@ pub(crate) struct Arguments {
     /// The factor on the cosines: the inverse temperature.
     #[arg(long, default_value_t = 16.0, allow_hyphen_values = true)]
     scale: f32,
+    /// In radians, 0 to π/2: what is added to the angle between a row and its own class in the loss (ArcFace).
+    #[arg(
+        long,
+        value_name = "M",
+        default_value_t = 0.0,
+        allow_hyphen_values = true
+    )]
+    angular_margin: f32,
+    /// What is taken from the cosine of a row with its own class in the loss (CosFace).
+    #[arg(
+        long,
+        value_name = "M",
+        default_value_t = 0.0,
+        allow_hyphen_values = true
+    )]
+    cosine_margin: f32,
     /// Only the first K classes take part.
     #[arg(long, value_name = "K", allow_negative_numbers = true)]
     active: Option<usize>,
@@ -86,6 +102,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Error> {
         scale: arguments.scale,
         active: arguments.active,
         allow_tf32: arguments.allow_tf32,
+        margin: Margin {
+            angular: arguments.angular_margin,
+            cosine: arguments.cosine_margin,
+        },
         loss: LossOptions {
             reduction: match arguments.reduction {
                 ReductionName::Mean => Reduction::Mean,

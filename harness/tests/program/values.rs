@@ -5,8 +5,8 @@ use std::path::Path;
 
 use half::{bf16, f16};
 use protohead_reference::{
-    ClassSums, LossOptions, Reduction, Sizes, Upstream, class_means, cosine_cross_entropy,
-    cosine_cross_entropy_backward,
+    ClassSums, Cosine, LossOptions, Margin, Reduction, Sizes, Upstream, class_means,
+    cosine_cross_entropy, cosine_cross_entropy_backward,
 };
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
@@ -133,10 +133,22 @@ fn loss_writes_the_references_numbers_whatever_the_options() {
         ignore_index: -100,
         head_weights: vec![1.0, 1.0],
     };
-    let cases: [(f64, LossOptions<f64>, &[&str]); 4] = [
-        (16.0, plain.clone(), &[]),
+    let scaled = Cosine::scaled;
+    let cases: [(Cosine<f64>, LossOptions<f64>, &[&str]); 5] = [
+        (scaled(16.0), plain.clone(), &[]),
         (
-            4.0,
+            Cosine {
+                scale: 16.0,
+                margin: Margin {
+                    angular: 0.5,
+                    cosine: 0.125,
+                },
+            },
+            plain.clone(),
+            &["--angular-margin", "0.5", "--cosine-margin", "0.125"],
+        ),
+        (
+            scaled(4.0),
             LossOptions {
                 reduction: Reduction::Sum,
                 label_smoothing: 0.25,
@@ -152,7 +164,7 @@ fn loss_writes_the_references_numbers_whatever_the_options() {
             ],
         ),
         (
-            -3.5,
+            scaled(-3.5),
             LossOptions {
                 ignore_index: 2,
                 ..plain.clone()
@@ -160,7 +172,7 @@ fn loss_writes_the_references_numbers_whatever_the_options() {
             &["--scale", "-3.5", "--ignore-index", "2"],
         ),
         (
-            30.0,
+            scaled(30.0),
             LossOptions {
                 reduction: Reduction::None,
                 head_weights: vec![-0.5, 2.0],
@@ -180,7 +192,7 @@ fn loss_writes_the_references_numbers_whatever_the_options() {
     for dtype in [Dtype::F32, Dtype::F16, Dtype::BF16] {
         let (x_bytes, x) = stored(dtype, &numbers(2 * 37 * 19, 1));
         let (w_bytes, w) = stored(dtype, &numbers(2 * 12 * 19, 2));
-        for (number, (scale, options, arguments)) in cases.iter().enumerate() {
+        for (number, (cosine, options, arguments)) in cases.iter().enumerate() {
             let (label_dtype, label_bytes) = LABELS[number % LABELS.len()];
             let label_bytes: Vec<u8> = labels.iter().flat_map(|&l| label_bytes(l)).collect();
             write(
@@ -195,10 +207,10 @@ fn loss_writes_the_references_numbers_whatever_the_options() {
             let bytes = run("loss", &input, &out, &active);
             let file = SafeTensors::deserialize(&bytes).expect("the output is safetensors");
             let got = |name: &str| read(&file.tensor(name).expect("promised"));
-            let truth = cosine_cross_entropy(&x, &w, &labels, sizes, *scale, options);
+            let truth = cosine_cross_entropy(&x, &w, &labels, sizes, *cosine, options);
             let upstream = Upstream::Total(1.0);
             let (dx, dw) =
-                cosine_cross_entropy_backward(&x, &w, &labels, sizes, *scale, options, &upstream);
+                cosine_cross_entropy_backward(&x, &w, &labels, sizes, *cosine, options, &upstream);
             let predictions: Vec<f64> = truth.predictions.iter().map(|&c| f64::from(c)).collect();
             assert_eq!(got("predictions"), predictions, "{dtype:?} {arguments:?}");
             // Sums are f32 whatever the operands are; only gradients are rounded to their dtype.

@@ -27,6 +27,12 @@ pub struct CosineHeadsConfig {
     /// The factor on the cosines.
     #[config(default = 16.0)]
     pub scale: f64,
+    /// The angular margin of the loss, in radians: see [`Margin`](fused::Margin).
+    #[config(default = 0.0)]
+    pub angular_margin: f64,
+    /// Its cosine margin.
+    #[config(default = 0.0)]
+    pub cosine_margin: f64,
     /// Whether f32 products may round their operands to TF32 on an NVIDIA GPU.
     #[config(default = false)]
     pub allow_tf32: bool,
@@ -44,6 +50,8 @@ impl CosineHeadsConfig {
             .init([self.heads, self.classes, self.dim], device),
             active: self.active.unwrap_or(self.classes),
             scale: self.scale,
+            angular_margin: self.angular_margin,
+            cosine_margin: self.cosine_margin,
             allow_tf32: self.allow_tf32,
         }
     }
@@ -75,6 +83,8 @@ pub struct CosineHeads {
     pub weight: Param<Tensor<3>>,
     active: usize,
     scale: f64,
+    angular_margin: f64,
+    cosine_margin: f64,
     allow_tf32: bool,
 }
 
@@ -109,6 +119,8 @@ impl CosineHeads {
             dim,
             active: Some(self.active),
             scale: self.scale,
+            angular_margin: self.angular_margin,
+            cosine_margin: self.cosine_margin,
             allow_tf32: self.allow_tf32,
         }
     }
@@ -126,6 +138,15 @@ impl CosineHeads {
     /// Another factor on the cosines, as where the temperature follows a schedule.
     pub fn with_scale(self, scale: f64) -> Self {
         Self { scale, ..self }
+    }
+
+    /// Another margin in the loss, as where it grows during training.
+    pub fn with_margin(self, margin: fused::Margin) -> Self {
+        Self {
+            angular_margin: margin.angular.into(),
+            cosine_margin: margin.cosine.into(),
+            ..self
+        }
     }
 
     /// Lets another number of classes take part.
@@ -171,6 +192,10 @@ impl CosineHeads {
             scale: self.scale as f32,
             active: Some(self.active),
             allow_tf32: self.allow_tf32,
+            margin: fused::Margin {
+                angular: self.angular_margin as f32,
+                cosine: self.cosine_margin as f32,
+            },
             loss,
             ..fused::Options::default()
         }

@@ -201,6 +201,7 @@ fn fused_loss<const D: usize>(
         options.allow_tf32,
     )?;
     unweighted(&options.loss, heads)?;
+    options.margin.validate(options.scale)?;
     row_labels(&labels, rows, &embeddings.device())?;
     // The embeddings may have no gradient, and so nothing that the labels differ from.
     together("labels", &labels.device(), &weights.device())?;
@@ -217,7 +218,7 @@ fn fused_loss<const D: usize>(
 }
 
 /// The class of the highest logit of each row, `[heads, rows]`, in memory that does not grow with rows × classes. The options of the
-/// loss take no part.
+/// loss and margins take no part.
 ///
 /// # Errors
 /// A typed [`Error`] if shapes, dtypes, devices or options do not fit.
@@ -228,6 +229,7 @@ pub fn predictions(
 ) -> Result<Tensor<2, Int>, Error> {
     let [_, rows, _] = embeddings.dims();
     let options = fused::Options {
+        margin: fused::Margin::default(),
         loss: LossOptions::default(),
         ..options.clone()
     };

@@ -6,6 +6,7 @@ use cubecl::server::Handle;
 use cubecl::std::tensor::TensorHandle;
 use serde::{Deserialize, Serialize};
 
+use super::margin::Margin;
 use super::{small, tiled, unit};
 use crate::blueprint::{Blueprint, Strategy, Variant};
 use crate::cosine_logits::CosineProblem;
@@ -42,6 +43,8 @@ pub struct Options {
     /// Whether the tensor cores of an NVIDIA GPU may round f32 operands to TF32's 10 bits, as in torch's
     /// `backends.cuda.matmul.allow_tf32`. Without it, f32 runs in multiply-adds.
     pub allow_tf32: bool,
+    /// What a row's own class has to overcome: nothing by default.
+    pub margin: Margin,
     /// Reduction, label smoothing, ignored label, head weights.
     pub loss: LossOptions,
     /// Which variant runs.
@@ -55,6 +58,7 @@ impl Default for Options {
             scale: 16.0,
             active: None,
             allow_tf32: false,
+            margin: Margin::default(),
             loss: LossOptions::default(),
             strategy: Strategy::Inferred,
         }
@@ -86,7 +90,7 @@ pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<Lo
 }
 
 /// The class of the highest logit of each row, as [`LossOutput::predictions`]: u32 `[heads, rows]`. [`forward`] without labels, whose loss
-/// nobody wants; the options of the loss take no part.
+/// nobody wants; the options of the loss and margins take no part.
 ///
 /// # Errors
 /// As [`forward`], but for what labels and the options of the loss can get wrong.
@@ -109,6 +113,7 @@ pub fn predictions(
     options: &Options,
 ) -> Result<TensorHandle, Error> {
     let options = Options {
+        margin: Margin::default(),
         loss: LossOptions::default(),
         ..options.clone()
     };
@@ -256,6 +261,7 @@ impl<'a> Call<'a> {
         )?;
         let heads = problem.sizes.heads;
         options.loss.validate(heads)?;
+        options.margin.validate(options.scale)?;
         let labels = match labels {
             Some(labels) => Labels::new(client, labels, problem.sizes.rows)?,
             None => Labels::zeros(client, problem.sizes.rows),
@@ -332,6 +338,7 @@ impl<'a> Call<'a> {
         Asked {
             op: "cosine_cross_entropy",
             scale: self.options.scale,
+            margins: [self.options.margin.angular, self.options.margin.cosine],
             heads: sizes.heads,
             rows: sizes.rows,
             active: sizes.active,

@@ -9,7 +9,9 @@
 //! total    = Σ_h α_h · reduce_n ℓ[h,n]            α_h: a weight for each head
 //! ```
 //!
-//! It is `F.cross_entropy(scale * F.linear(F.normalize(x), F.normalize(w))[:, :K], y)` of PyTorch, per head. The
+//! It is `F.cross_entropy(scale * F.linear(F.normalize(x), F.normalize(w))[:, :K], y)` of PyTorch, per head. With a [`Margin`] the logit
+//! of a row's own class is `scale · (cos(θ + m) − m')` instead, where θ is the angle between the two; lse is that of the logits with it,
+//! predictions are those of the logits without. Rows that do not count have none. The
 //! backward pass multiplies the logits again, a tile at a time, and the saved `lse`, with what rounding took from it, turns them into
 //! probabilities:
 //!
@@ -18,6 +20,8 @@
 //! dx̂ = scale Σ_c g ŵ_c      dx = (dx̂ − x̂ (x̂·dx̂)) / ‖x‖        (dx̂ / 1e-12 where the norm was clamped)
 //! dŵ = scale Σ_n g x̂_n      dw likewise
 //! ```
+//!
+//! With a margin `g[y]` is also multiplied by the slope, `cos m + sin m · cos θ / sin θ`.
 //!
 //! Of a row whose norm passes f32 (from about 1.8e19 on) logits and gradient are 0 or NaN.
 //!
@@ -39,10 +43,11 @@
 //! they are in PyTorch's own ops of that dtype; sums are f32. Everything else is f32 throughout.
 //!
 //! The cosine head is that of NormFace (Wang et al., 2017), with weights that prototypes can take the place of, as in prototypical
-//! networks (Snell et al., 2017); the loss without logits is in the spirit of Cut Cross-Entropy (Wijmans et al., 2024).
+//! networks (Snell et al., 2017), and the margins of ArcFace and CosFace; the loss without logits is in the spirit of Cut Cross-Entropy (Wijmans et al., 2024).
 
 mod captured;
 mod launch;
+mod margin;
 mod small;
 mod tiled;
 mod unit;
@@ -51,3 +56,4 @@ pub use captured::Captured;
 #[cfg(feature = "burn-unfused")]
 pub(crate) use launch::backward_from;
 pub use launch::{Inputs, Options, backward, forward, forward_backward, predictions};
+pub use margin::Margin;

@@ -151,6 +151,7 @@ fn asked([heads, rows, classes]: [usize; 3], loss: &LossOptions) -> Asked {
         heads,
         rows,
         scale: 1.0,
+        margins: [0.0; 2],
         active: classes,
         ignore_index: loss.ignore_index,
     }

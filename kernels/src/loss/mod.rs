@@ -60,6 +60,8 @@ pub struct LossOutput {
 pub(crate) struct Asked {
     pub op: &'static str,
     pub scale: f32, // 1 where the logits are given
+    /// Angular and cosine; 0 where there is none.
+    pub margins: [f32; 2],
     pub heads: usize,
     pub rows: usize,
     pub active: usize,
@@ -73,6 +75,9 @@ impl Asked {
         same("the number of heads", self.heads, backward.heads)?;
         same("the number of rows", self.rows, backward.rows)?;
         same("scale", self.scale, backward.scale)?;
+        let [angular, cosine] = self.margins;
+        same("the angular margin", angular, backward.margins[0])?;
+        same("the cosine margin", cosine, backward.margins[1])?;
         let option = "the number of active classes";
         same(option, self.active, backward.active)?;
         same("ignore_index", self.ignore_index, backward.ignore_index)

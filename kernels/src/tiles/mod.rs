@@ -40,7 +40,7 @@ pub(crate) use chunks::{Chunk, Chunks, GradientChunk};
 pub(crate) use exponential::{exp_difference, exp_scaled};
 pub(crate) use logits::{ChunkShape, LogitTile};
 pub(crate) use pack::pack_chunk;
-pub(crate) use results::{Place, column_of, place, result_of, row_of};
+pub(crate) use results::{Place, column_of, place, replace_in, result_in, result_of, row_of};
 pub(crate) use stage::Lies;
 pub(crate) use store::store_tile;
 

@@ -69,6 +69,54 @@ pub(crate) fn result_of(r: usize, c: usize, tile: Tile) -> usize {
     (r / 2 * tile.wide() + c / 2) * 4 + r % 2 * 2 + c % 2
 }
 
+/// A result that this unit has, or does not.
+#[derive(CubeType, Clone, Copy)]
+pub(crate) struct Own {
+    pub is_here: bool,
+    pub value: f32,
+}
+
+/// The result of row `r` of this unit in a column of the tile.
+#[cube]
+pub(crate) fn result_in(
+    results: &Array<f32>,
+    at: &Place,
+    #[comptime] r: usize,
+    column: u32,
+    #[comptime] tile: Tile,
+) -> Own {
+    let mut own = Own {
+        is_here: false.runtime(),
+        value: 0.0f32.runtime(),
+    };
+    #[unroll]
+    for c in 0..comptime!(tile.columns()) {
+        if column_of(at, c, tile) as u32 == column {
+            own.is_here = true;
+            own.value = results[comptime!(result_of(r, c, tile))];
+        }
+    }
+    own
+}
+
+/// Replaces the result of row `r` of this unit in a column of the tile, if it has it.
+#[cube]
+pub(crate) fn replace_in(
+    results: &mut Array<f32>,
+    at: &Place,
+    #[comptime] r: usize,
+    column: u32,
+    value: f32,
+    #[comptime] tile: Tile,
+) {
+    #[unroll]
+    for c in 0..comptime!(tile.columns()) {
+        if column_of(at, c, tile) as u32 == column {
+            results[comptime!(result_of(r, c, tile))] = value;
+        }
+    }
+}
+
 /// Where the results of a plane's fragments begin: row and column of the tile.
 #[cube]
 pub(crate) fn place_of_plane(at: &Place, #[comptime] tile: Tile) -> (usize, usize) {

@@ -6,6 +6,7 @@ use cubecl::client::Client;
 use cubecl::prelude::CubeElement;
 use cubecl::std::tensor::TensorHandle;
 use protohead::class_means::{self, ClassSums};
+use protohead::cosine_cross_entropy::Margin;
 use protohead::{LossOptions, Reduction, Upstream, Wanted, cosine_cross_entropy, reconstruction};
 use protohead_reference as reference;
 use protohead_tests::close::{Comparison, Share, lengths};
@@ -76,9 +77,21 @@ struct LossCase {
     label_smoothing: f64,
     ignore_index: i32,
     head_weights: Vec<f32>,
+    angular: f64,
+    cosine: f64,
 }
 
 impl LossCase {
+    fn cosine<T: reference::Real>(&self) -> reference::Cosine<T> {
+        reference::Cosine {
+            scale: T::of(f64::from(self.scale)),
+            margin: reference::Margin {
+                angular: T::of(self.angular),
+                cosine: T::of(self.cosine),
+            },
+        }
+    }
+
     fn reference_options<T: reference::Real>(&self) -> reference::LossOptions<T> {
         reference::LossOptions {
             reduction: match self.reduction {
@@ -119,13 +132,14 @@ fn the_fused_op_does_what_pytorch_does() {
         };
         let scale = f64::from(case.scale);
         let options = case.reference_options();
-        let truth = reference::cosine_cross_entropy(&x, &w, &labels, sizes, scale, &options);
+        let cosine = case.cosine();
+        let truth = reference::cosine_cross_entropy(&x, &w, &labels, sizes, cosine, &options);
         let (dx, dw) = reference::cosine_cross_entropy_backward(
             &x,
             &w,
             &labels,
             sizes,
-            scale,
+            cosine,
             &options,
             &reference::Upstream::Total(1.0),
         );
@@ -149,13 +163,13 @@ fn the_fused_op_does_what_pytorch_does() {
         let (x32, w32) = (narrow(&x), narrow(&w));
         let options32 = case.reference_options::<f32>();
         let working =
-            reference::cosine_cross_entropy(&x32, &w32, &labels, sizes, case.scale, &options32);
+            reference::cosine_cross_entropy(&x32, &w32, &labels, sizes, case.cosine(), &options32);
         let (dx32, dw32) = reference::cosine_cross_entropy_backward(
             &x32,
             &w32,
             &labels,
             sizes,
-            case.scale,
+            case.cosine(),
             &options32,
             &reference::Upstream::Total(1.0),
         );
@@ -176,6 +190,10 @@ fn the_fused_op_does_what_pytorch_does() {
                 scale: case.scale,
                 active: Some(case.active),
                 allow_tf32: false,
+                margin: Margin {
+                    angular: case.angular as f32,
+                    cosine: case.cosine as f32,
+                },
                 loss: LossOptions {
                     reduction: case.reduction,
                     label_smoothing: case.label_smoothing as f32,

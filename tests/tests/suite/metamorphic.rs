@@ -39,6 +39,7 @@ fn answer(
         scale: problem.scale,
         active: Some(active),
         allow_tf32: false,
+        margin: problem.margin(),
         loss: LossOptions {
             reduction: Reduction::None,
             ignore_index: problem.ignore_index,

@@ -53,15 +53,16 @@ fn tf32_is_as_near_as_its_bits_and_only_where_it_is_allowed() {
         let (x, w) = (wide(&data.embeddings), wide(&data.weights));
         let (sizes, scale) = (problem.reference_sizes(), f64::from(problem.scale));
         let options = problem.reference_options(&data);
+        let cosine = problem.cosine();
         let loss =
-            reference::cosine_cross_entropy(&x, &w, &data.labels, sizes, scale, &options).total;
+            reference::cosine_cross_entropy(&x, &w, &data.labels, sizes, cosine, &options).total;
         let upstream = reference::Upstream::Total(1.0);
         let (dx, dw) = reference::cosine_cross_entropy_backward(
             &x,
             &w,
             &data.labels,
             sizes,
-            scale,
+            cosine,
             &options,
             &upstream,
         );

@@ -6,13 +6,14 @@ use cubecl::std::tensor::TensorHandle;
 use super::{CLASSES, Sizes, Step};
 use crate::blueprint::{PLANE_UNITS, cubes_for};
 use crate::cosine_cross_entropy::launch::RowResults;
+use crate::cosine_cross_entropy::margin::{MarginRule, predicted};
 use crate::loss::arriving::{Arrives, Arriving, arriving_at, share_of_row};
 use crate::loss::target::{LabelRule, is_class, label_rule, target_of};
 use crate::loss::{Reduction, count_labels};
-use crate::math::group::{Group, group_softmax, group_sum, member};
+use crate::math::group::{Group, group_max, group_softmax, group_sum, member};
 use crate::math::lanes::One;
 use crate::math::norm::{EPSILON, inverse_norm, projection};
-use crate::math::online_softmax::{RowSoftmax, logit_gradient};
+use crate::math::online_softmax::{FLOOR, RowSoftmax, logit_gradient};
 use crate::operand::{RowStrides, whole};
 
 /// Rows of a cube.
@@ -35,6 +36,7 @@ struct Plan {
     /// Whom a gradient arrives for; that of a head is shared if the loss is a mean.
     arrives: Arrives,
     mean: bool,
+    margin: bool,
 }
 
 pub(super) fn launch(
@@ -61,6 +63,7 @@ pub(super) fn launch(
         of_embeddings: grad.is_some(),
         arrives: arrived.arrives,
         mean: loss.reduction == Reduction::Mean,
+        margin: !call.options.margin.is_none(),
     };
     let nothing = call.client.empty(size_of::<f32>());
     // SAFETY: `Strided` proved the operands, labels and row results have `rows` elements a head, and `Step` holds the scratch;
@@ -85,6 +88,7 @@ pub(super) fn launch(
             label_rule(call.labels.dtype(), sizes.active, loss.ignore_index),
             call.options.scale,
             loss.label_smoothing,
+            call.options.margin.launch_arg(),
             arrived.everywhere,
             plan,
             call.problem.embeddings.dtype(),
@@ -112,6 +116,7 @@ fn rows<F: Float, I: Int, N: Size>(
     rule: LabelRule,
     scale: f32,
     smoothing: f32,
+    margin: MarginRule,
     everywhere: f32,
     #[comptime] plan: Plan,
     #[define(F)] _dtype: ElemType,
@@ -207,18 +212,33 @@ fn rows<F: Float, I: Int, N: Size>(
     let row_inverse = inverse_norm(row_norm);
     let target = target_of::<I>(labels[own_row], &rule);
     let mut state = RowSoftmax::new();
+    // Of the target, in the unit that has it.
+    let mut plain = FLOOR.runtime();
+    let mut slope = 1.0f32.runtime();
     let mut class = here.lane;
     while class < active {
-        let z = Vector::<f32, One>::new(logits[own * CLASSES + class]);
+        let at = own * CLASSES + class;
+        if comptime!(plan.margin) && class as u32 == target {
+            plain = logits[at];
+            let counted = margin.of(plain / scale);
+            logits[at] = counted.cosine * scale;
+            slope = counted.slope;
+        }
+        let z = Vector::<f32, One>::new(logits[at]);
         state.fold::<One>(z, class as u32, target);
         class += plan.of_row.size;
     }
     let softmax = group_softmax(state, plan.of_row);
+    let mut best = softmax.best;
+    if comptime!(plan.margin) {
+        let plain = group_max(plain, plan.of_row);
+        best = predicted(best, softmax.peak, target, plain);
+    }
     let out = head * sizes.rows + own_row;
     if is_there && here.lane == 0 {
         lse[out] = softmax.lse();
         lse[sizes.heads * sizes.rows + out] = softmax.lse_low();
-        predictions[out] = softmax.best;
+        predictions[out] = best;
         let mut loss = 0.0f32.runtime();
         if is_class(target) {
             loss = softmax.loss(active as u32, smoothing);
@@ -258,7 +278,10 @@ fn rows<F: Float, I: Int, N: Size>(
                 active as u32,
                 smoothing,
             );
-            let value = gradient.extract(0usize) * scale;
+            let mut value = gradient.extract(0usize) * scale;
+            if comptime!(plan.margin) && class as u32 == target {
+                value *= slope;
+            }
             if is_there {
                 scratch[out * active + class] = value;
             }

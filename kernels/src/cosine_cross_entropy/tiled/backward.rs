@@ -3,6 +3,7 @@
 use cubecl::prelude::*;
 
 use super::super::launch::Call;
+use super::super::margin::MarginRule;
 use super::rows::Rows;
 use crate::Gradients;
 use crate::blueprint::cubes_for;
@@ -10,7 +11,7 @@ use crate::math::lanes::iota;
 use crate::math::online_softmax::{FLOOR, logit_gradient};
 use crate::tiles::{
     Backward, ChunkShape, Chunks, Engine, GradientChunk, Lies, Tile, column_of, exp_difference,
-    place, result_of, row_of, store_tile,
+    place, replace_in, result_in, result_of, row_of, store_tile,
 };
 
 /// The operands of a backward pass.
@@ -38,6 +39,7 @@ pub(in crate::cosine_cross_entropy) fn launch_backward(
         gradients,
     };
     let options = call.options;
+    let has_margin = !options.margin.is_none();
     backward.run(kept, |of: &GradientChunk, has_cosines: bool| {
         let elements = sizes.heads * sizes.rows_padded * of.chunk.padded;
         // SAFETY: operands, rows and gradients are whole tiles; only f32 has cosines.
@@ -55,6 +57,8 @@ pub(in crate::cosine_cross_entropy) fn launch_backward(
                     chunks.shape_arg(&of.chunk),
                     options.scale,
                     options.loss.label_smoothing,
+                    options.margin.launch_arg(),
+                    has_margin,
                 );
             } else {
                 logit_gradients::launch_unchecked(
@@ -70,7 +74,9 @@ pub(in crate::cosine_cross_entropy) fn launch_backward(
                     chunks.shape_arg(&of.chunk),
                     options.scale,
                     options.loss.label_smoothing,
+                    options.margin.launch_arg(),
                     tile,
+                    has_margin,
                     tile.packed,
                 );
             }
@@ -87,6 +93,8 @@ fn from_cosines<N: Size>(
     shape: ChunkShape,
     scale: f32,
     smoothing: f32,
+    margin: MarginRule,
+    #[comptime] has_margin: bool,
 ) {
     let columns = shape.classes / N::value();
     let mut at = ABSOLUTE_POS;
@@ -98,9 +106,22 @@ fn from_cosines<N: Size>(
         let lse = state[head * 3 * shape.rows_padded + row];
         let lse_low = state[(head * 3 + 1) * shape.rows_padded + row];
         let arriving = state[(head * 3 + 2) * shape.rows_padded + row];
+        let mut cosines = values[at];
+        let mut slopes = Vector::<f32, N>::new(1.0);
+        let target = targets[row] - first;
+        if comptime!(has_margin) && target < N::value() as u32 {
+            #[unroll]
+            for lane in 0..N::value() {
+                if target == lane as u32 {
+                    let counted = margin.of(cosines.extract(lane));
+                    cosines.insert(lane, counted.cosine);
+                    slopes.insert(lane, counted.slope);
+                }
+            }
+        }
         // Rounded as it was when lse was: `max` keeps a compiler from contracting.
-        let logit = max(values[at] * Vector::new(scale), Vector::new(FLOOR));
-        let gradient = logit_gradient::<N>(
+        let logit = max(cosines * Vector::new(scale), Vector::new(FLOOR));
+        let mut gradient = logit_gradient::<N>(
             logit,
             Vector::new(lse),
             Vector::new(lse_low),
@@ -109,6 +130,9 @@ fn from_cosines<N: Size>(
             shape.active as u32,
             smoothing,
         );
+        if comptime!(has_margin) {
+            gradient *= slopes;
+        }
         let is_there = class.less_than(&Vector::new(shape.active as u32));
         values[at] = select_many(is_there, gradient, Vector::new(0.0));
         at += CUBE_COUNT * CUBE_DIM as usize;
@@ -125,7 +149,9 @@ fn logit_gradients<E: Float, N: Size>(
     shape: ChunkShape,
     scale: f32,
     smoothing: f32,
+    margin: MarginRule,
     #[comptime] tile: Tile,
+    #[comptime] has_margin: bool,
     #[define(E)] _dtype: ElemType,
 ) {
     let of = shape.tile_of_cube(tile);
@@ -162,19 +188,40 @@ fn logit_gradients<E: Float, N: Size>(
                 results[comptime!(result_of(r, c, tile))] = 0.0;
             }
         } else {
+            // Few tiles have a row's target, so it is looked for apart.
+            let target = targets[row] - first_class as u32;
+            let has_target = target < comptime!(tile.side as u32);
+            let mut cosine = 0.0f32.runtime();
+            if comptime!(has_margin) && has_target {
+                cosine = result_in(&results, &at, r, target, tile).value;
+            }
             #[unroll]
             for c in 0..columns {
                 let from = comptime!(result_of(r, c, tile));
                 results[from] =
                     of_another_class(results[from], scale, lse, lse_low, arriving, uniform, tile);
             }
-            let target = targets[row] - first_class as u32;
-            if target < comptime!(tile.side as u32) {
-                #[unroll]
-                for c in 0..columns {
-                    if column_of(&at, c, tile) as u32 == target {
-                        let from = comptime!(result_of(r, c, tile));
-                        results[from] -= arriving * (1.0 - smoothing);
+            if has_target {
+                if comptime!(has_margin) {
+                    let counted = margin.of(cosine);
+                    let other = of_another_class(
+                        counted.cosine,
+                        scale,
+                        lse,
+                        lse_low,
+                        arriving,
+                        uniform,
+                        tile,
+                    );
+                    let gradient = (other - arriving * (1.0 - smoothing)) * counted.slope;
+                    replace_in(&mut results, &at, r, target, gradient, tile);
+                } else {
+                    #[unroll]
+                    for c in 0..columns {
+                        if column_of(&at, c, tile) as u32 == target {
+                            let from = comptime!(result_of(r, c, tile));
+                            results[from] -= arriving * (1.0 - smoothing);
+                        }
                     }
                 }
             }

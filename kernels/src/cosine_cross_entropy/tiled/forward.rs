@@ -6,6 +6,7 @@
 use cubecl::prelude::*;
 
 use super::super::launch::{Call, RowResults};
+use super::super::margin::{MarginRule, predicted};
 use super::softmaxes::{Parts, Softmaxes};
 use crate::blueprint::{PLANE_UNITS, cubes_for};
 use crate::loss::target::{IGNORED, LabelRule, is_class, label_rule, target_of};
@@ -15,7 +16,7 @@ use crate::math::parts::{parts_that_fill, slots};
 use crate::operand::whole;
 use crate::tiles::{
     Chunk, ChunkShape, Chunks, Engine, GradientChunk, Lies, LogitTile, Tile, column_of, place,
-    result_of, row_of, store_tile,
+    replace_in, result_in, result_of, row_of, store_tile,
 };
 
 /// The operands of a forward pass: embeddings have the sign of the scale.
@@ -58,7 +59,9 @@ pub(in crate::cosine_cross_entropy) fn launch_forward(
     let summed = if smooth { elements } else { 1 };
     let totals = client.empty(summed * float);
     let best = client.empty(elements * size_of::<u32>());
-    let of_target = client.empty(sizes.heads * sizes.rows * float);
+    let margin = call.options.margin;
+    let has_margin = !margin.is_none();
+    let of_target = client.empty(sizes.heads * sizes.rows * 2 * float);
     let parts_args = || {
         // SAFETY: both launches see what was allocated above.
         unsafe {
@@ -105,8 +108,10 @@ pub(in crate::cosine_cross_entropy) fn launch_forward(
                 parts,
                 rule(),
                 scale,
+                margin.launch_arg(),
                 tile,
                 smooth,
+                has_margin,
                 cosines.is_some(),
                 tile.packed,
                 call.labels.dtype(),
@@ -145,6 +150,7 @@ pub(in crate::cosine_cross_entropy) fn launch_forward(
             rule(),
             call.options.loss.label_smoothing,
             smooth,
+            has_margin,
             group,
             call.labels.dtype(),
         );
@@ -153,22 +159,24 @@ pub(in crate::cosine_cross_entropy) fn launch_forward(
 
 #[cube(launch_unchecked)]
 fn forward<E: Float, I: Int, N: Size>(
-    embeddings: &[Vector<E, N>],           // [heads, rows_padded, dim]
-    weights: &[Vector<E, N>],              // [heads, classes, dim]
-    labels: &[I],                          // [rows]
-    kept: &mut [Vector<E, N>],             // [heads, rows_padded, classes], if `keeps`
-    softmax: &mut [Vector<f32, Const<2>>], // [heads, rows, parts]: peak, sum
-    all_logits: &mut [f32],                // [heads, rows, parts]: their sum, if smooth
-    best: &mut [u32],                      // [heads, rows, parts]
-    of_target: &mut [f32],                 // [heads, rows]: the logit, of those that have a target
+    embeddings: &[Vector<E, N>],             // [heads, rows_padded, dim]
+    weights: &[Vector<E, N>],                // [heads, classes, dim]
+    labels: &[I],                            // [rows]
+    kept: &mut [Vector<E, N>],               // [heads, rows_padded, classes], if `keeps`
+    softmax: &mut [Vector<f32, Const<2>>],   // [heads, rows, parts]: peak, sum
+    all_logits: &mut [f32],                  // [heads, rows, parts]: their sum, if smooth
+    best: &mut [u32],                        // [heads, rows, parts]
+    of_target: &mut [Vector<f32, Const<2>>], // [heads, rows], of those that have a target: its logit, and without a margin
     shape: ChunkShape,
     first_part: usize, // of this chunk
     splits: usize,     // of this chunk
     parts: usize,      // of all
     rule: LabelRule,
     scale: f32, // of embeddings that have its sign
+    margin: MarginRule,
     #[comptime] tile: Tile,
     #[comptime] smooth: bool,
+    #[comptime] has_margin: bool,
     #[comptime] keeps: bool,
     #[define(E)] _dtype: ElemType,
     #[define(I)] _label: ElemType,
@@ -240,12 +248,17 @@ fn forward<E: Float, I: Int, N: Size>(
             let row = row_of(&at, r, tile);
             let target = targets[row] - first_class as u32;
             if target < comptime!(tile.side as u32) {
-                #[unroll]
-                for c in 0..comptime!(tile.columns()) {
-                    if column_of(&at, c, tile) as u32 == target {
-                        of_target[head * shape.rows + first_row + row] =
-                            results[comptime!(result_of(r, c, tile))] * scale;
+                let own = result_in(&results, &at, r, target, tile);
+                if own.is_here {
+                    let mut counts_as = own.value;
+                    if comptime!(has_margin) {
+                        counts_as = margin.of(own.value).cosine;
+                        replace_in(&mut results, &at, r, target, counts_as, tile);
                     }
+                    let mut pair = Vector::<f32, Const<2>>::empty();
+                    pair.insert(0usize, counts_as * scale);
+                    pair.insert(1usize, own.value * scale);
+                    of_target[head * shape.rows + first_row + row] = pair;
                 }
             }
             softmaxes.fold(r, &results, &at, first_class, scale, tile);
@@ -281,11 +294,11 @@ fn merge<I: Int>(
     softmax: &[Vector<f32, Const<2>>], // [heads, rows, parts]: peak, sum
     all_logits: &[f32],                // [heads, rows, parts]: their sum, if smooth
     best: &[u32],                      // [heads, rows, parts]
-    of_target: &[f32],                 // [heads, rows]: the logit, of those that have a target
-    labels: &[I],                      // [rows]
-    row_loss: &mut [f32],              // [heads, rows]
-    lse: &mut [f32],                   // [2, heads, rows]
-    predictions: &mut [u32],           // [heads, rows]
+    of_target: &[Vector<f32, Const<2>>], // [heads, rows], of those that have a target: its logit, and without a margin
+    labels: &[I],                        // [rows]
+    row_loss: &mut [f32],                // [heads, rows]
+    lse: &mut [f32],                     // [2, heads, rows]
+    predictions: &mut [u32],             // [heads, rows]
     heads: usize,
     rows: usize,
     active: u32,
@@ -293,6 +306,7 @@ fn merge<I: Int>(
     rule: LabelRule,
     smoothing: f32,
     #[comptime] smooth: bool,
+    #[comptime] has_margin: bool,
     #[comptime] group: Group,
     #[define(I)] _label: ElemType,
 ) {
@@ -324,12 +338,18 @@ fn merge<I: Int>(
     if is_there && of.lane == 0 {
         lse[out] = merged.lse();
         lse[heads * rows + out] = merged.lse_low();
-        predictions[out] = merged.best;
         let mut loss = 0.0f32.runtime();
-        if is_class(target_of::<I>(labels[out % rows], &rule)) {
-            merged.target = of_target[out];
+        let target = target_of::<I>(labels[out % rows], &rule);
+        if is_class(target) {
+            merged.target = of_target[out].extract(0usize);
+            if comptime!(has_margin) {
+                let plain = of_target[out].extract(1usize);
+                merged.best = predicted(merged.best, merged.peak, target, plain);
+                merged.total += merged.target - plain;
+            }
             loss = merged.loss(active, smoothing);
         }
         row_loss[out] = loss;
+        predictions[out] = merged.best;
     }
 }

@@ -2,10 +2,12 @@
 
 use cubecl::prelude::*;
 
+use super::margins;
 use super::pack::pack_class;
 use super::phases::Phases;
 use super::plan::{InGradient, OWNED_CLASSES, OWNED_PANELS, Plan};
 use super::rows::{self, ClassBlock, Item};
+use crate::cosine_cross_entropy::margin::MarginRule;
 use crate::math::narrow::narrow;
 use crate::math::norm::{inverse_norm, projection};
 use crate::math::span::{Span, share};
@@ -20,7 +22,7 @@ const CACHED_PANELS: usize = 4;
 pub(super) fn gradients<F: Float, N: Size, M: Size, P: Size>(
     weights: &[Vector<F, M>],
     strides: &RowStrides,
-    targets: &[Vector<u32, N>], // [rows, padded]
+    targets: &[u32], // [rows, padded]
     workspace: &mut [f32],
     grad: &mut [Vector<F, M>],
     plan: &Plan,
@@ -28,6 +30,7 @@ pub(super) fn gradients<F: Float, N: Size, M: Size, P: Size>(
     classes: &Span,
     scale: f32,
     smoothing: f32,
+    margin: &MarginRule,
     #[comptime] phases: Phases,
     #[comptime] in_gradient: InGradient,
     #[comptime] tile_rows: usize,
@@ -98,6 +101,7 @@ pub(super) fn gradients<F: Float, N: Size, M: Size, P: Size>(
                     &owned,
                     scale,
                     smoothing,
+                    margin,
                     phases,
                     in_gradient,
                     tile_rows,
@@ -257,10 +261,14 @@ fn recall<F: Float, N: Size, M: Size, P: Size>(
 #[cube]
 fn multiply_again<N: Size>(
     workspace: &mut [f32],
+    targets: &[u32], // [rows, padded]
     plan: &Plan,
-    local: usize,
+    item: usize,
+    local: usize, // its place in the chunk
     owned: &Owned,
     scale: f32,
+    margin: &MarginRule,
+    #[comptime] phases: Phases,
     #[comptime] tile_rows: usize,
 ) {
     let lanes = N::value();
@@ -269,6 +277,21 @@ fn multiply_again<N: Size>(
     let count = owned.groups * tile_rows;
     let weights = plan.own_weights(width);
     rows::logits::<N>(workspace, plan, local, weights, count, at, scale, tile_rows);
+    if comptime!(phases.margin) {
+        margins::apply(
+            workspace,
+            targets,
+            plan,
+            item,
+            local,
+            owned.first,
+            count,
+            at,
+            scale,
+            margin,
+            width,
+        );
+    }
     let vectors = workspace.as_vectorized_mut().with_vector_size_mut::<N>();
     for c in 0..count {
         let block = (owned.first + c) / plan.class_block;
@@ -286,7 +309,7 @@ fn multiply_again<N: Size>(
 #[cube]
 fn gather<F: Float, N: Size, M: Size, P: Size>(
     workspace: &mut [f32],
-    targets: &[Vector<u32, N>], // [rows, padded]
+    targets: &[u32], // [rows, padded]
     grad: &[Vector<F, M>],
     plan: &Plan,
     items: &Span,
@@ -294,6 +317,7 @@ fn gather<F: Float, N: Size, M: Size, P: Size>(
     owned: &Owned,
     scale: f32,
     smoothing: f32,
+    margin: &MarginRule,
     #[comptime] phases: Phases,
     #[comptime] in_gradient: InGradient,
     #[comptime] tile_rows: usize,
@@ -308,7 +332,9 @@ fn gather<F: Float, N: Size, M: Size, P: Size>(
         let local = item - chunk;
         if comptime!(in_gradient.exponentials()) {
             if comptime!(in_gradient.some_exponentials()) && !plan.is_kept(item) {
-                multiply_again::<N>(workspace, plan, local, owned, scale, tile_rows);
+                multiply_again::<N>(
+                    workspace, targets, plan, item, local, owned, scale, margin, phases, tile_rows,
+                );
             } else {
                 recall::<F, N, M, P>(workspace, grad, plan, item, owned, tile_rows);
             }
@@ -334,13 +360,19 @@ fn gather<F: Float, N: Size, M: Size, P: Size>(
                     // Not e^(base − lse): rounding an lse costs a sure row the digits of its gradient.
                     let rise = vectors[base] - vectors[state.base / lanes + v];
                     let factor = arrived * rise.exp() / vectors[state.sum / lanes + v];
-                    let target_class = targets[row + v];
+                    let target_class = targets.as_vectorized().with_vector_size::<N>()[row + v];
                     #[unroll]
                     for r in 0..tile_rows {
                         let of = Vector::<u32, N>::new((class + r) as u32);
                         let target = uniform + select_many(of.equal(&target_class), peak, zero);
                         let e = vectors[from + r * TILE_VECTORS + v];
-                        vectors[to + r * stride + v] = e * factor - arrived * target;
+                        let mut gradient = e * factor - arrived * target;
+                        if comptime!(phases.margin) {
+                            let slope = vectors[state.slope / lanes + v];
+                            gradient =
+                                select_many(of.equal(&target_class), gradient * slope, gradient);
+                        }
+                        vectors[to + r * stride + v] = gradient;
                     }
                 } else {
                     #[unroll]

@@ -341,6 +341,7 @@ mod tests {
             mean: true,
             smooth: false,
             weighted: false,
+            margin: false,
         };
         HostPlan::new(&problem, both)
     }

@@ -16,6 +16,7 @@
 
 mod classes;
 mod cut;
+mod margins;
 mod pack;
 mod phases;
 mod plan;
@@ -27,6 +28,7 @@ use cubecl::prelude::*;
 use cubecl::std::tensor::TensorHandle;
 
 use super::launch::{Call, Results};
+use super::margin::MarginRule;
 use crate::Gradients;
 use crate::error::Error;
 use crate::loss::Reduction;
@@ -81,6 +83,7 @@ impl<'a> Step<'a> {
             mean: call.options.loss.reduction == Reduction::Mean,
             smooth: call.options.loss.label_smoothing != 0.0,
             weighted: call.head_weights.is_some(),
+            margin: !call.options.margin.is_none(),
         };
         let problem = Problem {
             heads: sizes.heads,
@@ -170,6 +173,7 @@ impl<'a> Step<'a> {
                 label_rule(call.labels.dtype(), sizes.active, loss.ignore_index),
                 call.options.scale,
                 loss.label_smoothing,
+                call.options.margin.launch_arg(),
                 self.arriving.everywhere,
                 self.phases,
                 blueprint.units,
@@ -212,6 +216,7 @@ fn step<
     rule: LabelRule,
     scale: f32,
     smoothing: f32,
+    margin: MarginRule,
     everywhere: f32,
     #[comptime] phases: Phases,
     #[comptime] units: usize,
@@ -331,6 +336,21 @@ fn step<
                     scale,
                     tile_rows,
                 );
+                if comptime!(phases.margin) {
+                    margins::apply(
+                        workspace,
+                        &*targets,
+                        &plan,
+                        item.item,
+                        item.local,
+                        first,
+                        block.count,
+                        at,
+                        scale,
+                        &margin,
+                        width,
+                    );
+                }
                 if comptime!(phases.loss) {
                     rows::fold::<N>(
                         workspace,
@@ -351,6 +371,7 @@ fn step<
                         &block,
                         at,
                         smoothing,
+                        phases,
                     );
                 }
                 if comptime!(phases.embeddings) {
@@ -384,6 +405,7 @@ fn step<
                             &plan,
                             &item,
                             smoothing,
+                            phases,
                         );
                     }
                     if comptime!(phases.embeddings && !phases.needs_totals()) {
@@ -411,7 +433,7 @@ fn step<
                     classes::gradients::<F, N, M, P>(
                         weights,
                         &weight_strides,
-                        targets.as_vectorized().with_vector_size::<N>(),
+                        &*targets,
                         workspace,
                         grad_weights,
                         &plan,
@@ -419,6 +441,7 @@ fn step<
                         &classes,
                         scale,
                         smoothing,
+                        &margin,
                         phases,
                         in_gradient,
                         tile_rows,

@@ -19,6 +19,8 @@ pub(crate) struct Phases {
     pub smooth: bool,
     /// Heads have weights.
     pub weighted: bool,
+    /// A row's own class has a margin to overcome.
+    pub margin: bool,
 }
 
 impl Phases {

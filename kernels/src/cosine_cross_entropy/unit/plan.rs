@@ -119,7 +119,7 @@ impl Plan {
 }
 
 /// What is kept of each row of an item.
-pub(super) const STATES: usize = 10;
+pub(super) const STATES: usize = 12;
 
 /// Where an item's `[width]` of each is.
 #[derive(CubeType, Clone, Copy)]
@@ -143,6 +143,10 @@ pub(super) struct RowState {
     pub target: usize,
     /// The sum of the logits so far.
     pub total: usize,
+    /// With a margin, the target's logit without it,
+    pub plain: usize,
+    /// and the derivative of the one with it by the one without.
+    pub slope: usize,
 }
 
 #[cube]
@@ -245,6 +249,8 @@ impl Plan {
             target: at + comptime!(7 * width),
             total: at + comptime!(8 * width),
             lse_low: at + comptime!(9 * width),
+            plain: at + comptime!(10 * width),
+            slope: at + comptime!(11 * width),
         }
     }
 

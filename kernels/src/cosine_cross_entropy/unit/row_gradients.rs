@@ -160,7 +160,8 @@ pub(super) fn add_totals<N: Size>(
 }
 
 /// Sums of exponentials times class weights become gradients of the unit-norm rows:
-/// `arriving · (Σ_c e_c ŵ_c / Σ_c e_c − (1 − ε) ŵ_y − ε/K Σ_c ŵ_c)`.
+/// `arriving · (Σ_c e_c ŵ_c / Σ_c e_c − (1 − ε) ŵ_y − ε/K Σ_c ŵ_c)`. With a margin the target's part, `p_y − (1 − ε) − ε/K`, counts
+/// as many times as its slope says.
 #[cube]
 pub(super) fn subtract_targets<F: Float, N: Size, M: Size>(
     weights: &[Vector<F, M>],
@@ -191,7 +192,14 @@ pub(super) fn subtract_targets<F: Float, N: Size, M: Size>(
             if target < INVALID {
                 from = head * strides.head + target as usize * strides.row;
                 let norm = row_norm::<F, M>(weights, from, plan.dim / piece);
-                of_target = -arrived * (1.0 - smoothing) * inverse_norm(norm);
+                let mut own = smoothing - 1.0;
+                if comptime!(phases.margin) {
+                    let below = workspace[state.target + r] - workspace[state.lse + r];
+                    let probability = (below - workspace[state.lse_low + r]).exp();
+                    let slope = workspace[state.slope + r];
+                    own += (slope - 1.0) * (probability + own - uniform);
+                }
+                of_target = arrived * own * inverse_norm(norm);
             }
             let sums = Vector::<f32, M>::new(sums);
             let of_target = Vector::<f32, M>::new(of_target);

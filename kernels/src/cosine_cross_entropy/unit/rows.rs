@@ -5,6 +5,7 @@ use cubecl::prelude::*;
 use super::phases::Phases;
 use super::plan::Plan;
 use super::row_gradients;
+use crate::cosine_cross_entropy::margin::predicted;
 use crate::loss::target::INVALID;
 use crate::math::online_softmax::FLOOR;
 use crate::math::tile::{Broadcast, Lanes, TILE_VECTORS, accumulate};
@@ -117,6 +118,7 @@ pub(super) fn start<N: Size>(
         vectors[state.sum / lanes + v] = Vector::<f32, N>::new(0.0);
         vectors[state.target / lanes + v] = Vector::<f32, N>::new(0.0);
         vectors[state.total / lanes + v] = Vector::<f32, N>::new(0.0);
+        vectors[state.plain / lanes + v] = Vector::<f32, N>::new(FLOOR);
         bests[local * TILE_VECTORS + v] = Vector::<u32, N>::new(0u32);
     }
 }
@@ -212,6 +214,7 @@ pub(super) fn conclude<N: Size>(
     plan: &Plan,
     item: &Item,
     smoothing: f32,
+    #[comptime] phases: Phases,
 ) {
     let lanes = N::value();
     let width = comptime!(lanes * TILE_VECTORS);
@@ -240,8 +243,13 @@ pub(super) fn conclude<N: Size>(
         #[unroll]
         for lane in 0..lanes {
             if v * lanes + lane < real {
-                predictions[head * plan.rows + first + v * lanes + lane] =
-                    bests[item.local * TILE_VECTORS + v].extract(lane);
+                let mut best = bests[item.local * TILE_VECTORS + v].extract(lane);
+                if comptime!(phases.margin) {
+                    let target = targets[first / lanes + v].extract(lane);
+                    let plain = vectors[state.plain / lanes + v].extract(lane);
+                    best = predicted(best, peak.extract(lane), target, plain);
+                }
+                predictions[head * plan.rows + first + v * lanes + lane] = best;
             }
         }
     }
@@ -263,6 +271,7 @@ pub(super) fn logit_gradients<N: Size>(
     block: &ClassBlock,
     at: usize,
     smoothing: f32,
+    #[comptime] phases: Phases,
 ) {
     let lanes = N::value();
     let width = comptime!(lanes * TILE_VECTORS);
@@ -283,7 +292,12 @@ pub(super) fn logit_gradients<N: Size>(
             let target = uniform + select_many(class.equal(&target_class), peak, zero);
             let z = vectors[at / lanes + c * TILE_VECTORS + v];
             let probability = ((z - row_lse) - row_low).exp();
-            vectors[at / lanes + c * TILE_VECTORS + v] = arrived * (probability - target);
+            let mut gradient = arrived * (probability - target);
+            if comptime!(phases.margin) {
+                let slope = vectors[state.slope / lanes + v];
+                gradient = select_many(class.equal(&target_class), gradient * slope, gradient);
+            }
+            vectors[at / lanes + c * TILE_VECTORS + v] = gradient;
         }
         for c in real..block.count {
             vectors[at / lanes + c * TILE_VECTORS + v] = zero;

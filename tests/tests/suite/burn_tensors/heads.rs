@@ -4,6 +4,7 @@ use burn::module::Module;
 use burn::store::ModuleRecord;
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
 use protohead::burn::{ClassMeans, ClassSums, CosineHeads, CosineHeadsConfig};
+use protohead::cosine_cross_entropy::Margin;
 use protohead::{Error, LossOptions, Reduction};
 use protohead_reference as reference;
 
@@ -25,18 +26,29 @@ fn the_module_gives_the_references_loss_gradients_and_prototypes() {
         };
         let judged = LABELS.map(|label| if label == -100 { -7 } else { label });
         let (x64, w64) = (wide(&x), wide(&w));
-        let truth = reference::cosine_cross_entropy(&x64, &w64, &judged, SIZES, SCALE, &options);
+        let margin = Margin {
+            angular: 0.5,
+            cosine: 0.25,
+        };
+        let cosine = reference::Cosine {
+            scale: SCALE,
+            margin: reference::Margin {
+                angular: 0.5,
+                cosine: 0.25,
+            },
+        };
+        let truth = reference::cosine_cross_entropy(&x64, &w64, &judged, SIZES, cosine, &options);
         let (dx, dw) = reference::cosine_cross_entropy_backward(
             &x64,
             &w64,
             &judged,
             SIZES,
-            SCALE,
+            cosine,
             &options,
             &reference::Upstream::Total(1.0),
         );
 
-        let module = heads(&device, &w);
+        let module = heads(&device, &w).with_margin(margin);
         let embeddings = tensor(&x, [3, 7, 6], &device).require_grad();
         let loss_options = LossOptions {
             reduction: Reduction::Sum,
@@ -292,6 +304,8 @@ fn the_modules_record_saves_and_loads() {
     let device = Device::cpu();
     let config = CosineHeadsConfig::new(3, 5, 6)
         .with_scale(8.0)
+        .with_angular_margin(0.5)
+        .with_cosine_margin(0.25)
         .with_allow_tf32(true);
     let saved = config.init(&device).with_active(4).expect("it has five");
     let bytes = saved
@@ -309,10 +323,13 @@ fn the_modules_record_saves_and_loads() {
         dim,
         active,
         scale,
+        angular_margin,
+        cosine_margin,
         allow_tf32,
     } = config;
     assert_eq!([heads, classes, dim], [3, 5, 6]);
     assert_eq!((active, scale, allow_tf32), (Some(4), 8.0, true));
+    assert_eq!((angular_margin, cosine_margin), (0.5, 0.25));
     let loaded = config
         .init(&device)
         .try_load_record(record)

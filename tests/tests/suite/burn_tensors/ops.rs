@@ -30,7 +30,7 @@ fn an_upstream_gradient_by_row_and_frozen_embeddings_are_honoured() {
             &wide(&w),
             &LABELS,
             SIZES,
-            16.0,
+            reference::Cosine::scaled(16.0),
             &options,
             &reference::Upstream::Loss(wide(&upstream)),
         );
@@ -95,7 +95,7 @@ fn gradients_of_the_loss_by_head_reach_what_is_tracked() {
                 &rounded(&w),
                 &LABELS,
                 SIZES,
-                16.0,
+                reference::Cosine::scaled(16.0),
                 &options,
                 &reference::Upstream::Loss(upstream.iter().map(|&v| f64::from(v)).collect()),
             );

@@ -32,25 +32,72 @@ fn expected<T: reference::Real>(problem: &Problem, data: &Data) -> Expected<T> {
     let of = |values: &[f32]| -> Vec<T> { values.iter().map(|&v| T::of(f64::from(v))).collect() };
     let (x, w) = (of(&data.embeddings), of(&data.weights));
     let sizes = problem.reference_sizes();
-    let scale = T::of(f64::from(problem.scale));
     let options = problem.reference_options(data);
+    let scale = T::of(f64::from(problem.scale));
     let gradients = |upstream: &reference::Upstream<T>| {
         reference::cosine_cross_entropy_backward(
             &x,
             &w,
             &data.labels,
             sizes,
-            scale,
+            problem.cosine(),
             &options,
             upstream,
         )
     };
     Expected {
-        forward: reference::cosine_cross_entropy(&x, &w, &data.labels, sizes, scale, &options),
+        forward: reference::cosine_cross_entropy(
+            &x,
+            &w,
+            &data.labels,
+            sizes,
+            problem.cosine(),
+            &options,
+        ),
         logits: reference::cosine_logits(&x, &w, sizes, scale),
         of_total: gradients(&reference::Upstream::Total(T::of(0.7))),
         of_loss: gradients(&reference::Upstream::Loss(of(&data.upstream))),
     }
+}
+
+/// How far a margin takes results, relative to the scale, where cosines are off.
+struct NearPoles {
+    of_logit: f64,
+    of_gradient: f64,
+}
+
+/// A cosine that is off by so much has an angle that is off by more, the nearer it is to a pole: by √(2 off) there. Of all rows the
+/// largest, beyond what a logit without a margin may be off.
+fn near_poles(problem: &Problem, data: &Data, logits: &[f64], off: f64) -> NearPoles {
+    let (_, rows, _, _, active) = problem.sizes;
+    let cosine = problem.cosine::<f64>();
+    let mut most = NearPoles {
+        of_logit: 0.0,
+        of_gradient: 0.0,
+    };
+    if problem.margin == (0.0, 0.0) {
+        return most;
+    }
+    for (at, row) in logits.chunks(active).enumerate() {
+        let Some(logit) = usize::try_from(data.labels[at % rows])
+            .ok()
+            .and_then(|label| row.get(label))
+        else {
+            continue;
+        };
+        let of_target = logit / cosine.scale;
+        let (counts_as, slope) = cosine.margin.of(of_target);
+        let sine = (1.0 - of_target * of_target).max(0.0).sqrt();
+        for moved in [of_target - off, of_target + off] {
+            let (moved, other) = cosine.margin.of(moved);
+            let by = (moved - counts_as).abs();
+            most.of_logit = most.of_logit.max(by);
+            // A probability moves by less than its logit; the direction that a slope is for is as long as the sine, and off itself.
+            let by = cosine.scale * by + (other - slope).abs() * sine + other.max(slope) * off;
+            most.of_gradient = most.of_gradient.max(by);
+        }
+    }
+    most
 }
 
 /// Whether what a device computes agrees; a result that is called `zeroed` is taken for zeros.
@@ -73,6 +120,7 @@ fn check(
     // A logit is off by 2 · scale · the roundoff of unit rows at most. How far that takes gradients the same roundings say, in f64;
     // between two of them that fall to either side lies one roundoff.
     let kept = run.kept(problem.dtype);
+    let near_poles = near_poles(problem, data, &truth.logits, 4e-7 + 2.0 * kept);
     let narrow = |(x, w): (Vec<f64>, Vec<f64>)| {
         let of = |values: Vec<f64>| values.into_iter().map(|v| v as f32).collect::<Vec<_>>();
         (of(x), of(w))
@@ -101,8 +149,10 @@ fn check(
                 dtype,
                 magnitude,
                 kept: match name {
-                    "dX" | "dX at once" | "dW" | "dW at once" => run.unit_rows(),
-                    _ => 2.0 * kept,
+                    "dX" | "dX at once" | "dW" | "dW at once" => {
+                        run.unit_rows() + near_poles.of_gradient
+                    }
+                    _ => 2.0 * kept + near_poles.of_logit,
                 },
                 rounded: match name {
                     "dX" | "dX at once" | "dW" | "dW at once" => kept,

@@ -3,7 +3,7 @@
 use cubecl::client::Client;
 use cubecl::std::tensor::TensorHandle;
 use protohead::class_means::ClassSums;
-use protohead::cosine_cross_entropy::{Inputs, Options};
+use protohead::cosine_cross_entropy::{Inputs, Margin, Options};
 use protohead::{LossOptions, Reduction, Upstream, cross_entropy, reconstruction};
 use protohead_tests::devices::{fused_runs, runs};
 use protohead_tests::problem::{Problem, download};
@@ -50,14 +50,24 @@ fn alone(what: &str, values: &[f64], clean: &[f64], columns: usize) {
 #[test]
 fn a_row_of_the_fused_op_stays_alone() {
     let data = problem().data();
-    for (run, bad) in fused_runs(problem().sizes)
+    for (run, bad, has_margin) in fused_runs(problem().sizes)
         .iter()
         .flat_map(|run| BAD.map(|bad| (run, bad)))
+        .flat_map(|(run, bad)| [false, true].map(|has_margin| (run, bad, has_margin)))
     {
         let client = run.client;
         let mut values = data.embeddings.clone();
         values[ROW * DIM + 2] = bad;
+        let margin = Margin {
+            angular: 0.5,
+            cosine: 0.1,
+        };
         let options = Options {
+            margin: if has_margin {
+                margin
+            } else {
+                Margin::default()
+            },
             loss: by_row(),
             strategy: run.strategy,
             ..Options::default()

@@ -22,7 +22,7 @@ fn what_the_host_can_see_is_a_typed_error() {
                 .expect_err("must be refused")
                 .to_string()
         };
-        let with = |change: fn(&mut Options)| {
+        let with = |change: &dyn Fn(&mut Options)| {
             let mut options = Options::default();
             change(&mut options);
             refused(good(), options)
@@ -93,27 +93,46 @@ fn what_the_host_can_see_is_a_typed_error() {
         integers.embeddings.dtype = ElemType::UInt(UIntKind::U32);
         assert!(refused(integers, Options::default()).starts_with("embeddings: dtype"));
         assert_eq!(
-            with(|o| o.active = Some(4)),
+            with(&|o| o.active = Some(4)),
             "4 active classes were asked for, expected between 1 and 3"
         );
         assert_eq!(
-            with(|o| o.active = Some(0)),
+            with(&|o| o.active = Some(0)),
             "0 active classes were asked for, expected between 1 and 3"
         );
         assert_eq!(
-            with(|o| o.scale = f32::NAN),
+            with(&|o| o.scale = f32::NAN),
             "scale is NaN, expected finite"
         );
         assert_eq!(
-            with(|o| o.loss.label_smoothing = 1.5),
+            with(&|o| o.loss.label_smoothing = 1.5),
             "label_smoothing is 1.5, expected between 0 and 1"
         );
+        for (angular, got) in [(-0.5, "-0.5"), (1.6, "1.6"), (f32::NAN, "NaN")] {
+            assert_eq!(
+                with(&|o| o.margin.angular = angular),
+                format!("the angular margin is {got}, expected between 0 and π/2")
+            );
+        }
+        for (cosine, got) in [(-0.5, "-0.5"), (f32::INFINITY, "inf"), (f32::NAN, "NaN")] {
+            assert_eq!(
+                with(&|o| o.margin.cosine = cosine),
+                format!("the cosine margin is {got}, expected at least 0 and finite")
+            );
+        }
+        for scale in [0.0, -2.0] {
+            let both = |o: &mut Options| (o.margin.cosine, o.scale) = (0.5, scale);
+            assert_eq!(
+                with(&both),
+                format!("scale is {scale}, expected more than 0 where there is a margin")
+            );
+        }
         assert_eq!(
-            with(|o| o.loss.head_weights = Some(vec![1.0])),
+            with(&|o| o.loss.head_weights = Some(vec![1.0])),
             "1 head weights for 2 heads"
         );
         assert_eq!(
-            with(|o| o.loss.head_weights = Some(vec![1.0, f32::NAN])),
+            with(&|o| o.loss.head_weights = Some(vec![1.0, f32::NAN])),
             "head_weights is NaN, expected finite"
         );
         assert!(ClassSums::new(client, 0, 3, 5, &Default::default()).is_err());

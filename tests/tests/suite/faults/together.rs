@@ -172,6 +172,14 @@ fn the_output_of_a_forward_pass_with_other_options() {
             "scale is 8.5, but was 8 in the forward pass",
         );
         says(
+            back(&|o| o.margin.angular = 0.5),
+            "the angular margin is 0.5, but was 0 in the forward pass",
+        );
+        says(
+            back(&|o| o.margin.cosine = 0.25),
+            "the cosine margin is 0.25, but was 0 in the forward pass",
+        );
+        says(
             back(&|o| o.active = None),
             "the number of active classes is 3, but was 2 in the forward pass",
         );

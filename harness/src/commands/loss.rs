@@ -36,7 +36,7 @@ pub(crate) struct Arguments {
     /// The factor on the cosines: the inverse temperature.
     #[arg(long, default_value_t = 16.0, allow_hyphen_values = true)]
     scale: f32,
-    /// In radians, 0 to π/2: what is added to the angle between a row and its own class in the loss (ArcFace).
+    /// In radians, 0 to π/2: what is added to the angle between a row and its own class in the loss (ArcFace); the scale is more than 0, then.
     #[arg(
         long,
         value_name = "M",

@@ -21,8 +21,8 @@ Of 35 keywords 20 are base classes, which are trained: the first by name, or the
 Commands. The others come in five sessions of three, of which the \
 speech head knows the means of up to 5 clips each. With more keywords there are more base classes, with fewer there are fewer \
 sessions, and with fewer than 7 none. --base, --ways and --shots change these numbers. The table has a line a session: accuracy in percent on the test clips of all classes so far, of the base \
-classes (seen), of the others (unseen), and the harmonic mean of these two. Training is SGD with momentum 0.9, weight decay 0.001 and a cosine \
-schedule, without augmentation.";
+classes (seen), of the others (unseen), and the harmonic mean of these two. Training is SGD with a cosine schedule, without augmentation; \
+the last epoch counts.";
 
 /// What a Speech-Commands folder is, after the options.
 const FOLDER: &str = "\
@@ -57,9 +57,30 @@ pub(crate) struct Train {
     /// The factor on the cosines: the inverse temperature.
     #[arg(long, default_value_t = 16.0, allow_hyphen_values = true)]
     scale: f64,
+    /// In radians: what is added to the angle between an embedding and its own class in training (ArcFace).
+    #[arg(long, default_value_t = 0.0, allow_hyphen_values = true)]
+    angular_margin: f64,
+    /// What is taken from the cosine of an embedding with its own class in training (CosFace).
+    #[arg(long, default_value_t = 0.0, allow_hyphen_values = true)]
+    cosine_margin: f64,
     /// The highest learning rate, before cosine decay.
     #[arg(long, default_value_t = 0.004, allow_hyphen_values = true)]
     learning_rate: f64,
+    /// Momentum of SGD.
+    #[arg(long, default_value_t = 0.9, allow_hyphen_values = true)]
+    momentum: f64,
+    /// Weight decay of SGD.
+    #[arg(long, default_value_t = 0.001, allow_hyphen_values = true)]
+    weight_decay: f64,
+    /// Weights of the speech, the formant and the residual head's loss: 1,0,0 trains on speech alone, with both lambdas 0.
+    #[arg(
+        long,
+        value_name = "A,B,C",
+        value_delimiter = ',',
+        default_value = "1,1,1",
+        allow_hyphen_values = true
+    )]
+    head_weights: Vec<f64>,
     /// Weight of the reconstruction loss.
     #[arg(long, default_value_t = 1.0, allow_hyphen_values = true)]
     lambda: f64,
@@ -180,8 +201,8 @@ fn configuration(arguments: &Train, given: &dyn Fn(&str) -> bool) -> Result<RunC
         ($name:ident $(of $of:ident)?) => {
             pick(
                 given(stringify!($name)),
-                arguments.$name,
-                begun.map(|begun| begun.$($of.)?$name),
+                arguments.$name.clone(),
+                begun.map(|begun| begun.$($of.)?$name.clone()),
             )
         };
     }
@@ -196,7 +217,12 @@ fn configuration(arguments: &Train, given: &dyn Fn(&str) -> bool) -> Result<RunC
         batch: field!(batch),
         tau: field!(tau),
         scale: field!(scale),
+        angular_margin: field!(angular_margin),
+        cosine_margin: field!(cosine_margin),
         learning_rate: field!(learning_rate),
+        momentum: field!(momentum),
+        weight_decay: field!(weight_decay),
+        head_weights: field!(head_weights),
         lambda: field!(lambda),
         lambda_shuffled: field!(lambda_shuffled),
         seed: field!(seed),

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::protocol::Asked;
+use crate::audio::features::INPUTS;
 use crate::device::DeviceName;
 
 /// Where the clips come from.
@@ -27,7 +28,13 @@ pub(crate) struct RunConfig {
     pub batch: usize,
     pub tau: usize,
     pub scale: f64,
+    pub angular_margin: f64,
+    pub cosine_margin: f64,
     pub learning_rate: f64,
+    pub momentum: f64,
+    pub weight_decay: f64,
+    /// Of the speech, the formant and the residual head's loss.
+    pub head_weights: Vec<f64>,
     pub lambda: f64,
     pub lambda_shuffled: f64,
     pub seed: u64,
@@ -62,18 +69,31 @@ impl RunConfig {
                 return Err(format!("{option} is {value}, expected {least} to {most}"));
             }
         }
-        for (option, value, may_be_zero) in [
-            ("scale", self.scale, false),
-            ("learning-rate", self.learning_rate, false),
-            ("lambda", self.lambda, true),
-            ("lambda-shuffled", self.lambda_shuffled, true),
+        for (option, value, most) in [
+            ("scale", self.scale, 1e6),
+            ("angular-margin", self.angular_margin, 1.57),
+            ("cosine-margin", self.cosine_margin, 2.0),
+            ("learning-rate", self.learning_rate, 1e6),
+            ("momentum", self.momentum, 1.0),
+            ("weight-decay", self.weight_decay, 1e6),
+            ("lambda", self.lambda, 1e6),
+            ("lambda-shuffled", self.lambda_shuffled, 1e6),
         ] {
-            if !(0.0..=1e6).contains(&value) {
-                return Err(format!("{option} is {value}, expected 0 to 1000000"));
+            if !(0.0..=most).contains(&value) {
+                return Err(format!("{option} is {value}, expected 0 to {most}"));
             }
-            if value == 0.0 && !may_be_zero {
+        }
+        for (option, value) in [("scale", self.scale), ("learning-rate", self.learning_rate)] {
+            if value == 0.0 {
                 return Err(format!("{option} is 0: nothing would be learnt"));
             }
+        }
+        let weights = &self.head_weights;
+        if weights.len() != INPUTS || !weights.iter().all(|weight| (0.0..=1e6).contains(weight)) {
+            let given = joined(weights);
+            return Err(format!(
+                "head-weights is {given}, expected {INPUTS} numbers of 0 to 1000000, for speech, formant and residual"
+            ));
         }
         Ok(())
     }
@@ -115,7 +135,12 @@ impl RunConfig {
             ("batch", self.batch.to_string()),
             ("tau", self.tau.to_string()),
             ("scale", self.scale.to_string()),
+            ("angular-margin", self.angular_margin.to_string()),
+            ("cosine-margin", self.cosine_margin.to_string()),
             ("learning-rate", self.learning_rate.to_string()),
+            ("momentum", self.momentum.to_string()),
+            ("weight-decay", self.weight_decay.to_string()),
+            ("head-weights", joined(&self.head_weights)),
             ("lambda", self.lambda.to_string()),
             ("lambda-shuffled", self.lambda_shuffled.to_string()),
             ("seed", self.seed.to_string()),
@@ -123,4 +148,10 @@ impl RunConfig {
         ]);
         options
     }
+}
+
+/// As on the command line.
+fn joined(values: &[f64]) -> String {
+    let values: Vec<String> = values.iter().map(f64::to_string).collect();
+    values.join(",")
 }

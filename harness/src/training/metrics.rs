@@ -13,9 +13,15 @@ use crate::files::write_atomically;
 pub(crate) struct EpochMetrics {
     pub epoch: usize,
     pub learning_rate: f32,
+    /// What is minimized.
     pub loss: f32,
-    pub classification: f32,
+    /// The loss of each head, without its weight.
+    pub speech: f32,
+    pub formant: f32,
+    pub residual: f32,
+    /// The reconstruction terms, without their weights.
     pub reconstruction: f32,
+    pub reconstruction_shuffled: f32,
     /// Of the training clips as they were trained on, in percent.
     pub accuracy: f32,
     /// Of the validation clips after the epoch, in percent; null without such clips.

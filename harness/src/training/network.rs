@@ -7,6 +7,7 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use protohead::LossOptions;
 use protohead::burn::{CosineHeads, CosineHeadsConfig, reconstruction};
 
+use super::config::RunConfig;
 use super::data::Moments;
 use super::encoder::Encoder;
 use crate::audio::features::{INPUT, INPUTS};
@@ -31,31 +32,33 @@ pub(crate) struct Network {
 pub(crate) struct BatchLoss {
     /// What is minimized.
     pub total: Tensor<1>,
-    /// Total, classification and reconstruction.
-    pub values: [f32; 3],
+    /// The total; of each head; and of the reconstruction, plain and shuffled, without their weights.
+    pub values: [f32; VALUES],
     pub correct: usize,
 }
 
-/// Weights of the two reconstruction terms.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Lambdas {
-    pub plain: f64,
-    pub shuffled: f64,
+/// The total, the heads' losses and the two reconstruction terms.
+pub(crate) const VALUES: usize = 1 + INPUTS + 2;
+
+/// The weights of what the total is the sum of.
+#[derive(Clone, Debug)]
+pub(crate) struct Weights {
+    /// Of the heads.
+    pub heads: Vec<f64>,
+    /// Of the reconstruction, plain and shuffled.
+    pub lambdas: [f64; 2],
 }
 
 impl Network {
-    pub(crate) fn new(
-        tau: usize,
-        classes: usize,
-        base: usize,
-        scale: f64,
-        devices: &Devices,
-    ) -> Self {
+    pub(crate) fn new(config: &RunConfig, classes: usize, base: usize, devices: &Devices) -> Self {
+        let tau = config.tau;
         Self {
             encoder: Encoder::new(tau, &devices.encoder),
             heads: CosineHeadsConfig::new(INPUTS, classes, Encoder::dim(tau))
                 .with_active(Some(base))
-                .with_scale(scale)
+                .with_scale(config.scale)
+                .with_angular_margin(config.angular_margin)
+                .with_cosine_margin(config.cosine_margin)
                 .init(&devices.heads),
         }
     }
@@ -69,21 +72,23 @@ impl Network {
             .to_device(heads)
     }
 
-    /// The three cross-entropies plus the two reconstruction terms.
+    /// The three cross-entropies plus the two reconstruction terms, weighted.
     pub(crate) fn loss(
         &self,
         inputs: Tensor<4>,
         labels: &[usize],
         partners: &[Vec<usize>; 2],
-        lambdas: Lambdas,
+        weights: &Weights,
         heads: &Device,
     ) -> Result<BatchLoss, Error> {
         let rows = labels.len();
         let embeddings = self.embed(inputs, rows, heads);
         let targets = integers(labels, heads);
-        let classification =
-            self.heads
-                .loss(embeddings.clone(), targets, &LossOptions::default())?;
+        let options = LossOptions {
+            head_weights: Some(weights.heads.iter().map(|&weight| weight as f32).collect()),
+            ..LossOptions::default()
+        };
+        let classification = self.heads.loss(embeddings.clone(), targets, &options)?;
         classification.check()?;
         let predictions = classification
             .heads
@@ -111,10 +116,12 @@ impl Network {
             formant.select(0, integers(&partners[0], heads)),
             residual.select(0, integers(&partners[1], heads)),
         )?;
+        let [of_plain, of_shuffled] = weights.lambdas;
         let reconstruction =
-            plain.mul_scalar(lambdas.plain) + shuffled.mul_scalar(lambdas.shuffled);
-        let total = classification.total.clone() + reconstruction.clone();
-        let values = [total.clone(), classification.total, reconstruction].map(Tensor::detach);
+            plain.clone().mul_scalar(of_plain) + shuffled.clone().mul_scalar(of_shuffled);
+        let total = classification.total + reconstruction;
+        let values = [total.clone(), classification.heads.loss, plain, shuffled];
+        let values = values.map(Tensor::detach);
         let values = Tensor::cat(values.into(), 0).try_into_vec_as::<f32>();
         let values = values.map_err(Error::of_device)?.try_into();
         Ok(BatchLoss {

@@ -19,7 +19,7 @@ use super::config::RunConfig;
 use super::data::{Dataset, Moments};
 use super::json::{read_json, write_json};
 use super::metrics::{EpochMetrics, draw, write_lines};
-use super::network::{Devices, Lambdas, Network, batch};
+use super::network::{Devices, Network, VALUES, Weights, batch};
 use super::protocol::Protocol;
 use super::{classifier, record, sessions};
 use crate::audio::features::INPUTS;
@@ -219,14 +219,14 @@ impl Run {
         devices.heads.seed(config.seed);
         let mut network = network(config, dataset.protocol, devices);
         network.visit(&mut Initialize);
-        let mut optimizer = optimizer();
+        let mut optimizer = optimizer(config);
         let mut metrics: Vec<EpochMetrics> = Vec::new();
         if let Some(checkpoint) = Checkpoint::load(&self.folder)? {
             let path = self.folder.join("checkpoint");
             network = self::network(config, dataset.protocol, devices)
                 .try_load_record(checkpoint.model)
                 .map_err(Error::damaged(&path))?;
-            optimizer = self::optimizer()
+            optimizer = self::optimizer(config)
                 .from_bytes(checkpoint.optimizer)
                 .map_err(Error::damaged(&path))?;
             metrics = checkpoint.metrics;
@@ -237,13 +237,16 @@ impl Run {
         let steps = rows.div_ceil(config.batch);
         let bar = progress((config.epochs * steps) as u64);
         bar.set_position((metrics.len() * steps) as u64);
+        // What was done before says nothing of the pace.
+        bar.tick();
+        bar.reset_eta();
         bar.set_message(format!("epoch {}", metrics.len() + 1));
-        let lambdas = Lambdas {
-            plain: config.lambda,
-            shuffled: config.lambda_shuffled,
+        let weights = Weights {
+            heads: config.head_weights.clone(),
+            lambdas: [config.lambda, config.lambda_shuffled],
         };
         for epoch in metrics.len()..config.epochs {
-            let mut sums = [0.0f64; 3];
+            let mut sums = [0.0f64; VALUES];
             let mut correct = 0;
             let mut rate = 0.0;
             for (i, chosen) in dataset
@@ -263,7 +266,7 @@ impl Run {
                 let device = &devices.encoder;
                 let features = &dataset.train.features;
                 let inputs = batch(&dataset.scaling, features, chosen, 0..INPUTS, device);
-                let loss = network.loss(inputs, &labels, &partners, lambdas, &devices.heads)?;
+                let loss = network.loss(inputs, &labels, &partners, &weights, &devices.heads)?;
                 let [total, ..] = loss.values;
                 if !total.is_finite() {
                     bar.finish_and_clear();
@@ -293,8 +296,11 @@ impl Run {
                 epoch: epoch + 1,
                 learning_rate: rate as f32,
                 loss: sums[0] as f32,
-                classification: sums[1] as f32,
-                reconstruction: sums[2] as f32,
+                speech: sums[1] as f32,
+                formant: sums[2] as f32,
+                residual: sums[3] as f32,
+                reconstruction: sums[4] as f32,
+                reconstruction_shuffled: sums[5] as f32,
                 accuracy: 100.0 * correct as f32 / rows as f32,
                 validation_accuracy: sessions::validate(&network, dataset, devices)?,
             });
@@ -343,16 +349,17 @@ impl Run {
 
 /// A network as a run begins with it.
 fn network(config: &RunConfig, protocol: Protocol, devices: &Devices) -> Network {
-    let (tau, scale) = (config.tau, config.scale);
-    Network::new(tau, protocol.classes(), protocol.base, scale, devices)
+    Network::new(config, protocol.classes(), protocol.base, devices)
 }
 
-fn optimizer() -> ModuleOptimizer {
+fn optimizer(config: &RunConfig) -> ModuleOptimizer {
     SgdConfig::new()
         .with_momentum(Some(
-            MomentumConfig::new().with_momentum(0.9).with_dampening(0.0),
+            MomentumConfig::new()
+                .with_momentum(config.momentum)
+                .with_dampening(0.0),
         ))
-        .with_weight_decay(Some(WeightDecayConfig::new(1e-3)))
+        .with_weight_decay(Some(WeightDecayConfig::new(config.weight_decay as f32)))
         .init()
 }
 

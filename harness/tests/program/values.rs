@@ -142,6 +142,7 @@ fn loss_writes_the_references_numbers_whatever_the_options() {
                 margin: Margin {
                     angular: 0.5,
                     cosine: 0.125,
+                    ..Margin::none()
                 },
             },
             plain.clone(),

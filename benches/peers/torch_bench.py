@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 
 SCALE = 16.0
+MARGIN = 0.5  # radians, as ArcFace has it
 CALLS = 10
 PAUSE = 0.1  # seconds before our turn: OpenMP's threads spin on for a while after PyTorch is done
 
@@ -41,20 +42,31 @@ DTYPES = {  # PyTorch's, and how our cases are named
 }
 
 
-def loss_of(x, w, labels, active):
+def with_margin(cosines, labels, margin):
+    """ArcFace's margin on each row's own class, as its users write it."""
+    if not margin:
+        return cosines
+    own = cosines.gather(1, labels[:, None])
+    return cosines.scatter(1, labels[:, None], torch.cos(torch.acos(own) + margin))
+
+
+def loss_of(x, w, labels, active, margin=0.0):
     """The three-head loss: one cosine head after another, as the model's forward has them."""
     total = 0.0
     # By unbind, whose backward stacks the heads' gradients: that of an index fills as many zeros for each head.
     for of_rows, of_classes in zip(x.unbind(0), w[:, :active].unbind(0)):
-        z = SCALE * F.linear(F.normalize(of_rows), F.normalize(of_classes))
+        cosines = F.linear(F.normalize(of_rows), F.normalize(of_classes))
+        z = SCALE * with_margin(cosines, labels, margin)
         total = total + F.cross_entropy(z, labels)
     return total
 
 
-def batched_loss_of(x, w, labels, active):
+def batched_loss_of(x, w, labels, active, margin=0.0):
     """The same with all heads in one product and one cross-entropy."""
-    z = SCALE * F.normalize(x, dim=-1) @ F.normalize(w[:, :active], dim=-1).transpose(1, 2)
-    return x.shape[0] * F.cross_entropy(z.flatten(0, 1), labels.repeat(x.shape[0]))
+    cosines = F.normalize(x, dim=-1) @ F.normalize(w[:, :active], dim=-1).transpose(1, 2)
+    labels = labels.repeat(x.shape[0])
+    z = SCALE * with_margin(cosines.flatten(0, 1), labels, margin)
+    return x.shape[0] * F.cross_entropy(z, labels)
 
 
 def class_means(x, w, labels, active):
@@ -226,23 +238,31 @@ def normalised_peers(device, dtype):
     return peers
 
 
+def losses_of(op):
+    """An op's loss, head by head and with all heads in one product."""
+    margin = MARGIN if op.endswith("margin") else 0.0
+    return [functools.partial(loss, margin=margin) for loss in (loss_of, batched_loss_of)]
+
+
 def cuda_peers(op, backward, heads, dtype):
     """Who is measured beside us on CUDA."""
     make = lambda function: Torch(function, backward, "cuda", dtype)
     if op == "class_means":
         return {"index_add": make(index_means)}
     torch._dynamo.reset()
-    compiled = torch.compile(loss_of)
-    peers = {"eager": make(loss_of), "compile": make(compiled)}
-    batched = torch.compile(batched_loss_of)
+    by_head, in_one = losses_of(op)
+    compiled = torch.compile(by_head)
+    peers = {"eager": make(by_head), "compile": make(compiled)}
+    batched = torch.compile(in_one)
     if heads > 1:
-        peers["eager, heads batched"] = make(batched_loss_of)
+        peers["eager, heads batched"] = make(in_one)
         peers["compile, heads batched"] = make(batched)
     if backward:
         peers["graph"] = Graph(compiled, backward, "cuda", dtype)
         if heads > 1:
             peers["graph, heads batched"] = Graph(batched, backward, "cuda", dtype)
-        peers.update(normalised_peers("cuda", dtype))
+        if op == "cosine_cross_entropy":  # the others know no margin
+            peers.update(normalised_peers("cuda", dtype))
     return peers
 
 
@@ -278,9 +298,10 @@ def on_cuda(options):
         ops = [("class_means", False, None)] if name.startswith("proto") else [
             ("cosine_cross_entropy_forward", False, product),
             ("cosine_cross_entropy", True, 3 * product),
+            ("cosine_cross_entropy_margin", True, 3 * product),
         ]
         for op, backward, work in ops:
-            if suffix and op != "cosine_cross_entropy":
+            if suffix and not backward:
                 continue  # `serve` has only the whole step in other dtypes than f32
             case = f"{op}/{name}/protohead{suffix}"
             memory = memory_of(options, case)
@@ -358,29 +379,31 @@ def on_cpu(options):
             peers = {"index_add": Torch(index_means, False, "cpu", dtype)}
             if active < 100:  # a step of the loop for each class
                 peers["loop"] = Torch(class_means, False, "cpu", dtype)
-            ops = {"class_means": (peers, None)}
+            ops = {"class_means": (peers, False, None)}
         else:
             ops = {}
             for op, backward, work in [
                 ("cosine_cross_entropy_forward", False, product),
                 ("cosine_cross_entropy", True, 3 * product),
+                ("cosine_cross_entropy_margin", True, 3 * product),
             ]:
                 torch._dynamo.reset()
+                by_head, in_one = losses_of(op)
                 peers = {
-                    "eager": Torch(loss_of, backward, "cpu", dtype),
-                    "compile": Torch(torch.compile(loss_of), backward, "cpu", dtype),
+                    "eager": Torch(by_head, backward, "cpu", dtype),
+                    "compile": Torch(torch.compile(by_head), backward, "cpu", dtype),
                 }
                 if heads > 1:
-                    batched = torch.compile(batched_loss_of)
-                    peers["eager, heads batched"] = Torch(batched_loss_of, backward, "cpu", dtype)
+                    batched = torch.compile(in_one)
+                    peers["eager, heads batched"] = Torch(in_one, backward, "cpu", dtype)
                     peers["compile, heads batched"] = Torch(batched, backward, "cpu", dtype)
-                ops[op] = (peers, work)
-        for op, (peers, work) in ops.items():
-            if suffix and op != "cosine_cross_entropy":
+                ops[op] = (peers, backward, work)
+        for op, (peers, backward, work) in ops.items():
+            if suffix and not backward:
                 continue  # `serve` has only the whole step in other dtypes than f32
             case = f"{op}/{name}/protohead{suffix}"
             memory = f"{memory_of(options, case)}"
-            if op == "cosine_cross_entropy":
+            if backward:
                 gradients = heads * (rows + classes) * dim * dtype.itemsize >> 20
                 memory += f", gradients {gradients}"
             times = {"protohead": []} | {peer: [] for peer in peers}

@@ -16,6 +16,8 @@ pub enum Group {
     FusedForward,
     /// The fused loss and both gradients.
     Fused,
+    /// The same with ArcFace's margin.
+    Margin,
     /// Prototype averaging.
     ClassMeans,
     /// The reconstruction loss and its gradients.
@@ -24,11 +26,12 @@ pub enum Group {
 
 impl Group {
     /// In the order of the tables.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::CosineLogits,
         Self::CrossEntropy,
         Self::FusedForward,
         Self::Fused,
+        Self::Margin,
         Self::ClassMeans,
         Self::Reconstruction,
     ];
@@ -40,6 +43,7 @@ impl Group {
             Self::CrossEntropy => "cross_entropy",
             Self::FusedForward => "cosine_cross_entropy_forward",
             Self::Fused => "cosine_cross_entropy",
+            Self::Margin => "cosine_cross_entropy_margin",
             Self::ClassMeans => "class_means",
             Self::Reconstruction => "reconstruction",
         }
@@ -47,7 +51,10 @@ impl Group {
 
     /// Whether it multiplies matrices.
     pub fn has_product(self) -> bool {
-        matches!(self, Self::CosineLogits | Self::FusedForward | Self::Fused)
+        matches!(
+            self,
+            Self::CosineLogits | Self::FusedForward | Self::Fused | Self::Margin
+        )
     }
 
     /// Floating-point operations of the products, where there are any: recomputation does not count.
@@ -55,8 +62,16 @@ impl Group {
         let product = 2 * (shape.heads * shape.rows * shape.dim * shape.active) as u64;
         match self {
             Self::CosineLogits | Self::FusedForward => Some(product),
-            Self::Fused => Some(3 * product),
+            Self::Fused | Self::Margin => Some(3 * product),
             _ => None,
+        }
+    }
+
+    /// Radians between a row and its class that its loss adds.
+    pub(crate) fn angular_margin(self) -> f32 {
+        match self {
+            Self::Margin => 0.5,
+            _ => 0.0,
         }
     }
 

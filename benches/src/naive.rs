@@ -28,7 +28,8 @@ pub(crate) fn run(group: Group, shape: &Shape, data: &Data, keep: bool) -> Ran {
         ignore_index: -100,
         head_weights: vec![1.0; shape.heads],
     };
-    let cosine = reference::Cosine::scaled(16.0);
+    let mut cosine = reference::Cosine::scaled(16.0);
+    cosine.margin.angular = f64::from(group.angular_margin());
     let one = reference::Upstream::Total(1.0);
     let start = Instant::now();
     let answer = match group {
@@ -42,7 +43,7 @@ pub(crate) fn run(group: Group, shape: &Shape, data: &Data, keep: bool) -> Ran {
             let loss = reference::cosine_cross_entropy(&x, &w, &labels, sizes, cosine, &options);
             vec![vec![loss.total]]
         }
-        Group::Fused => {
+        Group::Fused | Group::Margin => {
             let loss = reference::cosine_cross_entropy(&x, &w, &labels, sizes, cosine, &options);
             let (dx, dw) = reference::cosine_cross_entropy_backward(
                 &x, &w, &labels, sizes, cosine, &options, &one,

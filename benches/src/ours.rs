@@ -191,8 +191,12 @@ fn strategy(dtype: Dtype) -> Strategy {
     }
 }
 
-fn options(shape: &Shape, dtype: Dtype) -> fused::Options {
+fn options(group: Group, shape: &Shape, dtype: Dtype) -> fused::Options {
     fused::Options {
+        margin: fused::Margin {
+            angular: group.angular_margin(),
+            ..fused::Margin::default()
+        },
         active: Some(shape.active),
         strategy: strategy(dtype),
         allow_tf32: dtype == Dtype::Tf32,
@@ -258,7 +262,7 @@ pub(crate) fn step(group: Group, shape: &Shape, data: &Data, dtype: Dtype) -> St
         }
         Group::FusedForward => {
             let inputs = inputs(shape, data, dtype);
-            let options = options(shape, dtype);
+            let options = options(group, shape, dtype);
             Step::new(operands(&inputs.clone()), move || {
                 vec![
                     fused::forward(client, &inputs, &options)
@@ -267,9 +271,9 @@ pub(crate) fn step(group: Group, shape: &Shape, data: &Data, dtype: Dtype) -> St
                 ]
             })
         }
-        Group::Fused => {
+        Group::Fused | Group::Margin => {
             let inputs = inputs(shape, data, dtype);
-            let options = options(shape, dtype);
+            let options = options(group, shape, dtype);
             Step::new(operands(&inputs.clone()), move || {
                 let one = Upstream::default();
                 let (output, gradients) =
@@ -330,7 +334,7 @@ pub(crate) fn step(group: Group, shape: &Shape, data: &Data, dtype: Dtype) -> St
 pub(crate) fn captured(shape: &Shape, data: &Data, dtype: Dtype) -> Step {
     let inputs = inputs(shape, data, dtype);
     let one = Upstream::default();
-    let options = options(shape, dtype);
+    let options = options(Group::Fused, shape, dtype);
     let mut step =
         fused::Captured::new(client(), &inputs, &options, &one, Wanted::BOTH).expect(VALID);
     Step::new(operands(&inputs.clone()), move || {

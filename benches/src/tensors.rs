@@ -48,7 +48,17 @@ fn normalize(x: Tensor<2>) -> Tensor<2> {
 fn cosines(x: Tensor<2>, w: Tensor<2>) -> Tensor<2> {
     normalize(x)
         .matmul(normalize(w).transpose())
-        .mul_scalar(16.0)
+        .mul_scalar(SCALE)
+}
+
+const SCALE: f32 = 16.0;
+
+/// ArcFace's margin, of angles that stay below π with it.
+fn with_margin(logits: Tensor<2>, labels: Tensor<2, Int>, margin: f32) -> Tensor<2> {
+    let own = logits.clone().gather(1, labels.clone()).div_scalar(SCALE);
+    let sine = (own.clone() * own.clone()).neg().add_scalar(1.0).sqrt();
+    let lost = own.mul_scalar(margin.cos() - 1.0) - sine.mul_scalar(margin.sin());
+    logits.scatter(1, labels, lost.mul_scalar(SCALE), IndexingUpdateOp::Add)
 }
 
 fn mean_loss(logits: Tensor<2>, labels: Tensor<2, Int>) -> Tensor<1> {
@@ -71,7 +81,7 @@ fn joined(parts: Vec<Tensor<2>>) -> Vec<f32> {
 pub(crate) fn run(device: &Device, group: Group, shape: &Shape, data: &Data, keep: bool) -> Ran {
     let tracked = device.clone().autodiff();
     let on = match group {
-        Group::CrossEntropy | Group::Fused | Group::Reconstruction => &tracked,
+        Group::CrossEntropy | Group::Fused | Group::Margin | Group::Reconstruction => &tracked,
         _ => device,
     };
     let Shape {
@@ -83,7 +93,7 @@ pub(crate) fn run(device: &Device, group: Group, shape: &Shape, data: &Data, kee
     } = *shape;
     let track = |tensors: Vec<Tensor<2>>| -> Vec<Tensor<2>> {
         match group {
-            Group::CrossEntropy | Group::Fused | Group::Reconstruction => {
+            Group::CrossEntropy | Group::Fused | Group::Margin | Group::Reconstruction => {
                 tensors.into_iter().map(Tensor::require_grad).collect()
             }
             _ => tensors,
@@ -117,11 +127,15 @@ pub(crate) fn run(device: &Device, group: Group, shape: &Shape, data: &Data, kee
                 .collect();
             (Some(loss.inner()), vec![dz])
         }
-        Group::FusedForward | Group::Fused => {
-            let losses = xs
-                .iter()
-                .zip(&ws)
-                .map(|(x, w)| mean_loss(cosines(x.clone(), first_classes(w)), labels.clone()));
+        Group::FusedForward | Group::Fused | Group::Margin => {
+            let losses = xs.iter().zip(&ws).map(|(x, w)| {
+                let logits = cosines(x.clone(), first_classes(w));
+                let logits = match group {
+                    Group::Margin => with_margin(logits, labels.clone(), group.angular_margin()),
+                    _ => logits,
+                };
+                mean_loss(logits, labels.clone())
+            });
             let loss = losses.reduce(|a, b| a + b).expect("a head");
             if group == Group::FusedForward {
                 (Some(loss), Vec::new())

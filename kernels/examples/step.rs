@@ -5,12 +5,11 @@
 //! cargo run --release -p protohead --features cpu --example step
 //! ```
 
-use cubecl::client::Client;
 use cubecl::prelude::*;
 use cubecl::std::tensor::TensorHandle;
 use protohead::class_means::{self, ClassSums};
 use protohead::cosine_cross_entropy::{Inputs, Options, forward_backward};
-use protohead::{Error, Upstream, Wanted};
+use protohead::{Upstream, Wanted, download, upload};
 
 const HEADS: usize = 3;
 const ROWS: usize = 64;
@@ -18,16 +17,6 @@ const DIM: usize = 32;
 /// Class weights there are, and those that take part.
 const CLASSES: usize = 10;
 const ACTIVE: usize = 8;
-
-fn upload(client: &Client, values: &[f32], shape: [usize; 3]) -> TensorHandle {
-    let handle = client.create_from_slice(f32::as_bytes(values));
-    TensorHandle::new_contiguous(shape, handle, f32::cube_type())
-}
-
-fn download(client: &Client, tensor: TensorHandle) -> Result<Vec<f32>, Error> {
-    let bytes = client.read_one(tensor.handle).map_err(Error::device)?;
-    Ok(f32::from_bytes(&bytes).to_vec())
-}
 
 /// `weights −= rate · gradient`
 #[cube(launch)]
@@ -49,11 +38,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .collect();
     let weights: Vec<f32> = (0..HEADS * CLASSES * DIM).map(|i| wave(i, 3)).collect();
 
-    let labels = client.create_from_slice(i32::as_bytes(&labels));
     let inputs = Inputs {
-        embeddings: upload(&client, &embeddings, [HEADS, ROWS, DIM]),
-        weights: upload(&client, &weights, [HEADS, CLASSES, DIM]),
-        labels: TensorHandle::new_contiguous([ROWS], labels, i32::cube_type()),
+        embeddings: upload(&client, &embeddings, [HEADS, ROWS, DIM])?,
+        weights: upload(&client, &weights, [HEADS, CLASSES, DIM])?,
+        labels: upload(&client, &labels, [ROWS])?,
     };
     let options = Options {
         scale: 16.0,
@@ -82,10 +70,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let argument = |tensor: &TensorHandle| unsafe {
             BufferArg::from_raw_parts(tensor.handle.clone(), count)
         };
+        let units = CubeDim::new_1d(64);
         descend::launch(
             &client,
-            CubeCount::Static(count.div_ceil(64) as u32, 1, 1),
-            CubeDim::new_1d(64),
+            cubecl::calculate_cube_count_elemwise(&client, count, units),
+            units,
             argument(&inputs.weights),
             argument(&gradient),
             0.5,
@@ -97,7 +86,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     sums.accumulate(&client, &inputs.embeddings, &inputs.labels)?;
     let prototypes = sums.means(&client, &inputs.weights)?;
     println!("rows by class: {:?}", sums.read_counts(&client)?);
-    let prototypes = download(&client, prototypes)?;
+    let prototypes: Vec<f32> = download(&client, &prototypes)?;
     println!("the first prototype begins {:?}", &prototypes[..4]);
     Ok(())
 }

@@ -214,20 +214,26 @@ impl Error {
     /// What a device says of itself, in one line and without where in CubeCL it happened.
     pub fn device(reported: impl std::fmt::Debug) -> Self {
         let said = format!("{reported:?}");
-        let is_trace = |line: &&str| {
-            let (number, frame) = line.split_once(": ").unwrap_or(("", ""));
-            let is_frame = !frame.is_empty() && number.bytes().all(|b| b.is_ascii_digit());
+        let is_heading = |line: &str| {
             let headings = [
                 "Backtrace",
                 "Asked at",
                 "No backtrace",
                 "disabled backtrace",
-                "at ",
             ];
-            is_frame || headings.iter().any(|heading| line.starts_with(heading))
+            headings.iter().any(|heading| line.starts_with(heading))
         };
-        let lines = said.lines().map(str::trim);
-        let lines = lines.filter(|line| !line.is_empty() && !is_trace(line));
+        let is_frame = |line: &str| {
+            let (number, frame) = line.split_once(": ").unwrap_or(("", ""));
+            let is_numbered = !frame.is_empty() && number.bytes().all(|b| b.is_ascii_digit());
+            is_numbered || line.starts_with("at ") || line.is_empty()
+        };
+        let mut in_trace = false;
+        let lines = said.lines().map(str::trim).filter(|line| {
+            // A trace follows its heading, and ends with the first line that is no part of one.
+            in_trace = is_heading(line) || in_trace && is_frame(line);
+            !line.is_empty() && !in_trace
+        });
         Self::Device(lines.collect::<Vec<_>>().join(" "))
     }
 }
@@ -246,11 +252,11 @@ mod tests {
         struct Said;
         impl std::fmt::Debug for Said {
             fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                f.write_str("it failed\nCaused by:\n  0 of 3: too big\nBacktrace:\n   0: cubecl::run\n             at /a/b.rs:3:4\n  12: main\n\nand again\nNo backtrace available\n")
+                f.write_str("it failed\nCaused by:\n  0 of 3: too big\nat most 128 MiB fit\nBacktrace:\n   0: cubecl::run\n             at /a/b.rs:3:4\n  12: main\n\nand again\nNo backtrace available\n")
             }
         }
         let said = Error::device(Said).to_string();
-        let expected = "the device reported: it failed Caused by: 0 of 3: too big and again";
+        let expected = "the device reported: it failed Caused by: 0 of 3: too big at most 128 MiB fit and again";
         assert_eq!(said, expected);
     }
 }

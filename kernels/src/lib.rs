@@ -49,6 +49,7 @@ mod memory;
 mod operand;
 mod pace;
 mod tiles;
+mod transfer;
 
 /// The CubeCL whose clients and tensors the ops take.
 pub use cubecl;
@@ -57,3 +58,4 @@ pub use blueprint::{Strategy, Variant};
 pub use error::Error;
 pub use gradients::{Gradients, Wanted};
 pub use loss::{LossOptions, LossOutput, LossValues, Reduction, Upstream};
+pub use transfer::{download, upload};

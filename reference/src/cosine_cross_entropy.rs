@@ -13,6 +13,8 @@ pub struct Margin<T> {
     pub angular: T,
     /// At least 0: the margin of CosFace.
     pub cosine: T,
+    /// The least sine that derivatives are divided by: at an angle of 0 there is none, and where cosines are rounded none is known.
+    pub sine: T,
 }
 
 impl<T: Real> Margin<T> {
@@ -21,6 +23,7 @@ impl<T: Real> Margin<T> {
         Self {
             angular: T::of(0.0),
             cosine: T::of(0.0),
+            sine: T::of(SINE),
         }
     }
 
@@ -32,18 +35,16 @@ impl<T: Real> Margin<T> {
         if cosine < -along {
             return (cosine - self.angular * across - self.cosine, T::of(1.0));
         }
-        let square = T::of(1.0) - cosine * cosine;
+        let square = (T::of(1.0) - cosine) * (T::of(1.0) + cosine);
         let sine = if square > zero { square.sqrt() } else { zero };
-        // At an angle of 0 there is no derivative. f32 knows no smaller sine than this, since the cosine beside it is 1.
-        let least = T::of(SINE);
-        let divisor = if sine > least { sine } else { least };
+        let divisor = if sine > self.sine { sine } else { self.sine };
         let counts_as = cosine * along - sine * across - self.cosine;
         (counts_as, along + cosine * across / divisor)
     }
 }
 
-/// The least sine that derivatives are divided by.
-pub const SINE: f64 = 3.5e-4;
+/// The sine of the least angle whose cosine f32 tells from 1.
+pub const SINE: f64 = 3.45e-4;
 
 /// How cosines become logits.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -73,7 +74,8 @@ impl<T: Real> Cosine<T> {
     ) -> (Vec<T>, Vec<T>) {
         let mut seen = logits.to_vec();
         let mut slopes = vec![T::of(1.0); sizes.heads * sizes.rows];
-        if self.margin == Margin::none() {
+        let zero = T::of(0.0);
+        if self.margin.angular == zero && self.margin.cosine == zero {
             return (seen, slopes);
         }
         for (at, slope) in slopes.iter_mut().enumerate() {

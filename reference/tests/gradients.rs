@@ -56,7 +56,11 @@ const COSINES: [Cosine<f64>; 4] = [
 const fn with_margin(angular: f64, cosine: f64) -> Cosine<f64> {
     Cosine {
         scale: 5.0,
-        margin: Margin { angular, cosine },
+        margin: Margin {
+            angular,
+            cosine,
+            sine: SINE,
+        },
     }
 }
 
@@ -170,6 +174,7 @@ fn a_margin_takes_from_a_cosine_what_its_formula_says() {
     let margin = Margin {
         angular: 0.5,
         cosine: 0.2,
+        sine: SINE,
     };
     let at = |angle: f64| margin.of(angle.cos());
     for step in 0..=200 {

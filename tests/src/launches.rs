@@ -88,7 +88,7 @@ const VALID: &str = "the operands are valid";
 fn fused(client: &Client, dtype: FloatKind, strategy: Strategy, allow_tf32: bool) {
     let float = ElemType::Float(dtype);
     let [embeddings, weights] = [1024, 3000].map(|rows| tensor(client, &[2, rows, 256], float));
-    for (labels, reduction) in labels_and_reductions(dtype) {
+    for (labels, reduction, angular) in losses(dtype) {
         let inputs = cosine_cross_entropy::Inputs {
             embeddings: embeddings.clone(),
             weights: weights.clone(),
@@ -100,9 +100,9 @@ fn fused(client: &Client, dtype: FloatKind, strategy: Strategy, allow_tf32: bool
             ..Default::default()
         };
         options.loss.reduction = reduction;
+        options.margin.angular = angular;
         if reduction == Reduction::None {
             options.loss.label_smoothing = 0.1;
-            options.margin.angular = 0.5;
         }
         let output = cosine_cross_entropy::forward(client, &inputs, &options).expect(VALID);
         let upstream = Upstream::Total(1.0);
@@ -119,7 +119,7 @@ fn fused(client: &Client, dtype: FloatKind, strategy: Strategy, allow_tf32: bool
 fn small(client: &Client, dtype: FloatKind) {
     let float = ElemType::Float(dtype);
     let [embeddings, weights] = [128, 35].map(|rows| tensor(client, &[3, rows, 256], float));
-    for (labels, reduction) in labels_and_reductions(dtype) {
+    for (labels, reduction, angular) in losses(dtype) {
         let inputs = cosine_cross_entropy::Inputs {
             embeddings: embeddings.clone(),
             weights: weights.clone(),
@@ -130,9 +130,9 @@ fn small(client: &Client, dtype: FloatKind) {
             ..Default::default()
         };
         options.loss.reduction = reduction;
+        options.margin.angular = angular;
         if reduction == Reduction::None {
             options.loss.label_smoothing = 0.1;
-            options.margin.angular = 0.5;
         }
         let _ = cosine_cross_entropy::forward(client, &inputs, &options).expect(VALID);
         let upstream = Upstream::Total(1.0);
@@ -160,10 +160,13 @@ fn labels_beside(dtype: FloatKind) -> Vec<ElemType> {
     }
 }
 
-fn labels_and_reductions(dtype: FloatKind) -> impl Iterator<Item = (ElemType, Reduction)> {
-    labels_beside(dtype)
-        .into_iter()
-        .flat_map(|labels| [Reduction::Mean, Reduction::None].map(|reduction| (labels, reduction)))
+/// Dtypes of labels, reductions (that of rows with smoothing, too) and angular margins of a loss.
+fn losses(dtype: FloatKind) -> impl Iterator<Item = (ElemType, Reduction, f32)> {
+    let plain = labels_beside(dtype).into_iter().flat_map(|labels| {
+        [Reduction::Mean, Reduction::None].map(|reduction| (labels, reduction, 0.0))
+    });
+    let with_margin = [Reduction::Mean, Reduction::None].map(|reduction| (LABELS, reduction, 0.5));
+    plain.chain(with_margin)
 }
 
 fn many_classes(client: &Client, dtype: FloatKind) {

@@ -371,6 +371,7 @@ impl Problem {
             margin: reference::Margin {
                 angular: of(self.margin.0),
                 cosine: of(self.margin.1),
+                ..reference::Margin::none()
             },
         }
     }

@@ -47,7 +47,12 @@ pub fn gradients(
     let logits: Vec<f64> = cosines.iter().map(|cosine| scale * cosine).collect();
     let sizes = problem.reference_sizes();
     let options = problem.reference_options(data);
-    let (cosine, labels) = (problem.cosine::<f64>(), &data.labels);
+    let (mut cosine, labels) = (problem.cosine::<f64>(), &data.labels);
+    cosine.margin.sine = match problem.dtype {
+        Dtype::F32 => reference::SINE,
+        Dtype::F16 => 1.0 / 32.0,
+        Dtype::Bf16 => 1.0 / 16.0,
+    };
     let (seen, slopes) = cosine.with_margin(&logits, labels, sizes, &options);
     let mut g = reference::cross_entropy_backward(&seen, labels, sizes, &options, upstream);
     reference::Cosine::through_margin(&mut g, &slopes, labels, sizes, &options);

@@ -5,7 +5,7 @@ use burn::module::{Initializer, Module, Param};
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor};
 
 use super::{
-    ClassMeans, ClassSums, CrossEntropy, class_means, cosine_cross_entropy,
+    ClassMeans, ClassSums, CrossEntropy, Margin, class_means, cosine_cross_entropy,
     cosine_cross_entropy_by_row, cosine_logits, float_dtype, predictions, together, total,
 };
 use crate::{
@@ -27,7 +27,7 @@ pub struct CosineHeadsConfig {
     /// The factor on the cosines.
     #[config(default = 16.0)]
     pub scale: f64,
-    /// The angular margin of the loss, in radians: see [`Margin`](fused::Margin).
+    /// The angular margin of the loss, in radians: see [`Margin`].
     #[config(default = 0.0)]
     pub angular_margin: f64,
     /// Its cosine margin.
@@ -140,8 +140,16 @@ impl CosineHeads {
         Self { scale, ..self }
     }
 
+    /// The margin of the loss.
+    pub fn margin(&self) -> Margin {
+        Margin {
+            angular: self.angular_margin as f32,
+            cosine: self.cosine_margin as f32,
+        }
+    }
+
     /// Another margin in the loss, as where it grows during training.
-    pub fn with_margin(self, margin: fused::Margin) -> Self {
+    pub fn with_margin(self, margin: Margin) -> Self {
         Self {
             angular_margin: margin.angular.into(),
             cosine_margin: margin.cosine.into(),
@@ -192,10 +200,7 @@ impl CosineHeads {
             scale: self.scale as f32,
             active: Some(self.active),
             allow_tf32: self.allow_tf32,
-            margin: fused::Margin {
-                angular: self.angular_margin as f32,
-                cosine: self.cosine_margin as f32,
-            },
+            margin: self.margin(),
             loss,
             ..fused::Options::default()
         }

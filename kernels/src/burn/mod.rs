@@ -4,7 +4,7 @@
 //! They run on CubeCL's devices, with the crate's features `cpu`, `cuda` and `wgpu`. Shapes and options are checked at the call and returned as an [`Error`]. Each operand has at most 2³² − 2²⁴ elements, the
 //! padding that kernels add included; on a CPU the embeddings and the active class weights of a product have so many together. Each
 //! also fits in one buffer of the device, as its gradient has to. Labels are data on the device: a row whose label is not a class counts
-//! as ignored, and only [`CrossEntropy::check`] and [`ClassMeans::check`] report it. The `strategy` of options is ignored: the device picks
+//! as ignored, and only the `check` of what the call returns, and [`ClassSums::check`], report it. The `strategy` of options is ignored: the device picks
 //! the variant. Only losses, logits and reconstruction are differentiable.
 //!
 //! On a CPU, wait for every step, as `check` does: a thread that fills Burn's and CubeCL's queues takes a core from the kernels, and a
@@ -19,6 +19,7 @@ mod specs;
 mod sums;
 mod total;
 
+pub use crate::cosine_cross_entropy::Margin;
 pub use heads::{CosineHeads, CosineHeadsConfig, HeadsLoss};
 pub use sums::{ClassMeans, ClassSums, class_means};
 
@@ -44,9 +45,9 @@ use ops::{Losses, ProtoheadOps};
 pub struct CrossEntropy<const D: usize> {
     /// `[heads]`, or `[heads, rows]` without a reduction; f32, without head weights. Differentiable.
     pub loss: Tensor<D>,
-    /// `[heads, rows]`, f32: `ln Σ_c e^z`
+    /// `[heads, rows]`, f32: `ln Σ_c e^z` of the logits that the loss sees, with a margin if there is one.
     pub lse: Tensor<2>,
-    /// `[heads, rows]`: the class of the highest logit.
+    /// `[heads, rows]`: the class of the highest logit, without a margin.
     pub predictions: Tensor<2, Int>,
     labels: Judged,
 }

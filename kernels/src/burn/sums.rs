@@ -96,7 +96,7 @@ impl ClassSums {
     }
 
     /// Adds `embeddings [heads, rows, dim]` (f32, f16 or bf16) to the classes that `labels [rows]` name. A row whose label is no class
-    /// is left out, and [`ClassMeans::check`] tells.
+    /// is left out, and [`check`](Self::check) tells.
     ///
     /// # Errors
     /// A typed [`Error`] if shapes, dtypes or devices do not fit.
@@ -129,6 +129,19 @@ impl ClassSums {
         );
         self.status = Tensor::from_dispatch(status);
         Ok(())
+    }
+
+    /// Waits, and says whether every label so far was a class or ignored.
+    ///
+    /// # Errors
+    /// [`Error::Label`] with the first row that was not, counted in its batch; [`Error::Device`] if the device failed.
+    pub fn check(&self) -> Result<(), Error> {
+        let judged = Judged {
+            labels: None,
+            status: self.status.clone(),
+            active: self.state.active,
+        };
+        judged.check()
     }
 
     /// `weights [heads, classes, dim]` with the means so far in place of the first `active` rows. A class without rows keeps its old row.

@@ -35,8 +35,8 @@ pub struct Inputs {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Options {
-    /// The factor on the cosines, the inverse temperature: 16 by default. Any finite number, though logits beyond f32 are infinite; it has
-    /// no gradient.
+    /// The factor on the cosines, the inverse temperature: 16 by default. Any finite number, though logits beyond f32 are infinite; more
+    /// than 0 with a margin. It has no gradient.
     pub scale: f32,
     /// K: only the classes `0..K` take part; all of them if absent.
     pub active: Option<usize>,
@@ -92,18 +92,20 @@ pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<Lo
 /// The class of the highest logit of each row, as [`LossOutput::predictions`]: u32 `[heads, rows]`. [`forward`] without labels, whose loss
 /// nobody wants; the options of the loss and margins take no part.
 ///
+/// How probable a prediction is, of one head, [`forward`] tells with the predictions as labels under [`Reduction::None`](crate::Reduction),
+/// without a margin: `e^(−loss)`, and its cosine is `(lse − loss) / scale`.
+///
 /// # Errors
 /// As [`forward`], but for what labels and the options of the loss can get wrong.
 ///
 /// # Examples
 /// ```no_run
-/// use cubecl::prelude::CubeElement;
 /// use cubecl::std::tensor::TensorHandle;
 /// use protohead::cosine_cross_entropy::{Options, predictions};
 ///
-/// # fn classify(client: &cubecl::client::Client, embeddings: &TensorHandle, weights: &TensorHandle) -> Result<(), Box<dyn std::error::Error>> {
+/// # fn classify(client: &cubecl::client::Client, embeddings: &TensorHandle, weights: &TensorHandle) -> Result<(), protohead::Error> {
 /// let predicted = predictions(client, embeddings, weights, &Options::default())?;
-/// println!("{:?}", u32::from_bytes(&client.read_one(predicted.handle)?));
+/// println!("{:?}", protohead::download::<u32>(client, &predicted)?);
 /// # Ok(()) }
 /// ```
 pub fn predictions(
@@ -123,11 +125,11 @@ pub fn predictions(
 
 /// The gradients of the operands, from the output of [`forward`]. It can be called more than once.
 ///
-/// Inputs, scale, active classes and ignored label must be those of the forward pass, which of the inputs is not checked. Reduction,
-/// label smoothing and head weights may differ.
+/// Inputs, scale, margin, active classes, ignored label, and on a GPU `allow_tf32` and the variant's arithmetic must be those of the forward
+/// pass, which of the inputs is not checked. Reduction, label smoothing and head weights may differ.
 ///
 /// # Errors
-/// As [`forward`]; [`Error::OtherForward`] if op, heads, rows, scale, active classes or ignored label are not those of the forward pass; and a typed
+/// As [`forward`]; [`Error::OtherForward`] if op, heads, rows, scale, margin, active classes, ignored label or arithmetic are not those of the forward pass; and a typed
 /// error if the upstream gradient or `output` does not fit.
 pub fn backward(
     client: &Client,
@@ -306,7 +308,7 @@ impl<'a> Call<'a> {
 
     fn forward(&self) -> Result<LossOutput, Error> {
         Ok(match self.kernels {
-            Kernels::Tiled(tile) => self.gpu_forward(&tiled::forward_chunks(self, tile), None),
+            Kernels::Tiled(tile) => self.gpu_forward(&tiled::forward_chunks(self, tile), None)?,
             Kernels::Small => self.small(None).0,
             Kernels::Unit => self.unit_forward()?,
         })
@@ -343,6 +345,10 @@ impl<'a> Call<'a> {
             rows: sizes.rows,
             active: sizes.active,
             ignore_index: self.options.loss.ignore_index,
+            arithmetic: match self.kernels {
+                Kernels::Tiled(tile) => tile.packed,
+                Kernels::Unit | Kernels::Small => F32,
+            },
         }
     }
 
@@ -369,7 +375,7 @@ impl<'a> Call<'a> {
     ) -> Result<(LossOutput, Gradients), Error> {
         self.problem.check_gradients(self.client, wanted)?;
         Ok(match self.kernels {
-            Kernels::Tiled(tile) => self.gpu_forward_backward(tile, arriving, wanted),
+            Kernels::Tiled(tile) => self.gpu_forward_backward(tile, arriving, wanted)?,
             Kernels::Small => self.small(Some((arriving, wanted))),
             Kernels::Unit => {
                 if let Some(both) = self.unit_forward_backward(arriving, wanted)? {
@@ -394,9 +400,8 @@ impl<'a> Call<'a> {
 
     fn unit_forward(&self) -> Result<LossOutput, Error> {
         let results = self.results();
-        if let Some(step) = unit::Step::new(self, true, None, &Gradients::default())? {
-            step.launch(&unit::Outcome::Written(&results));
-        }
+        let none = Gradients::default();
+        unit::Step::alone(self, true, None, &none)?.launch(&unit::Outcome::Written(&results));
         Ok(self.output(results))
     }
 
@@ -407,9 +412,8 @@ impl<'a> Call<'a> {
         wanted: Wanted,
     ) -> Result<Gradients, Error> {
         let gradients = self.gradients(wanted);
-        if let Some(step) = unit::Step::new(self, false, Some(arriving), &gradients)? {
-            step.launch(&unit::Outcome::Saved(&saved.lse));
-        }
+        let step = unit::Step::alone(self, false, Some(arriving), &gradients)?;
+        step.launch(&unit::Outcome::Saved(&saved.lse));
         Ok(gradients)
     }
 
@@ -419,7 +423,7 @@ impl<'a> Call<'a> {
         wanted: Wanted,
     ) -> Result<Option<(LossOutput, Gradients)>, Error> {
         let gradients = self.gradients(wanted);
-        let Some(step) = unit::Step::new(self, true, Some(arriving), &gradients)? else {
+        let Some(step) = unit::Step::at_once(self, arriving, &gradients)? else {
             return Ok(None);
         };
         let results = self.results();
@@ -427,9 +431,13 @@ impl<'a> Call<'a> {
         Ok(Some((self.output(results), gradients)))
     }
 
-    fn gpu_forward(&self, chunks: &Chunks, kept: Option<&GradientChunk>) -> LossOutput {
+    fn gpu_forward(
+        &self,
+        chunks: &Chunks,
+        kept: Option<&GradientChunk>,
+    ) -> Result<LossOutput, Error> {
         let rows = self.row_results();
-        tiled::launch_forward(self, chunks, kept, &rows);
+        tiled::launch_forward(self, chunks, kept, &rows)?;
         let reduced = reduce::launch(
             self.client,
             &self.blueprint,
@@ -439,7 +447,7 @@ impl<'a> Call<'a> {
             &self.options.loss,
             self.head_weights.as_ref(),
         );
-        self.output(Results { rows, reduced })
+        Ok(self.output(Results { rows, reduced }))
     }
 
     fn gpu_backward(
@@ -461,22 +469,22 @@ impl<'a> Call<'a> {
         tile: Tile,
         arriving: &Arriving,
         wanted: Wanted,
-    ) -> (LossOutput, Gradients) {
+    ) -> Result<(LossOutput, Gradients), Error> {
         if !wanted.any() {
             let chunks = tiled::forward_chunks(self, tile);
-            return (self.gpu_forward(&chunks, None), Gradients::default());
+            return Ok((self.gpu_forward(&chunks, None)?, Gradients::default()));
         }
         if self.options.scale <= 0.0 {
             // The two passes have embeddings of different signs.
-            let output = self.gpu_forward(&tiled::forward_chunks(self, tile), None);
+            let output = self.gpu_forward(&tiled::forward_chunks(self, tile), None)?;
             let chunks = tiled::backward_chunks(self, tile);
             let gradients = self.gpu_backward(&chunks, None, &output.saved(), arriving, wanted);
-            return (output, gradients);
+            return Ok((output, gradients));
         }
         let chunks = tiled::forward_chunks(self, tile);
         let kept = chunks.keep_first();
-        let output = self.gpu_forward(&chunks, kept.as_ref());
+        let output = self.gpu_forward(&chunks, kept.as_ref())?;
         let gradients = self.gpu_backward(&chunks, kept, &output.saved(), arriving, wanted);
-        (output, gradients)
+        Ok((output, gradients))
     }
 }

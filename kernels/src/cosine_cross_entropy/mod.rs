@@ -21,7 +21,7 @@
 //! dŵ = scale Σ_n g x̂_n      dw likewise
 //! ```
 //!
-//! With a margin `g[y]` is also multiplied by the slope, `cos m + sin m · cos θ / sin θ`.
+//! With a margin `g[y]` is also multiplied by the slope, `cos m + sin m · cos θ / sin θ`, or 1 where `θ + m` passes π.
 //!
 //! Of a row whose norm passes f32 (from about 1.8e19 on) logits and gradient are 0 or NaN.
 //!
@@ -43,7 +43,7 @@
 //! they are in PyTorch's own ops of that dtype; sums are f32. Everything else is f32 throughout.
 //!
 //! The cosine head is that of NormFace (Wang et al., 2017), with weights that prototypes can take the place of, as in prototypical
-//! networks (Snell et al., 2017), and the margins of ArcFace and CosFace; the loss without logits is in the spirit of Cut Cross-Entropy (Wijmans et al., 2024).
+//! networks (Snell et al., 2017); the loss without logits is in the spirit of Cut Cross-Entropy (Wijmans et al., 2024).
 
 mod captured;
 mod launch;

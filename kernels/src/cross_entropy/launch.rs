@@ -152,6 +152,7 @@ fn asked([heads, rows, classes]: [usize; 3], loss: &LossOptions) -> Asked {
         rows,
         scale: 1.0,
         margins: [0.0; 2],
+        arithmetic: F32,
         active: classes,
         ignore_index: loss.ignore_index,
     }

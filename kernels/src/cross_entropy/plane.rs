@@ -16,7 +16,7 @@ pub(super) fn launch_forward(call: &ForwardCall) {
     let [heads, rows, classes] = call.logits.dims3();
     let vector = call.logits.vector_size(call.blueprint);
     let group = Group::of(call.blueprint, classes / vector);
-    // SAFETY: `Strided` proved the logits, the outputs are [heads, rows], labels have `rows` elements.
+    // SAFETY: `Strided` proved the logits, the outputs are as the kernel's comments say, labels have `rows` elements.
     unsafe {
         forward::launch_unchecked(
             call.client,
@@ -76,12 +76,12 @@ pub(super) fn launch_backward(call: &BackwardCall) {
 
 #[cube(launch_unchecked)]
 fn forward<F: Float, I: Int, N: Size>(
-    logits: &[Vector<F, N>],
+    logits: &[Vector<F, N>], // [heads, rows, classes] at its strides
     strides: RowStrides,
-    labels: &[I],
-    row_loss: &mut [f32],
-    lse: &mut [f32],
-    predictions: &mut [u32],
+    labels: &[I],            // [rows]
+    row_loss: &mut [f32],    // [heads, rows]
+    lse: &mut [f32],         // [2, heads, rows]
+    predictions: &mut [u32], // [heads, rows]
     heads: usize,
     rows: usize,
     classes: usize,

@@ -96,11 +96,11 @@ pub(super) fn launch_backward(call: &BackwardCall) {
 
 #[cube(launch_unchecked)]
 fn forward<F: Float, I: Int, N: Size>(
-    logits: &[Vector<F, N>],
+    logits: &[Vector<F, N>], // [heads, rows, classes] at its strides
     strides: RowStrides,
-    labels: &[I],
+    labels: &[I],            // [rows]
     row_loss: &mut [f32],    // [heads, rows]
-    lse: &mut [f32],         // [heads, rows]
+    lse: &mut [f32],         // [2, heads, rows]
     predictions: &mut [u32], // [heads, rows]
     head_weights: &[f32],    // [heads] if weighted
     loss: &mut [f32],        // [heads]

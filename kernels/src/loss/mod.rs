@@ -43,9 +43,9 @@ pub struct LossOutput {
     pub loss: TensorHandle,
     /// f32, `[1]`: `Σ_h α_h · Σ loss[h]`.
     pub total: TensorHandle,
-    /// f32, `[heads, rows]`: `ln Σ_c e^z`.
+    /// f32, `[heads, rows]`: `ln Σ_c e^z` of the logits that the loss sees, with a margin if there is one.
     pub lse: TensorHandle,
-    /// u32, `[heads, rows]`: the class of the highest logit; of equal ones, the first. A NaN is never the highest, and of a row of them
+    /// u32, `[heads, rows]`: the class of the highest logit, without a margin; of equal ones, the first. A NaN is never the highest, and of a row of them
     /// it is class 0.
     pub predictions: TensorHandle,
     /// u32, `[3]`: rows that count, rows whose label is invalid, the first of these (`u32::MAX − 1` if there is none).
@@ -66,6 +66,8 @@ pub(crate) struct Asked {
     pub rows: usize,
     pub active: usize,
     pub ignore_index: i32,
+    /// What operands are multiplied in: another's rounding, and probabilities would not add up to 1.
+    pub arithmetic: ElemType,
 }
 
 impl Asked {
@@ -78,6 +80,7 @@ impl Asked {
         let [angular, cosine] = self.margins;
         same("the angular margin", angular, backward.margins[0])?;
         same("the cosine margin", cosine, backward.margins[1])?;
+        same("the arithmetic", self.arithmetic, backward.arithmetic)?;
         let option = "the number of active classes";
         same(option, self.active, backward.active)?;
         same("ignore_index", self.ignore_index, backward.ignore_index)

@@ -12,6 +12,7 @@ use crate::error::Error;
 use crate::loss::Upstream;
 use crate::memory::empty;
 use crate::operand::{F32, Strided, allocatable, contiguous, count, whole_if_asked};
+use crate::transfer::download;
 
 /// The operands, never modified: `[rows, dim]`, f32, f16 or bf16, the last axis packed.
 #[derive(Clone, Debug)]
@@ -63,12 +64,10 @@ impl Output {
     /// Waits, and reads the loss.
     ///
     /// # Errors
-    /// [`Error::Device`] if the device failed.
+    /// [`Error::Device`] if the device failed; a typed [`Error`] if `loss` was replaced by what is no loss.
     pub fn read_loss(&self, client: &Client) -> Result<f32, Error> {
-        let bytes = client
-            .read_one(self.loss.handle.clone())
-            .map_err(Error::device)?;
-        Ok(f32::from_bytes(&bytes)[0])
+        contiguous(client, "loss", &self.loss, &[1], F32)?;
+        Ok(download(client, &self.loss)?[0])
     }
 }
 

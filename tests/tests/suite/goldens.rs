@@ -88,6 +88,7 @@ impl LossCase {
             margin: reference::Margin {
                 angular: T::of(self.angular),
                 cosine: T::of(self.cosine),
+                ..reference::Margin::none()
             },
         }
     }

@@ -17,3 +17,4 @@ mod reconstruction;
 mod support;
 mod tf32;
 mod threads;
+mod transfer;

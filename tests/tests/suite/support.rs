@@ -93,7 +93,7 @@ pub(crate) fn step(
 
 /// Problems that failed once, as they were when they could not be made smaller. Seeds in `regressions.txt` lose theirs as soon as a
 /// problem has one more choice.
-pub(crate) fn failed_once() -> [Problem; 6] {
+pub(crate) fn failed_once() -> [Problem; 7] {
     [
         Problem::plain((1, 1, 4, 1, 1)),
         Problem::plain((1, 1, 1, 1, 1)),
@@ -118,6 +118,14 @@ pub(crate) fn failed_once() -> [Problem; 6] {
             ignore_index: 0,
             seed: 9605590800205694666,
             ..Problem::plain((3, 41, 51, 8, 2))
+        },
+        // A row on its class, where the slope of an angular margin is steepest: more than f16 holds.
+        Problem {
+            dtype: Dtype::F16,
+            values: Values::Copies,
+            margin: (1.4, 0.1),
+            seed: 0,
+            ..Problem::plain((1, 1, 1, 2, 2))
         },
     ]
 }

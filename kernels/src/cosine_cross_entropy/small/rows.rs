@@ -14,7 +14,7 @@ use crate::math::group::{Group, group_max, group_softmax, group_sum, member};
 use crate::math::lanes::One;
 use crate::math::norm::{EPSILON, inverse_norm, projection};
 use crate::math::online_softmax::{FLOOR, RowSoftmax, logit_gradient};
-use crate::operand::{RowStrides, whole};
+use crate::operand::{F32, RowStrides, whole};
 
 /// Rows of a cube.
 const OWNED: usize = 4;
@@ -88,7 +88,7 @@ pub(super) fn launch(
             label_rule(call.labels.dtype(), sizes.active, loss.ignore_index),
             call.options.scale,
             loss.label_smoothing,
-            call.options.margin.launch_arg(),
+            call.options.margin.launch_arg(F32),
             arrived.everywhere,
             plan,
             call.problem.embeddings.dtype(),
@@ -220,9 +220,9 @@ fn rows<F: Float, I: Int, N: Size>(
         let at = own * CLASSES + class;
         if comptime!(plan.margin) && class as u32 == target {
             plain = logits[at];
-            let counted = margin.of(plain / scale);
-            logits[at] = counted.cosine * scale;
-            slope = counted.slope;
+            let with = margin.of_logit(plain, scale);
+            logits[at] = with.value;
+            slope = with.slope;
         }
         let z = Vector::<f32, One>::new(logits[at]);
         state.fold::<One>(z, class as u32, target);

@@ -57,7 +57,7 @@ pub(in crate::cosine_cross_entropy) fn launch_backward(
                     chunks.shape_arg(&of.chunk),
                     options.scale,
                     options.loss.label_smoothing,
-                    options.margin.launch_arg(),
+                    options.margin.launch_arg(tile.packed),
                     has_margin,
                 );
             } else {
@@ -74,7 +74,7 @@ pub(in crate::cosine_cross_entropy) fn launch_backward(
                     chunks.shape_arg(&of.chunk),
                     options.scale,
                     options.loss.label_smoothing,
-                    options.margin.launch_arg(),
+                    options.margin.launch_arg(tile.packed),
                     tile,
                     has_margin,
                     tile.packed,
@@ -113,9 +113,9 @@ fn from_cosines<N: Size>(
             #[unroll]
             for lane in 0..N::value() {
                 if target == lane as u32 {
-                    let counted = margin.of(cosines.extract(lane));
-                    cosines.insert(lane, counted.cosine);
-                    slopes.insert(lane, counted.slope);
+                    let with = margin.of(cosines.extract(lane));
+                    cosines.insert(lane, with.value);
+                    slopes.insert(lane, with.slope);
                 }
             }
         }
@@ -203,17 +203,10 @@ fn logit_gradients<E: Float, N: Size>(
             }
             if has_target {
                 if comptime!(has_margin) {
-                    let counted = margin.of(cosine);
-                    let other = of_another_class(
-                        counted.cosine,
-                        scale,
-                        lse,
-                        lse_low,
-                        arriving,
-                        uniform,
-                        tile,
-                    );
-                    let gradient = (other - arriving * (1.0 - smoothing)) * counted.slope;
+                    let with = margin.of(cosine);
+                    let other =
+                        of_another_class(with.value, scale, lse, lse_low, arriving, uniform, tile);
+                    let gradient = (other - arriving * (1.0 - smoothing)) * with.slope;
                     replace_in(&mut results, &at, r, target, gradient, tile);
                 } else {
                     #[unroll]

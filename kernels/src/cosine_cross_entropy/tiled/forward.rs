@@ -9,11 +9,12 @@ use super::super::launch::{Call, RowResults};
 use super::super::margin::{MarginRule, predicted};
 use super::softmaxes::{Parts, Softmaxes};
 use crate::blueprint::{PLANE_UNITS, cubes_for};
+use crate::error::Error;
 use crate::loss::target::{IGNORED, LabelRule, is_class, label_rule, target_of};
 use crate::math::group::{Group, group_softmax, member};
 use crate::math::online_softmax::{FLOOR, RowSoftmax};
 use crate::math::parts::{parts_that_fill, slots};
-use crate::operand::whole;
+use crate::operand::{F32, allocatable, whole};
 use crate::tiles::{
     Chunk, ChunkShape, Chunks, Engine, GradientChunk, Lies, LogitTile, Tile, column_of, place,
     replace_in, result_in, result_of, row_of, store_tile,
@@ -34,12 +35,15 @@ pub(in crate::cosine_cross_entropy) fn forward_chunks<'a>(
 }
 
 /// Row losses, lse and predictions into `results`, and cosines into `kept`.
+///
+/// # Errors
+/// [`Error::TooLarge`] if a buffer of the device does not hold the softmaxes of all parts, before any is computed.
 pub(in crate::cosine_cross_entropy) fn launch_forward(
     call: &Call,
     chunks: &Chunks,
     kept: Option<&GradientChunk>,
     results: &RowResults,
-) {
+) -> Result<(), Error> {
     let client = call.client;
     let tile = chunks.tile;
     let sizes = &call.problem.sizes;
@@ -53,6 +57,12 @@ pub(in crate::cosine_cross_entropy) fn launch_forward(
     let parts_of_chunk = parts_that_fill(slots, row_tiles, tiles_of_chunk, 0, tiles_of_chunk);
     let parts = parts_of_chunk * count;
     let elements = sizes.heads * sizes.rows * parts;
+    allocatable(
+        client,
+        "softmaxes of parts of rows",
+        2 * elements as u128,
+        F32,
+    )?;
     let float = size_of::<f32>();
     let softmax = client.empty(elements * 2 * float);
     let smooth = call.options.loss.label_smoothing != 0.0;
@@ -108,7 +118,7 @@ pub(in crate::cosine_cross_entropy) fn launch_forward(
                 parts,
                 rule(),
                 scale,
-                margin.launch_arg(),
+                margin.launch_arg(tile.packed),
                 tile,
                 smooth,
                 has_margin,
@@ -155,6 +165,7 @@ pub(in crate::cosine_cross_entropy) fn launch_forward(
             call.labels.dtype(),
         );
     }
+    Ok(())
 }
 
 #[cube(launch_unchecked)]
@@ -252,7 +263,7 @@ fn forward<E: Float, I: Int, N: Size>(
                 if own.is_here {
                     let mut counts_as = own.value;
                     if comptime!(has_margin) {
-                        counts_as = margin.of(own.value).cosine;
+                        counts_as = margin.of(own.value).value;
                         replace_in(&mut results, &at, r, target, counts_as, tile);
                     }
                     let mut pair = Vector::<f32, Const<2>>::empty();
@@ -345,7 +356,8 @@ fn merge<I: Int>(
             if comptime!(has_margin) {
                 let plain = of_target[out].extract(1usize);
                 merged.best = predicted(merged.best, merged.peak, target, plain);
-                merged.total += merged.target - plain;
+                // In this order a single class is its own mean.
+                merged.total = merged.total - plain + merged.target;
             }
             loss = merged.loss(active, smoothing);
         }

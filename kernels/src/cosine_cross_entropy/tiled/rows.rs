@@ -6,6 +6,7 @@ use cubecl::prelude::*;
 use cubecl::server::Handle;
 
 use super::super::launch::Call;
+use super::super::margin::F16_SLOPE;
 use crate::blueprint::{PLANE_UNITS, cubes_for};
 use crate::loss::arriving::{Arrives, Arriving, arriving_at, share_of_row};
 use crate::loss::target::{IGNORED, LabelRule, label_rule, target_of};
@@ -54,9 +55,10 @@ pub(in crate::cosine_cross_entropy) fn gather_rows(
         heads,
         rows_padded,
     };
-    // Softmax probabilities of many classes would be subnormal in f16: its exponents are used from the top.
+    // Softmax probabilities of many classes would be subnormal in f16: its exponents are used from the top, less what a slope takes.
     let largest: f32 = match packed {
-        F16 => 4096.0,
+        F16 if call.options.margin.is_none() => 4096.0,
+        F16 => WITH_SLOPES,
         _ => 1.0,
     };
     // SAFETY: every buffer has the length of its comment; the kernel stays below rows and rows_padded.
@@ -87,6 +89,10 @@ pub(in crate::cosine_cross_entropy) fn gather_rows(
     }
     out
 }
+
+/// What the largest gradient of a logit becomes in f16 where slopes multiply it.
+const WITH_SLOPES: f32 = 1024.0;
+const _: () = assert!(WITH_SLOPES * F16_SLOPE < 65504.0); // f16's largest
 
 const F16: ElemType = ElemType::Float(FloatKind::F16);
 

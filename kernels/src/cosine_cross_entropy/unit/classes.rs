@@ -289,6 +289,7 @@ fn multiply_again<N: Size>(
             at,
             scale,
             margin,
+            false,
             width,
         );
     }

@@ -6,7 +6,7 @@ use super::plan::Plan;
 use crate::cosine_cross_entropy::margin::MarginRule;
 
 /// Of an item's logits `[count, width]` at `at`, with the classes from `first` on, each row's own becomes what the loss sees. What it
-/// was, and the slope, stay with the rows.
+/// was, and the slope, stay with the rows the first time.
 #[cube]
 pub(super) fn apply(
     workspace: &mut [f32],
@@ -19,6 +19,7 @@ pub(super) fn apply(
     at: usize,
     scale: f32,
     margin: &MarginRule,
+    #[comptime] first_time: bool,
     #[comptime] width: usize,
 ) {
     let row = plan.first_row(item, width);
@@ -28,10 +29,12 @@ pub(super) fn apply(
         if target >= first && target < first + count {
             let own = at + (target - first) * width + r;
             let logit = workspace[own];
-            let counted = margin.of(logit / scale);
-            workspace[own] = counted.cosine * scale;
-            workspace[state.plain + r] = logit;
-            workspace[state.slope + r] = counted.slope;
+            let with = margin.of_logit(logit, scale);
+            workspace[own] = with.value;
+            if comptime!(first_time) {
+                workspace[state.plain + r] = logit;
+                workspace[state.slope + r] = with.slope;
+            }
         }
     }
 }

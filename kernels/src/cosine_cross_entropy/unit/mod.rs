@@ -39,7 +39,7 @@ use crate::math::group::Group;
 use crate::math::span::{Span, share, wait};
 use crate::math::tile::TILE_VECTORS;
 use crate::memory::memory_beside;
-use crate::operand::{RowStrides, addressable, whole};
+use crate::operand::{F32, RowStrides, addressable, whole};
 use cut::{HostPlan, Problem};
 use phases::Phases;
 use plan::{InGradient, Plan};
@@ -63,11 +63,35 @@ pub(super) struct Step<'a> {
 }
 
 impl<'a> Step<'a> {
-    /// Plans the loss, the gradients, or both; none if both are better done in two launches.
+    /// Plans the loss or the gradients.
     ///
     /// # Errors
     /// [`Error::TooLarge`] if what each unit needs at least passes 32-bit addresses.
-    pub(super) fn new(
+    pub(super) fn alone(
+        call: &'a Call,
+        loss: bool,
+        arriving: Option<&'a Arriving>,
+        gradients: &'a Gradients,
+    ) -> Result<Self, Error> {
+        let Some(step) = Self::new(call, loss, arriving, gradients)? else {
+            unreachable!("one pass keeps no exponentials, and so is always planned")
+        };
+        Ok(step)
+    }
+
+    /// Plans both; none if they are better done in two launches.
+    ///
+    /// # Errors
+    /// As [`alone`](Self::alone).
+    pub(super) fn at_once(
+        call: &'a Call,
+        arriving: &'a Arriving,
+        gradients: &'a Gradients,
+    ) -> Result<Option<Self>, Error> {
+        Self::new(call, true, Some(arriving), gradients)
+    }
+
+    fn new(
         call: &'a Call,
         loss: bool,
         arriving: Option<&'a Arriving>,
@@ -173,7 +197,7 @@ impl<'a> Step<'a> {
                 label_rule(call.labels.dtype(), sizes.active, loss.ignore_index),
                 call.options.scale,
                 loss.label_smoothing,
-                call.options.margin.launch_arg(),
+                call.options.margin.launch_arg(F32),
                 self.arriving.everywhere,
                 self.phases,
                 blueprint.units,
@@ -348,6 +372,7 @@ fn step<
                         at,
                         scale,
                         &margin,
+                        true,
                         width,
                     );
                 }

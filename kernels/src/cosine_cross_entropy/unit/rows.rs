@@ -12,7 +12,7 @@ use crate::math::tile::{Broadcast, Lanes, TILE_VECTORS, accumulate};
 
 /// How far a logit may rise above the base before the base follows. Exponentials up to e⁸ lose nothing in f32, and while the
 /// base stands, what was summed under it needs no correction.
-const MARGIN: f32 = 8.0;
+const HEADROOM: f32 = 8.0;
 
 /// A block of packed class weights.
 #[derive(CubeType, Clone, Copy)]
@@ -168,7 +168,7 @@ pub(super) fn fold<N: Size>(
         }
 
         let before = vectors[state.base / lanes + v];
-        let higher = (peak - before).greater_than(&Vector::<f32, N>::new(MARGIN));
+        let higher = (peak - before).greater_than(&Vector::<f32, N>::new(HEADROOM));
         let base = select_many(higher, peak, before);
         let factor = (before - base).exp();
         let carried = vectors[state.sum / lanes + v] * factor;

@@ -35,6 +35,7 @@ fn the_module_gives_the_references_loss_gradients_and_prototypes() {
             margin: reference::Margin {
                 angular: 0.5,
                 cosine: 0.25,
+                ..reference::Margin::none()
             },
         };
         let truth = reference::cosine_cross_entropy(&x64, &w64, &judged, SIZES, cosine, &options);

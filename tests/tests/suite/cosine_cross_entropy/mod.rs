@@ -60,44 +60,51 @@ fn expected<T: reference::Real>(problem: &Problem, data: &Data) -> Expected<T> {
     }
 }
 
-/// How far a margin takes results, relative to the scale, where cosines are off.
+/// How far a margin takes results beyond what they are off without, relative to the scale: the root of the mean square.
+#[derive(Default)]
 struct NearPoles {
     of_logit: f64,
-    of_gradient: f64,
+    of_x: f64,
+    of_w: f64,
 }
 
-/// A cosine that is off by so much has an angle that is off by more, the nearer it is to a pole: by √(2 off) there. Of all rows the
-/// largest, beyond what a logit without a margin may be off.
+/// A cosine that is off by so much has an angle that is off by more, the nearer it is to a pole: by √(2 off) there.
 fn near_poles(problem: &Problem, data: &Data, logits: &[f64], off: f64) -> NearPoles {
-    let (_, rows, _, _, active) = problem.sizes;
+    let (heads, rows, dim, classes, active) = problem.sizes;
     let cosine = problem.cosine::<f64>();
-    let mut most = NearPoles {
-        of_logit: 0.0,
-        of_gradient: 0.0,
-    };
-    if problem.margin == (0.0, 0.0) {
-        return most;
+    let mut squares = NearPoles::default();
+    if problem.margin.0 == 0.0 {
+        return squares;
     }
     for (at, row) in logits.chunks(active).enumerate() {
-        let Some(logit) = usize::try_from(data.labels[at % rows])
-            .ok()
-            .and_then(|label| row.get(label))
-        else {
+        let label = usize::try_from(data.labels[at % rows]).unwrap_or(active);
+        let Some(logit) = row.get(label) else {
             continue;
         };
         let of_target = logit / cosine.scale;
         let (counts_as, slope) = cosine.margin.of(of_target);
         let sine = (1.0 - of_target * of_target).max(0.0).sqrt();
+        let mut most = [0.0f64; 2];
         for moved in [of_target - off, of_target + off] {
             let (moved, other) = cosine.margin.of(moved);
-            let by = (moved - counts_as).abs();
-            most.of_logit = most.of_logit.max(by);
-            // A probability moves by less than its logit; the direction that a slope is for is as long as the sine, and off itself.
-            let by = cosine.scale * by + (other - slope).abs() * sine + other.max(slope) * off;
-            most.of_gradient = most.of_gradient.max(by);
+            let by = ((moved - counts_as).abs() - off).max(0.0);
+            // A probability moves by less than its logit, and by 1 at most; the direction that a slope is for is as long as the sine, and
+            // off itself.
+            let probability = (cosine.scale * by).min(1.0);
+            let steeper = (other.max(slope) - 1.0).max(0.0);
+            let of_gradient = probability + (other - slope).abs() * sine + steeper * off;
+            most = [most[0].max(by), most[1].max(of_gradient)];
         }
+        squares.of_logit += most[0] * most[0];
+        squares.of_x += most[1] * most[1];
     }
-    most
+    let root = |squares: f64, elements: usize| (squares / (heads * elements) as f64).sqrt();
+    NearPoles {
+        of_logit: root(squares.of_logit, rows),
+        of_x: root(squares.of_x, rows * dim),
+        // Each row in the class that it moves.
+        of_w: root(squares.of_x, classes * dim),
+    }
 }
 
 /// Whether what a device computes agrees; a result that is called `zeroed` is taken for zeros.
@@ -120,7 +127,9 @@ fn check(
     // A logit is off by 2 · scale · the roundoff of unit rows at most. How far that takes gradients the same roundings say, in f64;
     // between two of them that fall to either side lies one roundoff.
     let kept = run.kept(problem.dtype);
-    let near_poles = near_poles(problem, data, &truth.logits, 4e-7 + 2.0 * kept);
+    // In `rounded` unit rows are rounded as on the device, but for elements that lie between two numbers.
+    let [logits_off, gradients_off] = [2.0 * kept, 2.0 * kept / dim as f64]
+        .map(|off| near_poles(problem, data, &truth.logits, 4e-7 + off));
     let narrow = |(x, w): (Vec<f64>, Vec<f64>)| {
         let of = |values: Vec<f64>| values.into_iter().map(|v| v as f32).collect::<Vec<_>>();
         (of(x), of(w))
@@ -149,10 +158,9 @@ fn check(
                 dtype,
                 magnitude,
                 kept: match name {
-                    "dX" | "dX at once" | "dW" | "dW at once" => {
-                        run.unit_rows() + near_poles.of_gradient
-                    }
-                    _ => 2.0 * kept + near_poles.of_logit,
+                    "dX" | "dX at once" => run.unit_rows() + gradients_off.of_x,
+                    "dW" | "dW at once" => run.unit_rows() + gradients_off.of_w,
+                    _ => 2.0 * kept + logits_off.of_logit,
                 },
                 rounded: match name {
                     "dX" | "dX at once" | "dW" | "dW at once" => kept,

@@ -15,10 +15,16 @@ use crate::support::step;
 #[test]
 fn gradients_of_zeros_would_be_noticed_in_every_dtype() {
     for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
-        for scale in [16.0, 64.0] {
+        for (scale, margin) in [
+            (16.0, (0.0, 0.0)),
+            (64.0, (0.0, 0.35)),
+            (16.0, (0.5, 0.0)),
+            (64.0, (1.4, 0.1)),
+        ] {
             let problem = Problem {
                 dtype,
                 scale,
+                margin,
                 ..Problem::plain((2, 60, 70, 80, 75))
             };
             let data = problem.data();
@@ -228,10 +234,17 @@ fn the_largest_scale_gives_the_nearest_class_everything() {
 /// Rows that point exactly at a class weight, exactly away from one, and everywhere between: there is no pole.
 #[test]
 fn every_angle_between_0_and_180_degrees_agrees_with_the_reference() {
-    for dtype in [Dtype::F32, Dtype::F16] {
+    for (dtype, margin) in [
+        (Dtype::F32, (0.0, 0.0)),
+        (Dtype::F16, (0.0, 0.0)),
+        (Dtype::F32, (0.5, 0.0)),
+        (Dtype::F16, (0.5, 0.2)),
+        (Dtype::Bf16, (1.4, 0.0)),
+    ] {
         for dim in [2, 5] {
             let problem = Problem {
                 dtype,
+                margin,
                 scale: 64.0,
                 labels: LabelKind::Classes,
                 ..Problem::plain((1, 37, dim, 3, 3))
@@ -276,9 +289,16 @@ fn one_class_has_no_loss_and_no_gradient() {
         seed: 3,
         ..Problem::plain((2, 19, 40, 3, 1))
     };
+    let with_margin = Problem {
+        margin: (1.4, 0.1),
+        ..problem.clone()
+    };
     let data = problem.data();
-    for run in fused_runs(problem.sizes) {
-        let (inputs, options) = arguments(&run, &problem, &data);
+    for (run, problem) in fused_runs(problem.sizes)
+        .into_iter()
+        .flat_map(|run| [&problem, &with_margin].map(|problem| (run, problem)))
+    {
+        let (inputs, options) = arguments(&run, problem, &data);
         let output = forward(run.client, &inputs, &options).expect("the operands are valid");
         let loss = output.read_loss(run.client).expect("the labels are valid");
         assert_eq!(loss, vec![0.0; 38], "on {run}");

@@ -2,6 +2,7 @@
 
 pub mod close;
 pub mod devices;
+mod dtype;
 mod emulated;
 pub mod emulator;
 pub mod fused;

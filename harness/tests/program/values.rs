@@ -1,4 +1,4 @@
-//! The numbers that `protohead loss` and `protohead prototypes` write, beside the reference's in f64.
+//! The numbers that `protohead loss` and `protohead prototypes` write, beside the reference's in f64; and those of a run's metrics.
 
 use std::fs;
 use std::path::Path;
@@ -11,6 +11,7 @@ use protohead_reference::{
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
 use crate::protohead;
+use crate::training::train;
 
 /// A tensor's numbers as a file of `dtype` holds them: its bytes, and what they mean.
 fn stored(dtype: Dtype, values: &[f32]) -> (Vec<u8>, Vec<f64>) {
@@ -262,5 +263,47 @@ fn prototypes_writes_the_references_means() {
             let what = format!("{dtype:?}, normalize {normalize}");
             close(&what, &got, &expected, 1e-6 + rounding(dtype));
         }
+    }
+}
+
+#[test]
+fn the_loss_is_the_weighted_sum_of_what_the_metrics_tell() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let metrics = |name: &str, more: &[&str]| -> serde_json::Value {
+        let run = folder.path().join(name);
+        let output = train(&run, "1", more).output().expect("starts");
+        assert!(output.status.success(), "{output:?}");
+        let lines = fs::read_to_string(run.join("metrics.jsonl")).expect("written by train");
+        serde_json::from_str(&lines).expect("a line of JSON")
+    };
+    let weighted = ["--head-weights", "2,0,0.5", "--lambda", "0.25"];
+    let weighted = [&weighted[..], &["--lambda-shuffled", "3"]].concat();
+    let margins = ["--angular-margin", "0.3", "--cosine-margin", "0.1"];
+    let plain = metrics("plain", &[]);
+    let with_margin = metrics("margins", &margins);
+    for (told, weights) in [
+        (&plain, [1.0; 5]),
+        (&with_margin, [1.0; 5]),
+        (&metrics("weighted", &weighted), [2.0, 0.0, 0.5, 0.25, 3.0]),
+    ] {
+        let of = |name: &str| told[name].as_f64().expect("a number");
+        let terms = [
+            "speech",
+            "formant",
+            "residual",
+            "reconstruction",
+            "reconstruction_shuffled",
+        ];
+        let sum: f64 = terms
+            .iter()
+            .zip(weights)
+            .map(|(term, w)| w * of(term))
+            .sum();
+        // A few roundings of f32.
+        assert!((of("loss") - sum).abs() < 1e-5 * sum, "{sum}: {told}");
+    }
+    // A margin makes every head's loss larger.
+    for head in ["speech", "formant", "residual"] {
+        assert!(with_margin[head].as_f64() > plain[head].as_f64(), "{head}");
     }
 }

@@ -27,7 +27,7 @@ pub struct CosineHeadsConfig {
     /// The factor on the cosines.
     #[config(default = 16.0)]
     pub scale: f64,
-    /// The angular margin of the loss, in radians: see [`Margin`].
+    /// The angular margin of the loss, in radians: see [`Margin`]. What is out of range is refused when a loss is computed.
     #[config(default = 0.0)]
     pub angular_margin: f64,
     /// Its cosine margin.
@@ -135,7 +135,7 @@ impl CosineHeads {
         self.scale
     }
 
-    /// Another factor on the cosines, as where the temperature follows a schedule.
+    /// Another factor on the cosines, as where the temperature follows a schedule. What is not finite is refused at use.
     pub fn with_scale(self, scale: f64) -> Self {
         Self { scale, ..self }
     }
@@ -148,7 +148,7 @@ impl CosineHeads {
         }
     }
 
-    /// Another margin in the loss, as where it grows during training.
+    /// Another margin in the loss, as where it grows during training. What is out of range is refused when a loss is computed.
     pub fn with_margin(self, margin: Margin) -> Self {
         Self {
             angular_margin: margin.angular.into(),
@@ -267,7 +267,7 @@ impl CosineHeads {
     /// These heads with the first `active` class weights of every head replaced by the means of `embeddings [heads, rows, dim]` by label. A class
     /// without rows keeps its weights, so you can pass examples of new classes only. The returned [`ClassMeans`] counts the rows of each
     /// class, and [`check`](ClassMeans::check) reports bad labels. How many classes take part in logits and losses stays as it is: see
-    /// [`with_active`](Self::with_active).
+    /// [`with_active`](Self::with_active). An optimizer keeps what it knows of the old weights, such as their momentum.
     ///
     /// # Errors
     /// A typed [`Error`] if the operands do not fit.

@@ -16,6 +16,8 @@
 
 mod classes;
 mod cut;
+mod kept;
+mod launch;
 mod margins;
 mod pack;
 mod phases;
@@ -24,191 +26,21 @@ mod row_gradients;
 mod rows;
 mod targets;
 
-use cubecl::prelude::*;
-use cubecl::std::tensor::TensorHandle;
+pub(super) use launch::{Outcome, Step};
 
-use super::launch::{Call, Results};
+use cubecl::prelude::*;
+
 use super::margin::MarginRule;
-use crate::Gradients;
-use crate::error::Error;
-use crate::loss::Reduction;
-use crate::loss::arriving::{Arriving, share_of_row};
+use crate::loss::arriving::share_of_row;
 use crate::loss::reduce::{HowReduced, reduce_heads};
-use crate::loss::target::{LabelRule, label_rule};
+use crate::loss::target::LabelRule;
 use crate::math::group::Group;
 use crate::math::span::{Span, share, wait};
 use crate::math::tile::TILE_VECTORS;
-use crate::memory::memory_beside;
-use crate::operand::{F32, RowStrides, addressable, whole};
-use cut::{HostPlan, Problem};
+use crate::operand::RowStrides;
 use phases::Phases;
 use plan::{InGradient, Plan};
 use rows::{ClassBlock, Item};
-
-/// What becomes of the rows' losses.
-pub(super) enum Outcome<'a> {
-    /// They are computed, and go here.
-    Written(&'a Results),
-    /// They were computed before, and left this lse, `[2, heads, rows]`.
-    Saved(&'a TensorHandle),
-}
-
-/// A launch that was planned.
-pub(super) struct Step<'a> {
-    call: &'a Call<'a>,
-    arriving: &'a Arriving,
-    gradients: &'a Gradients,
-    phases: Phases,
-    host: HostPlan,
-}
-
-impl<'a> Step<'a> {
-    /// Plans the loss or the gradients.
-    ///
-    /// # Errors
-    /// [`Error::TooLarge`] if what each unit needs at least passes 32-bit addresses.
-    pub(super) fn alone(
-        call: &'a Call,
-        loss: bool,
-        arriving: Option<&'a Arriving>,
-        gradients: &'a Gradients,
-    ) -> Result<Self, Error> {
-        let Some(step) = Self::new(call, loss, arriving, gradients)? else {
-            unreachable!("one pass keeps no exponentials, and so is always planned")
-        };
-        Ok(step)
-    }
-
-    /// Plans both; none if they are better done in two launches.
-    ///
-    /// # Errors
-    /// As [`alone`](Self::alone).
-    pub(super) fn at_once(
-        call: &'a Call,
-        arriving: &'a Arriving,
-        gradients: &'a Gradients,
-    ) -> Result<Option<Self>, Error> {
-        Self::new(call, true, Some(arriving), gradients)
-    }
-
-    fn new(
-        call: &'a Call,
-        loss: bool,
-        arriving: Option<&'a Arriving>,
-        gradients: &'a Gradients,
-    ) -> Result<Option<Self>, Error> {
-        let sizes = &call.problem.sizes;
-        let arriving = Arriving::or_nothing(arriving);
-        let phases = Phases {
-            loss,
-            embeddings: gradients.embeddings.is_some(),
-            weights: gradients.weights.is_some(),
-            arrives: arriving.arrives,
-            mean: call.options.loss.reduction == Reduction::Mean,
-            smooth: call.options.loss.label_smoothing != 0.0,
-            weighted: call.head_weights.is_some(),
-            margin: !call.options.margin.is_none(),
-        };
-        let problem = Problem {
-            heads: sizes.heads,
-            rows: sizes.rows,
-            active: sizes.active,
-            stored: call.problem.classes,
-            dim: sizes.dim,
-            units: call.blueprint.units,
-            lanes: call.blueprint.lanes,
-            tile_rows: call.blueprint.tile_rows,
-            bytes: call.problem.embeddings.dtype().size(),
-        };
-        let Some(host) = HostPlan::new(&problem, phases) else {
-            return Ok(None);
-        };
-        addressable("the workspace", host.floats as u128)?;
-        Ok(Some(Self {
-            call,
-            arriving,
-            gradients,
-            phases,
-            host,
-        }))
-    }
-
-    /// Launches it.
-    pub(super) fn launch(&self, outcome: &Outcome) {
-        let call = self.call;
-        let client = call.client;
-        let blueprint = &call.blueprint;
-        let sizes = &call.problem.sizes;
-        let (embeddings, weights) = (&call.problem.embeddings, &call.problem.weights);
-        let loss = &call.options.loss;
-        let (count, dim) = blueprint.unit_grid(client);
-        let vector = call.problem.vector_size(blueprint);
-        let bytes = self.host.floats * size_of::<f32>();
-        let workspace = memory_beside(client, bytes, call.problem.largest_operand());
-        let rows_padded = self.host.plan.panels * blueprint.tile();
-        let bests = self.host.plan.chunk_items * blueprint.tile();
-        let targets = client.empty(rows_padded * size_of::<u32>());
-        // SAFETY: a phase that does not run touches none of its buffers, so any buffer will do for them.
-        let nothing = || unsafe { BufferArg::from_raw_parts(workspace.clone(), 1) };
-        let optional = |tensor: &Option<TensorHandle>| match tensor {
-            Some(tensor) => whole(tensor, vector),
-            None => nothing(),
-        };
-        let written = |tensor: fn(&Results) -> &TensorHandle| match outcome {
-            Outcome::Written(results) => whole(tensor(results), 1),
-            Outcome::Saved(_) => nothing(),
-        };
-        let lse = match outcome {
-            Outcome::Written(results) => &results.rows.lse,
-            Outcome::Saved(lse) => lse,
-        };
-        // SAFETY: `Strided` and `Labels` proved their tensors, `Results` and the gradients have the shapes of their
-        // comments, and the plan divides a workspace of as many floats as it was made for.
-        unsafe {
-            step::launch_unchecked(
-                client,
-                count,
-                dim,
-                blueprint.lanes,
-                vector,
-                blueprint.lanes * size_of::<f32>() / embeddings.dtype().size(),
-                embeddings.buffer_arg(vector),
-                embeddings.strides_arg(vector),
-                weights.buffer_arg(vector),
-                weights.strides_arg(vector),
-                call.labels.buffer_arg(),
-                BufferArg::from_raw_parts(targets, rows_padded),
-                BufferArg::from_raw_parts(client.empty(bests * size_of::<u32>()), bests),
-                self.arriving.buffer_arg(&workspace),
-                match &call.head_weights {
-                    Some(weights) => BufferArg::from_raw_parts(weights.clone(), sizes.heads),
-                    None => nothing(),
-                },
-                BufferArg::from_raw_parts(workspace.clone(), self.host.floats),
-                written(|results| &results.rows.loss),
-                whole(lse, 1),
-                written(|results| &results.rows.predictions),
-                written(|results| &results.reduced.loss),
-                written(|results| &results.reduced.total),
-                written(|results| &results.reduced.status),
-                optional(&self.gradients.embeddings),
-                optional(&self.gradients.weights),
-                self.host.plan.launch_arg(),
-                label_rule(call.labels.dtype(), sizes.active, loss.ignore_index),
-                call.options.scale,
-                loss.label_smoothing,
-                call.options.margin.launch_arg(F32),
-                self.arriving.everywhere,
-                self.phases,
-                blueprint.units,
-                self.host.in_gradient,
-                blueprint.tile_rows,
-                embeddings.dtype(),
-                call.labels.dtype(),
-            );
-        }
-    }
-}
 
 #[cube(launch_unchecked)]
 fn step<
@@ -403,14 +235,7 @@ fn step<
                     row_gradients::add_classes::<N>(workspace, &plan, &item, &block, at, tile_rows);
                 }
                 if comptime!(in_gradient.exponentials()) && plan.is_kept(item.item) {
-                    classes::keep::<F, N, M, P>(
-                        &*workspace,
-                        grad_weights,
-                        &plan,
-                        &item,
-                        &block,
-                        at,
-                    );
+                    kept::keep::<F, N, M, P>(&*workspace, grad_weights, &plan, &item, &block, at);
                 }
                 if comptime!(phases.embeddings && phases.needs_totals()) {
                     let head = plan.head(item.item);

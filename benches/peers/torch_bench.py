@@ -4,6 +4,7 @@
     make bench-torch TORCH_BENCH="--device cuda"      # with Liger and CCE
 
 Prints a table of medians (milliseconds) and of ratios to ours, and writes it with --out. The two take turns.
+`cosine_cross_entropy_margin` is the step with ArcFace's margin.
 
 On the CPU a turn is a call with fresh random inputs, made outside of the time, after one that does not count. Other dtypes are
 measured of the whole step only; shares of the machine are of f32's multiply-adds. Memory is what a step of ours needs beside its

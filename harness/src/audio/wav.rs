@@ -2,7 +2,7 @@
 //! not read.
 
 use std::fs::File;
-use std::io::{Read, repeat};
+use std::io::{Cursor, Read, repeat};
 use std::path::Path;
 
 use rubato::audioadapter_buffers::owned::InterleavedOwned;
@@ -23,15 +23,28 @@ const UNKNOWN: u64 = 0x7fff_f000;
 /// Silence that is read behind the end of such a file, in bytes.
 const SILENCE: u64 = 64 << 20;
 
+/// The most that is read of a pipe, in bytes.
+const PIPED: u64 = 256 << 20;
+
 /// The first second of a file, padded with silence.
 pub(crate) fn read_clip(path: &Path) -> Result<Vec<f32>, Error> {
     let wrong = |reason: String| Error::Content {
         path: path.into(),
         reason,
     };
-    let file = File::open(path).map_err(Error::io(path))?;
-    let bytes = file.metadata().map_err(Error::io(path))?.len();
-    let samples = read_samples(file, bytes).map_err(wrong)?;
+    let mut file = File::open(path).map_err(Error::io(path))?;
+    let metadata = file.metadata().map_err(Error::io(path))?;
+    let samples = if metadata.is_file() {
+        read_samples(file, metadata.len())
+    } else {
+        // Nobody knows how long a pipe is.
+        let mut all = Vec::new();
+        let read = (&mut file).take(PIPED).read_to_end(&mut all);
+        read.map_err(Error::io(path))?;
+        let bytes = all.len() as u64;
+        read_samples(Cursor::new(all), bytes)
+    };
+    let samples = samples.map_err(wrong)?;
     let channels = samples.channels;
     if samples.interleaved.is_empty() {
         return Err(wrong("a WAV file without samples".into()));
@@ -57,7 +70,7 @@ struct Samples {
 }
 
 /// A second of a file of so many bytes, and a little more, for the resampler's filter.
-fn read_samples(file: File, bytes: u64) -> Result<Samples, String> {
+fn read_samples(file: impl Read + Send + Sync + 'static, bytes: u64) -> Result<Samples, String> {
     let unread = |error| format!("no WAV file that is read: {error}");
     let endless = ReadOnlySource::new(file.chain(repeat(0).take(SILENCE)));
     let stream = MediaSourceStream::new(Box::new(endless), Default::default());

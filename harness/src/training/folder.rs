@@ -1,10 +1,11 @@
 //! A Speech-Commands folder: `DIR/<keyword>/*.wav`, and lists of the clips that are not trained on.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::error::Error;
+use crate::output::complain;
 
 /// What is in a folder, by name.
 pub(super) fn entries(folder: &Path) -> Result<Vec<PathBuf>, Error> {
@@ -78,7 +79,8 @@ pub(super) fn keywords(root: &Path) -> Result<Vec<String>, Error> {
 }
 
 /// The clips that a list names, as `<keyword>/<file>`; `None` if there is no list. Every one must be among the `clips` of a keyword, or
-/// one with a misprint would be trained on: but for those of keywords that are not there at all, as in a part of the dataset.
+/// one with a misprint would be trained on: but for those of keywords that are not there at all, as in a part of the dataset. Those are
+/// told.
 pub(super) fn list(
     root: &Path,
     name: &str,
@@ -94,6 +96,7 @@ pub(super) fn list(
     // Some editors put a mark before the first line.
     let lines = text.trim_start_matches('\u{feff}').lines().map(str::trim);
     let mut named = HashSet::new();
+    let mut absent = BTreeSet::new();
     for line in lines.filter(|line| !line.is_empty()) {
         let clip = line.trim_start_matches("./");
         let wrong = |reason: &str| Error::Content {
@@ -113,7 +116,20 @@ pub(super) fn list(
         if is_known && !clips.contains(clip) {
             return Err(wrong("and there is no such clip"));
         }
+        if !is_known {
+            absent.insert(keyword);
+        }
         named.insert(clip.to_owned());
+    }
+    if let Some(first) = absent.first() {
+        let more = match absent.len() - 1 {
+            0 => String::new(),
+            more => format!(" and {more} more"),
+        };
+        complain(format_args!(
+            "{}: left out what it names of keywords that are not here: {first}{more}",
+            path.display()
+        ));
     }
     Ok(Some(named))
 }

@@ -113,10 +113,15 @@ fn validation_clips_are_reported_and_not_trained_on() {
         assert!(output.status.success(), "{output:?}");
         let said = String::from_utf8_lossy(&output.stdout);
         assert!(said.contains(says), "{said}");
+        let told = String::from_utf8_lossy(&output.stderr);
+        let left_out = "keywords that are not here: Yes and 1 more";
+        assert_eq!(told.contains(left_out), name == "with", "{told}");
         out
     };
     let list = data.join("validation_list.txt");
-    fs::write(&list, "no/b.wav\nyes/b.wav\n").expect("the folder is writable");
+    // Of keywords that are not here, as in a part of a dataset: they are told, and left out.
+    let others = "no/b.wav\nyes/b.wav\nYes/a.wav\nup/a.wav\n";
+    fs::write(&list, others).expect("the folder is writable");
     let with = run("with", "2 training, 2 validation and 2 test clips");
     fs::remove_file(list).expect("the folder is writable");
     for clip in ["no/b.wav", "yes/b.wav"] {

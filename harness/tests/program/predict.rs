@@ -1,7 +1,11 @@
 //! `protohead predict` of a run on synthesised keywords: what it prints, and what it refuses. Its answers are checked on speech.
 
 use std::fs;
+#[cfg(target_os = "linux")]
+use std::io::Write;
 use std::path::Path;
+#[cfg(target_os = "linux")]
+use std::process::{Command, Stdio};
 
 use crate::protohead;
 use crate::training::train;
@@ -62,6 +66,24 @@ fn predict_prints_a_line_per_file_and_refuses_what_is_damaged() {
         assert!((0.25..=1.0).contains(&probability), "{stdout}");
     }
     assert_eq!(lines[0], lines[2]);
+
+    #[cfg(target_os = "linux")]
+    {
+        let mut piped = Command::new(env!("CARGO_BIN_EXE_protohead"))
+            .args(["predict", &run_name, "--device", "cpu", "/dev/stdin"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("starts");
+        let sound = fs::read(&tone).expect("written above");
+        let mut stdin = piped.stdin.take().expect("a pipe");
+        stdin.write_all(&sound).expect("it is read to its end");
+        drop(stdin);
+        let output = piped.wait_with_output().expect("it ends");
+        let stdout = String::from_utf8_lossy(&output.stdout);
+        let answer: Vec<&str> = stdout.trim_end().split('\t').collect();
+        assert_eq!(answer, [&["/dev/stdin"], &lines[0][1..]].concat());
+    }
 
     refused(&[], "WAV");
     refused(&["nowhere.wav"], "No such file");

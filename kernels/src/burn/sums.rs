@@ -118,6 +118,7 @@ impl ClassSums {
         }
         sized("embeddings", &embeddings.dims())?;
         storable("embeddings", &embeddings)?;
+        means::addressable_batch(heads, rows, self.state.active)?;
         let device = self.status.device();
         together("embeddings", &embeddings.device(), &device)?;
         row_labels(&labels, rows, &device)?;

@@ -91,6 +91,12 @@ pub struct ClassSums {
     of_this_thread: PhantomData<*const ()>,
 }
 
+/// Proves that 32-bit indices reach the rows of a batch in every head, and one more for each class that has some, as a CPU's sort wants.
+pub(crate) fn addressable_batch(heads: usize, rows: usize, classes: usize) -> Result<(), Error> {
+    let work = rows as u128 + rows.min(classes) as u128;
+    addressable("a batch", heads as u128 * work)
+}
+
 impl ClassSums {
     /// Sums of no rows yet, for `heads` × `active` × `dim` (H, K, D): labels are to be in `0..active`.
     ///

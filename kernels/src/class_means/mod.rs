@@ -13,4 +13,6 @@ mod unit;
 
 #[cfg(feature = "burn-unfused")]
 pub(crate) use launch::SUMS_STATUS_FIELDS;
+#[cfg(feature = "burn-unfused")]
+pub(crate) use launch::addressable_batch;
 pub use launch::{ClassSums, Options};

@@ -12,12 +12,13 @@ use cubecl::prelude::*;
 
 use super::{classify, read_first};
 use crate::class_means::launch::AccumulateCall;
+use crate::class_means::launch::addressable_batch;
 use crate::error::Error;
 use crate::loss::target::{LabelRule, is_class, label_rule};
 use crate::math::norm::{no_squares, norm_of};
 use crate::math::span::{share, told};
 use crate::math::sum::KahanLanes;
-use crate::operand::{RowStrides, addressable, whole};
+use crate::operand::{RowStrides, whole};
 
 /// Elements of the rows that stay in the cache between their two readings.
 const BLOCK: usize = 1 << 12;
@@ -29,9 +30,7 @@ pub(super) fn launch(call: &AccumulateCall) -> Result<(), Error> {
     let [heads, rows, dim] = call.embeddings.dims3();
     let classes = call.sums.counts.shape()[0];
     let vector = call.embeddings.vector_size(call.blueprint);
-    // Rows of a head, and one more for each class that has some.
-    let work = rows as u128 + rows.min(classes) as u128;
-    addressable("a batch", heads as u128 * work)?;
+    addressable_batch(heads, rows, classes)?;
     let rule = label_rule(call.labels.dtype(), classes, call.sums.options.ignore_index);
     let blueprint = call.blueprint.for_elements(heads * (rows + classes) * dim);
     let (count, cube) = blueprint.unit_grid(client);

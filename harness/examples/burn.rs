@@ -1,16 +1,17 @@
-//! Cosine heads in a Burn model: an encoder, an optimizer, the accuracy; then prototypes in place of the trained class weights, and
-//! a new class from five examples.
+//! Cosine heads in a Burn model: an encoder, an optimizer, a margin that grows, the accuracy; then prototypes in place of the trained
+//! class weights, a new class from five examples, and heads that are saved and loaded.
 //!
 //! ```sh
 //! cargo run --release --example burn
 //! ```
 
+use burn::config::Config;
 use burn::module::Module;
 use burn::nn::{Linear, LinearConfig};
 use burn::optim::{GradientsParams, SgdConfig};
 use burn::tensor::{Device, Distribution, Int, Tensor};
 use protohead::LossOptions;
-use protohead::burn::{CosineHeads, CosineHeadsConfig};
+use protohead::burn::{CosineHeads, CosineHeadsConfig, Margin};
 
 const HEADS: usize = 3;
 const FEATURES: usize = 40;
@@ -75,6 +76,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         &encoder_device,
     );
     for step in 0..30 {
+        let angular = 0.2 * step as f32 / 29.0;
+        model.heads = model.heads.with_margin(Margin {
+            angular,
+            ..Margin::default()
+        });
         let (inputs, labels) = batch(&centers, 0..TRAINED, 64);
         let targets = on_heads(&labels, &heads_device);
         let loss = model
@@ -120,7 +126,15 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "{} classes, one of them from five examples: accuracy {right:.2}",
         TRAINED + 1
     );
-    // A record holds the class weights alone; this goes beside it.
-    println!("{}", heads.config());
+    // A file of a module holds its parameters alone. What else the heads are, such as how many classes take part by now, is in their
+    // configuration.
+    let folder = std::env::temp_dir().join("protohead-burn-example");
+    std::fs::create_dir_all(&folder)?;
+    let [weights, config] = ["heads.bpk", "heads.json"].map(|name| folder.join(name));
+    heads.clone().save_file(&weights)?;
+    heads.config().save(&config)?;
+    let loaded = CosineHeadsConfig::load(&config)?.init(&device);
+    let loaded = loaded.try_load_file(&weights)?;
+    println!("saved in {}: {}", folder.display(), loaded.config());
     Ok(())
 }

@@ -5,7 +5,8 @@ use cubecl::prelude::CubeElement;
 use cubecl::std::tensor::TensorHandle;
 
 use crate::error::Error;
-use crate::operand::contiguous;
+use crate::loss::values;
+use crate::operand::{contiguous, count};
 
 /// A new contiguous tensor of this shape, with `values` in row-major order. Floats become floats and integers labels: f32, `half`'s f16 and
 /// bf16, i32, i64 and u32 are what the ops take.
@@ -26,8 +27,7 @@ pub fn upload<T: CubeElement, const RANK: usize>(
     values: &[T],
     shape: [usize; RANK],
 ) -> Result<TensorHandle, Error> {
-    let elements = shape.iter().map(|&length| length as u128).product::<u128>();
-    if elements != values.len() as u128 {
+    if count(&shape) != values.len() as u128 {
         return Err(Error::Shape {
             operand: "upload",
             got: shape.to_vec(),
@@ -41,12 +41,10 @@ pub fn upload<T: CubeElement, const RANK: usize>(
 /// Waits, and reads a contiguous tensor, in row-major order. It does not check the labels that a result rests on: do that first.
 ///
 /// # Errors
-/// [`Error::Dtype`] if the tensor is of other numbers, [`Error::Strides`] if it is not contiguous or leaves its buffer, [`Error::Place`] if it
-/// is on another device, [`Error::Device`] if the device failed.
+/// [`Error::Dtype`] if the tensor is of other numbers, [`Error::Strides`] if it is not contiguous or leaves its buffer, [`Error::Offset`] if it
+/// begins where the device cannot read, [`Error::Place`] if it is on another device, [`Error::Device`] if the device failed.
 pub fn download<T: CubeElement>(client: &Client, tensor: &TensorHandle) -> Result<Vec<T>, Error> {
     contiguous(client, "download", tensor, tensor.shape(), T::cube_type())?;
     let bytes = client.read_one(tensor.handle.clone());
-    let bytes = bytes.map_err(Error::device)?;
-    let elements = tensor.shape().iter().product::<usize>();
-    Ok(T::from_bytes(&bytes)[..elements].to_vec())
+    Ok(values(&bytes.map_err(Error::device)?, tensor))
 }

@@ -6,11 +6,22 @@ use protohead_reference as reference;
 
 use crate::problem::{Data, Dtype, Problem, wide};
 
+/// How cosines of rounded unit rows become logits.
+pub fn cosine(problem: &Problem) -> reference::Cosine<f64> {
+    let mut cosine = problem.cosine::<f64>();
+    cosine.margin.sine = match problem.dtype {
+        Dtype::F32 => reference::SINE,
+        Dtype::F16 => 1.0 / 32.0,
+        Dtype::Bf16 => 1.0 / 16.0,
+    };
+    cosine
+}
+
 /// Of a number up to 1; f16's exponents are used from the top.
 fn rounded(dtype: Dtype, value: f64) -> f64 {
     match dtype {
         Dtype::F32 => value,
-        Dtype::F16 => f16::from_f64(value * 4096.0).to_f64() / 4096.0,
+        Dtype::F16 => f16::from_f64(value * 1024.0).to_f64() / 1024.0,
         Dtype::Bf16 => bf16::from_f64(value).to_f64(),
     }
 }
@@ -47,12 +58,7 @@ pub fn gradients(
     let logits: Vec<f64> = cosines.iter().map(|cosine| scale * cosine).collect();
     let sizes = problem.reference_sizes();
     let options = problem.reference_options(data);
-    let (mut cosine, labels) = (problem.cosine::<f64>(), &data.labels);
-    cosine.margin.sine = match problem.dtype {
-        Dtype::F32 => reference::SINE,
-        Dtype::F16 => 1.0 / 32.0,
-        Dtype::Bf16 => 1.0 / 16.0,
-    };
+    let (cosine, labels) = (cosine(problem), &data.labels);
     let (seen, slopes) = cosine.with_margin(&logits, labels, sizes, &options);
     let mut g = reference::cross_entropy_backward(&seen, labels, sizes, &options, upstream);
     reference::Cosine::through_margin(&mut g, &slopes, labels, sizes, &options);

@@ -1,5 +1,5 @@
 //! WAV files of any rate, depth and channel count become clips of one second, 16 kHz mono. What is behind the first second is
-//! not read.
+//! not read, but of pipes.
 
 use std::fs::File;
 use std::io::{Cursor, Read, repeat};

@@ -18,7 +18,7 @@ pub(crate) enum Source {
     Synthetic { keywords: usize, voices: usize },
 }
 
-/// The options of a run.
+/// The options of a run. What runs of other versions did not have has a default, so that they are told to be such.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct RunConfig {
     pub source: Source,
@@ -28,12 +28,17 @@ pub(crate) struct RunConfig {
     pub batch: usize,
     pub tau: usize,
     pub scale: f64,
+    #[serde(default)]
     pub angular_margin: f64,
+    #[serde(default)]
     pub cosine_margin: f64,
     pub learning_rate: f64,
+    #[serde(default)]
     pub momentum: f64,
+    #[serde(default)]
     pub weight_decay: f64,
     /// Of the speech, the formant and the residual head's loss.
+    #[serde(default = "alike")]
     pub head_weights: Vec<f64>,
     pub lambda: f64,
     pub lambda_shuffled: f64,
@@ -148,6 +153,10 @@ impl RunConfig {
         ]);
         options
     }
+}
+
+fn alike() -> Vec<f64> {
+    vec![1.0; INPUTS]
 }
 
 /// As on the command line.

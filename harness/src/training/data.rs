@@ -1,6 +1,6 @@
 //! Keywords as features: from a Speech-Commands folder, or synthesised.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::path::{Path, PathBuf};
 
 use rand::seq::SliceRandom;
@@ -14,7 +14,7 @@ use super::protocol::{Asked, Protocol};
 use crate::audio::features::{Extractor, INPUT, INPUTS};
 use crate::audio::synthesis::{Speaker, speak, vocabulary};
 use crate::error::Error;
-use crate::output::progress;
+use crate::output::{progress, tell};
 
 /// Clips of keywords as features.
 pub(crate) struct Examples {
@@ -138,6 +138,15 @@ impl Dataset {
             features: features.by_ref().take(count).collect(),
             labels: labels.by_ref().take(count).collect(),
         });
+        if let Some(first) = clips.absent.first() {
+            let more = match clips.absent.len() - 1 {
+                0 => String::new(),
+                more => format!(" and {more} more"),
+            };
+            tell(format_args!(
+                "left out what the lists name of keywords that are not here: {first}{more}"
+            ));
+        }
         let digest = Some(clips.digest);
         Ok(Self::new(clips.keywords, clips.protocol, examples, digest))
     }
@@ -183,6 +192,8 @@ pub(crate) struct Clips {
     digests: Vec<blake3::Hash>,
     /// Of all, with what they are for.
     pub digest: String,
+    /// Keywords of which the lists name clips, but which are not here.
+    absent: BTreeSet<String>,
 }
 
 impl Clips {
@@ -209,7 +220,8 @@ impl Clips {
             }
         }
         let there: HashSet<&str> = clips.iter().map(|(entry, ..)| entry.as_str()).collect();
-        let of = |name: &str| list(root, name, &keywords, &there);
+        let mut absent = BTreeSet::new();
+        let mut of = |name: &str| list(root, name, &keywords, &there, &mut absent);
         let testing = of("testing_list.txt")?.ok_or_else(|| {
             wrong("there is no testing_list.txt, which names the test clips".into())
         })?;
@@ -267,6 +279,7 @@ impl Clips {
             counts,
             digests,
             digest: all.finalize().to_hex().to_string(),
+            absent,
         })
     }
 }

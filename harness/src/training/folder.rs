@@ -5,7 +5,6 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::error::Error;
-use crate::output::complain;
 
 /// What is in a folder, by name.
 pub(super) fn entries(folder: &Path) -> Result<Vec<PathBuf>, Error> {
@@ -79,13 +78,14 @@ pub(super) fn keywords(root: &Path) -> Result<Vec<String>, Error> {
 }
 
 /// The clips that a list names, as `<keyword>/<file>`; `None` if there is no list. Every one must be among the `clips` of a keyword, or
-/// one with a misprint would be trained on: but for those of keywords that are not there at all, as in a part of the dataset. Those are
-/// told.
+/// one with a misprint would be trained on: but for those of keywords that are not there at all, as in a part of the dataset. Those go to
+/// `absent`.
 pub(super) fn list(
     root: &Path,
     name: &str,
     keywords: &[String],
     clips: &HashSet<&str>,
+    absent: &mut BTreeSet<String>,
 ) -> Result<Option<HashSet<String>>, Error> {
     let path = root.join(name);
     let text = match fs::read_to_string(&path) {
@@ -96,7 +96,6 @@ pub(super) fn list(
     // Some editors put a mark before the first line.
     let lines = text.trim_start_matches('\u{feff}').lines().map(str::trim);
     let mut named = HashSet::new();
-    let mut absent = BTreeSet::new();
     for line in lines.filter(|line| !line.is_empty()) {
         let clip = line.trim_start_matches("./");
         let wrong = |reason: &str| Error::Content {
@@ -117,19 +116,9 @@ pub(super) fn list(
             return Err(wrong("and there is no such clip"));
         }
         if !is_known {
-            absent.insert(keyword);
+            absent.insert(keyword.to_owned());
         }
         named.insert(clip.to_owned());
-    }
-    if let Some(first) = absent.first() {
-        let more = match absent.len() - 1 {
-            0 => String::new(),
-            more => format!(" and {more} more"),
-        };
-        complain(format_args!(
-            "{}: left out what it names of keywords that are not here: {first}{more}",
-            path.display()
-        ));
     }
     Ok(Some(named))
 }

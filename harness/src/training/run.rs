@@ -44,7 +44,7 @@ pub(super) struct Data {
 }
 
 /// Counts up when equal features lead elsewhere than before: by the network, its training, the choice of shots, or what is reported.
-pub(super) const VERSION: u32 = 2;
+pub(super) const VERSION: u32 = 3;
 
 impl Data {
     pub(super) fn read(run: &Path) -> Result<Self, Error> {
@@ -321,9 +321,9 @@ impl Run {
         bar.finish_and_clear();
         let network = sessions::replace_prototypes(network, dataset, devices)?;
         // What the last step did, no loss has shown.
-        let weights = network.heads.weight.val().try_into_vec_as::<f32>();
-        let weights = weights.map_err(Error::of_device)?;
-        if !weights.iter().all(|weight| weight.is_finite()) {
+        let trained = network.heads.weight.val().try_into_vec_as::<f32>();
+        let trained = trained.map_err(Error::of_device)?;
+        if !trained.iter().all(|weight| weight.is_finite()) {
             return Err(Error::DivergedLast);
         }
         let [path, prototypes_path, digest] = results(&self.folder);

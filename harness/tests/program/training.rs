@@ -257,6 +257,11 @@ fn a_run_that_was_killed_resumes_to_the_same_weights_to_the_bit() {
     for (option, value, says) in [
         ("--epochs", "4", "holds a run with --epochs 12, not 4"),
         ("--voices", "5", "--voices 4, not 5"),
+        ("--momentum", "0.5", "--momentum 0.9, not 0.5"),
+        ("--weight-decay", "0", "--weight-decay 0.001, not 0"),
+        ("--angular-margin", "0.5", "--angular-margin 0, not 0.5"),
+        ("--cosine-margin", "0.5", "--cosine-margin 0, not 0.5"),
+        ("--head-weights", "1,1,0", "--head-weights 1,1,1, not 1,1,0"),
     ] {
         let output = protohead(&[&resume[..], &[option, value]].concat());
         let stderr = String::from_utf8_lossy(&output.stderr);

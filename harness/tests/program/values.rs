@@ -302,6 +302,11 @@ fn the_loss_is_the_weighted_sum_of_what_the_metrics_tell() {
         // A few roundings of f32.
         assert!((of("loss") - sum).abs() < 1e-5 * sum, "{sum}: {told}");
     }
+    // Without momentum the loss falls more slowly; a large decay keeps class weights, and so nothing but them, small.
+    for option in ["--momentum", "--weight-decay"] {
+        let other = metrics(option, &[option, "0.5"]);
+        assert_ne!(other["loss"], plain["loss"], "{option}");
+    }
     // A margin makes every head's loss larger.
     for head in ["speech", "formant", "residual"] {
         assert!(with_margin[head].as_f64() > plain[head].as_f64(), "{head}");

@@ -93,7 +93,7 @@ pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<Lo
 /// nobody wants; the options of the loss and margins take no part.
 ///
 /// How probable a prediction is, of one head, [`forward`] tells with the predictions as labels under [`Reduction::None`](crate::Reduction),
-/// without a margin: `e^(−loss)`, and its cosine is `(lse − loss) / scale`.
+/// without margin and smoothing: `e^(−loss)`, and its cosine is `(lse − loss) / scale`.
 ///
 /// # Errors
 /// As [`forward`], but for what labels and the options of the loss can get wrong.

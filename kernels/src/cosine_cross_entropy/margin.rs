@@ -29,7 +29,7 @@ use crate::operand::F32;
 pub struct Margin {
     /// In radians, between 0 and π/2. ArcFace has 0.5.
     pub angular: f32,
-    /// At least 0, and finite. CosFace has 0.35.
+    /// Between 0 and 2, as far as cosines can lie apart. CosFace has 0.35.
     pub cosine: f32,
 }
 
@@ -50,9 +50,8 @@ impl Margin {
         if !(0.0..=std::f32::consts::FRAC_PI_2).contains(&self.angular) {
             return refused("the angular margin", self.angular, "between 0 and π/2");
         }
-        if !(0.0..=f32::MAX).contains(&self.cosine) {
-            let expected = "at least 0 and finite";
-            return refused("the cosine margin", self.cosine, expected);
+        if !(0.0..=2.0).contains(&self.cosine) {
+            return refused("the cosine margin", self.cosine, "between 0 and 2");
         }
         if !self.is_none() && scale <= 0.0 {
             return refused("scale", scale, "more than 0 where there is a margin");

@@ -272,7 +272,8 @@ impl LossOutput {
 }
 
 /// The values of a tensor that was proved, of what was read from its buffer, which may hold more.
-fn values<T: CubeElement>(bytes: &[u8], tensor: &TensorHandle) -> Vec<T> {
+/// The values of a contiguous tensor, of its buffer's bytes.
+pub(crate) fn values<T: CubeElement>(bytes: &[u8], tensor: &TensorHandle) -> Vec<T> {
     let count: usize = tensor.shape().iter().product();
     T::from_bytes(&bytes[..count * size_of::<T>()]).to_vec()
 }

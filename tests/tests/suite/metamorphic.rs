@@ -299,9 +299,8 @@ fn the_fused_op_needs_no_memory_that_grows_with_rows_times_classes() {
 #[test]
 fn of_equal_classes_the_first_is_predicted() {
     let mut problem = Problem::plain((2, 75, 40, 123, 123));
-    // By which a row's own class is not the first of its equals any more, but still predicted.
-    problem.margin = (0.0, 1e-9);
-    problem.scale = 10.0;
+    // By which a row's own class is not the highest of its equals any more, but still predicted.
+    problem.margin = (0.0, 0.1);
     let data = problem.data();
     let (classes, dim, unlike) = (123, 40, 41);
     let w: Vec<f32> = (0..2 * classes)

@@ -1,6 +1,7 @@
 //! Numbers from the host to a device, and back.
 
 use cubecl::prelude::CubeElement;
+use cubecl::std::tensor::TensorHandle;
 use half::{bf16, f16};
 use protohead::{Error, download, upload};
 use protohead_tests::devices::devices;
@@ -36,7 +37,7 @@ fn what_does_not_fit_is_refused() {
     for device in devices() {
         let client = &device.client;
         let said = |error: Error| error.to_string();
-        for shape in [[2, 2], [usize::MAX, usize::MAX], [0, 3]] {
+        for shape in [[1, 2, 2], [usize::MAX; 3], [0, 3, 1]] {
             let refused = upload(client, &[1.0f32; 3], shape).map(drop);
             assert_eq!(
                 refused.map_err(said),
@@ -45,6 +46,13 @@ fn what_does_not_fit_is_refused() {
                 ))
             );
         }
+        // A buffer that holds one and a half.
+        let bytes = client.create_from_slice(&[1u8; 12]);
+        let one = TensorHandle::new_contiguous([1], bytes, i64::cube_type());
+        assert_eq!(
+            download::<i64>(client, &one),
+            Ok(vec![0x0101_0101_0101_0101])
+        );
         let mut tensor = upload(client, &[1.0f32; 6], [2, 3]).expect("six values");
         let refused = download::<i32>(client, &tensor).map_err(said);
         assert_eq!(refused, Err("download: dtype f32, expected i32".into()));

@@ -11,8 +11,7 @@
 use cubecl::prelude::*;
 
 use super::{classify, read_first};
-use crate::class_means::launch::AccumulateCall;
-use crate::class_means::launch::addressable_batch;
+use crate::class_means::launch::{AccumulateCall, addressable_batch};
 use crate::error::Error;
 use crate::loss::target::{LabelRule, is_class, label_rule};
 use crate::math::norm::{no_squares, norm_of};

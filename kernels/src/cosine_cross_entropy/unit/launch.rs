@@ -14,6 +14,7 @@ use crate::loss::arriving::Arriving;
 use crate::loss::target::label_rule;
 use crate::memory::memory_beside;
 use crate::operand::{F32, addressable, whole};
+
 /// What becomes of the rows' losses.
 pub(in crate::cosine_cross_entropy) enum Outcome<'a> {
     /// They are computed, and go here.

@@ -241,16 +241,15 @@ fn bad_labels_and_shapes_over_batches_are_told() {
         let rows = tensor(&numbers(3 * 3 * 6, 1), [3, 3, 6], &device);
         sums.accumulate(rows, labels).expect("shapes fit");
     }
+    let told = Err(Error::Label {
+        row: 1,
+        label: -9 << 40,
+        active: 4,
+        rows: 3,
+    });
+    assert_eq!(sums.check(), told);
     let means = sums.means(module.weight.val()).expect("shapes fit");
-    assert_eq!(
-        means.check(),
-        Err(Error::Label {
-            row: 1,
-            label: -9 << 40,
-            active: 4,
-            rows: 3
-        })
-    );
+    assert_eq!(means.check(), told);
     assert_eq!(read_counts(means.counts), [3, 1, 1, 1]);
 
     let three = |classes, dim| tensor(&numbers(3 * classes * dim, 1), [3, classes, dim], &device);

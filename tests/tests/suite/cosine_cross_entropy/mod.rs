@@ -16,7 +16,7 @@ use protohead_tests::close::{Comparison, Share, lengths};
 use protohead_tests::devices::{Run, fused_runs, say_agreed};
 use protohead_tests::fused::arguments;
 use protohead_tests::problem::{Data, Dtype, Problem, download, problem, wide};
-use protohead_tests::rounded::gradients;
+use protohead_tests::rounded::{self, gradients};
 
 use crate::support::{config, f32s, fails, step};
 
@@ -69,9 +69,14 @@ struct NearPoles {
 }
 
 /// A cosine that is off by so much has an angle that is off by more, the nearer it is to a pole: by √(2 off) there.
-fn near_poles(problem: &Problem, data: &Data, logits: &[f64], off: f64) -> NearPoles {
+fn near_poles(
+    problem: &Problem,
+    data: &Data,
+    logits: &[f64],
+    cosine: &reference::Cosine<f64>,
+    off: f64,
+) -> NearPoles {
     let (heads, rows, dim, classes, active) = problem.sizes;
-    let cosine = problem.cosine::<f64>();
     let mut squares = NearPoles::default();
     if problem.margin.0 == 0.0 {
         return squares;
@@ -127,9 +132,13 @@ fn check(
     // A logit is off by 2 · scale · the roundoff of unit rows at most. How far that takes gradients the same roundings say, in f64;
     // between two of them that fall to either side lies one roundoff.
     let kept = run.kept(problem.dtype);
+    let cosine = match kept > 0.0 {
+        true => rounded::cosine(problem),
+        false => problem.cosine(),
+    };
     // In `rounded` unit rows are rounded as on the device, but for elements that lie between two numbers.
     let [logits_off, gradients_off] = [2.0 * kept, 2.0 * kept / dim as f64]
-        .map(|off| near_poles(problem, data, &truth.logits, 4e-7 + off));
+        .map(|off| near_poles(problem, data, &truth.logits, &cosine, 4e-7 + off));
     let narrow = |(x, w): (Vec<f64>, Vec<f64>)| {
         let of = |values: Vec<f64>| values.into_iter().map(|v| v as f32).collect::<Vec<_>>();
         (of(x), of(w))

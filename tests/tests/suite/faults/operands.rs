@@ -117,7 +117,7 @@ fn what_the_host_can_see_is_a_typed_error() {
         for (cosine, got) in [(-0.5, "-0.5"), (f32::INFINITY, "inf"), (f32::NAN, "NaN")] {
             assert_eq!(
                 with(&|o| o.margin.cosine = cosine),
-                format!("the cosine margin is {got}, expected at least 0 and finite")
+                format!("the cosine margin is {got}, expected between 0 and 2")
             );
         }
         for scale in [0.0, -2.0] {

@@ -3,9 +3,10 @@
 use cubecl::client::Client;
 use cubecl::std::tensor::TensorHandle;
 use protohead::class_means::{self, ClassSums};
-use protohead::cosine_cross_entropy::{Options, backward, forward};
+use protohead::cosine_cross_entropy::{Inputs, Options, backward, forward};
 use protohead::{
-    Error, LossOptions, Reduction, Upstream, Wanted, cosine_logits, cross_entropy, reconstruction,
+    Error, LossOptions, Reduction, Strategy, Upstream, Variant, Wanted, cosine_logits,
+    cross_entropy, reconstruction,
 };
 use protohead_tests::devices::{product_runs, runs};
 use protohead_tests::problem::Dtype;
@@ -193,6 +194,27 @@ fn the_output_of_a_forward_pass_with_other_options() {
             o.loss.head_weights = Some(vec![1.0, 2.0]);
         };
         assert_eq!(back(differ), Ok(()), "on {run}");
+        // In 16 bits tiles on tensor cores round, others do not.
+        if run.strategy == Strategy::Forced(Variant::Plane)
+            && client.properties().supports_type(Dtype::F16.elem())
+        {
+            let half = |values: usize, shape: &[usize]| {
+                let values = client.create_from_slice(&vec![0u8; 2 * values]);
+                TensorHandle::new_contiguous(shape.to_vec(), values, Dtype::F16.elem())
+            };
+            let of_16_bits = Inputs {
+                embeddings: half(2 * 4 * 5, &[2, 4, 5]),
+                weights: half(2 * 3 * 5, &[2, 3, 5]),
+                labels: inputs.labels.clone(),
+            };
+            let rounding = options(&|o| o.strategy = Strategy::Forced(Variant::Cmma));
+            let output = forward(client, &of_16_bits, &options(&|_| ())).expect("valid");
+            let (total, wanted) = (Upstream::Total(1.0), Wanted::BOTH);
+            says(
+                backward(client, &of_16_bits, &rounding, &output, &total, wanted).map(drop),
+                "the arithmetic is f16, but was f32 in the forward pass",
+            );
+        }
         let given = cross_entropy::Inputs {
             logits: floats(client, &[2, 4, 2]),
             labels: inputs.labels.clone(),

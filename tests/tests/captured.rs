@@ -15,6 +15,7 @@ fn a_captured_step_replays_on_what_its_inputs_hold() {
     let recorded = Problem {
         labels: LabelKind::SomeIgnored,
         smoothing: 0.1,
+        margin: (0.3, 0.2),
         weighted: true,
         seed: 11,
         ..Problem::plain((3, 70, 24, 20, 17))

@@ -95,7 +95,14 @@ fn gradients_of_the_loss_by_head_reach_what_is_tracked() {
                 &rounded(&w),
                 &LABELS,
                 SIZES,
-                reference::Cosine::scaled(16.0),
+                reference::Cosine {
+                    scale: 16.0,
+                    margin: reference::Margin {
+                        angular: 0.25,
+                        cosine: 0.125,
+                        ..reference::Margin::none()
+                    },
+                },
                 &options,
                 &reference::Upstream::Loss(upstream.iter().map(|&v| f64::from(v)).collect()),
             );
@@ -112,6 +119,10 @@ fn gradients_of_the_loss_by_head_reach_what_is_tracked() {
             let weights = leaf(&w, 5, tracked[1]);
             let fused_options = fused::Options {
                 active: Some(4),
+                margin: fused::Margin {
+                    angular: 0.25,
+                    cosine: 0.125,
+                },
                 loss: LossOptions {
                     reduction,
                     label_smoothing: smoothing as f32,

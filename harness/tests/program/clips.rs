@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 
 use crate::{protohead, refused};
 
@@ -182,4 +183,27 @@ fn a_run_in_a_place_that_is_no_folder_is_refused() {
     assert_eq!(output.status.code(), Some(2), "{stderr}");
     assert!(stderr.contains("it is there, and no folder"), "{stderr}");
     assert_eq!(fs::read(&file).expect("it is there"), b"somebody's");
+}
+
+#[cfg(unix)]
+#[test]
+fn a_folder_whose_name_is_no_utf_8_is_refused() {
+    use std::os::unix::ffi::OsStringExt;
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let data = folder
+        .path()
+        .join(std::ffi::OsString::from_vec(b"sp\xe9ech".to_vec()));
+    fs::create_dir(&data).expect("the folder is writable");
+    let out = folder.path().join("run");
+    let output = Command::new(env!("CARGO_BIN_EXE_protohead"))
+        .args(["train", "--device", "cpu", "--data"])
+        .arg(&data)
+        .arg("--out")
+        .arg(&out)
+        .output()
+        .expect("starts");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{stderr}");
+    assert!(stderr.contains("expected a path in UTF-8"), "{stderr}");
+    assert!(!out.exists());
 }

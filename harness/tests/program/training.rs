@@ -109,29 +109,6 @@ fn damaged_input_of_train_gets_one_line_and_leaves_nothing() {
     );
 }
 
-#[cfg(unix)]
-#[test]
-fn a_folder_whose_name_is_no_utf_8_is_refused() {
-    use std::os::unix::ffi::OsStringExt;
-    let folder = tempfile::tempdir().expect("a temporary folder");
-    let data = folder
-        .path()
-        .join(std::ffi::OsString::from_vec(b"sp\xe9ech".to_vec()));
-    fs::create_dir(&data).expect("the folder is writable");
-    let out = folder.path().join("run");
-    let output = Command::new(env!("CARGO_BIN_EXE_protohead"))
-        .args(["train", "--device", "cpu", "--data"])
-        .arg(&data)
-        .arg("--out")
-        .arg(&out)
-        .output()
-        .expect("starts");
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(2), "{stderr}");
-    assert!(stderr.contains("expected a path in UTF-8"), "{stderr}");
-    assert!(!out.exists());
-}
-
 /// Training in a process of its own, which is killed with this value.
 pub(crate) struct Trained(std::process::Child);
 

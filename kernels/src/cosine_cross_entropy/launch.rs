@@ -129,8 +129,8 @@ pub fn predictions(
 /// pass, which of the inputs is not checked. Reduction, label smoothing and head weights may differ.
 ///
 /// # Errors
-/// As [`forward`]; [`Error::OtherForward`] if op, heads, rows, scale, margin, active classes, ignored label or arithmetic are not those of the forward pass; and a typed
-/// error if the upstream gradient or `output` does not fit.
+/// As [`forward`]; [`Error::OtherForward`] if op, heads, rows, scale, margin, active classes, ignored label or arithmetic are not those
+/// of the forward pass; and a typed error if the upstream gradient or `output` does not fit.
 pub fn backward(
     client: &Client,
     inputs: &Inputs,

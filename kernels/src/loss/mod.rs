@@ -45,8 +45,8 @@ pub struct LossOutput {
     pub total: TensorHandle,
     /// f32, `[heads, rows]`: `ln Σ_c e^z` of the logits that the loss sees, with a margin if there is one.
     pub lse: TensorHandle,
-    /// u32, `[heads, rows]`: the class of the highest logit, without a margin; of equal ones, the first. A NaN is never the highest, and of a row of them
-    /// it is class 0.
+    /// u32, `[heads, rows]`: the class of the highest logit, without a margin; of equal ones, the first. A NaN is never the highest, and
+    /// of a row of them it is class 0.
     pub predictions: TensorHandle,
     /// u32, `[3]`: rows that count, rows whose label is invalid, the first of these (`u32::MAX − 1` if there is none).
     pub status: TensorHandle,

@@ -45,10 +45,10 @@ pub(crate) fn run(group: Group, shape: &Shape, data: &Data, keep: bool) -> Ran {
         }
         Group::Fused | Group::Margin => {
             let loss = reference::cosine_cross_entropy(&x, &w, &labels, sizes, cosine, &options);
-            let (dx, dw) = reference::cosine_cross_entropy_backward(
+            let gradients = reference::cosine_cross_entropy_backward(
                 &x, &w, &labels, sizes, cosine, &options, &one,
             );
-            vec![vec![loss.total], dx, dw]
+            vec![vec![loss.total], gradients.embeddings, gradients.weights]
         }
         Group::ClassMeans => {
             let mut sums = reference::ClassSums::zeros(sizes);

@@ -1,4 +1,4 @@
-//! Which gradients of a cosine head's operands are computed, and what comes of it.
+//! Which gradients of a cosine head are computed, and what comes of it.
 
 use cubecl::client::Client;
 use cubecl::ir::ElemType;
@@ -11,44 +11,62 @@ use crate::math::narrow::narrow;
 use crate::memory::empty;
 use crate::operand::{F32, addressable, contiguous, count, float_dtype, offset, whole, widest};
 
-/// Which gradients to compute. The product for one that is left out is skipped.
+/// Which gradients to compute. The product for one that is left out is skipped; that of the scale takes the embeddings'.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Wanted {
     /// The gradient of the embeddings.
     pub embeddings: bool,
     /// The gradient of the class weights.
     pub weights: bool,
+    /// The gradient of the scale.
+    pub scale: bool,
 }
 
 impl Wanted {
-    /// Both: nothing is frozen.
+    /// Both operands', of a scale that is given.
     pub const BOTH: Self = Self {
         embeddings: true,
         weights: true,
+        scale: false,
+    };
+    /// Both operands' and the scale's: nothing is frozen.
+    pub const ALL: Self = Self {
+        scale: true,
+        ..Self::BOTH
     };
     /// The embeddings' alone: the heads are frozen.
     pub const EMBEDDINGS: Self = Self {
-        embeddings: true,
         weights: false,
+        ..Self::BOTH
     };
     /// The class weights' alone: what made the embeddings is frozen.
     pub const WEIGHTS: Self = Self {
         embeddings: false,
-        weights: true,
+        ..Self::BOTH
     };
 
     pub(crate) fn any(self) -> bool {
-        self.embeddings || self.weights
+        self.embeddings || self.weights || self.scale
+    }
+
+    /// With those that others come from.
+    pub(crate) fn computed(self) -> Self {
+        Self {
+            embeddings: self.embeddings || self.scale,
+            ..self
+        }
     }
 }
 
-/// The gradients of a cosine head's operands that were asked for, contiguous and of the operands' dtype.
+/// The gradients that were asked for, contiguous.
 #[derive(Clone, Debug, Default)]
 pub struct Gradients {
-    /// `[heads, rows, dim]`; rows that are ignored have zeros, if their embeddings are finite.
+    /// `[heads, rows, dim]`, of the operands' dtype; rows that are ignored have zeros, if their embeddings are finite.
     pub embeddings: Option<TensorHandle>,
-    /// `[heads, classes, dim]`; the rows `K..classes` have zeros.
+    /// `[heads, classes, dim]`, of the operands' dtype; the rows `K..classes` have zeros.
     pub weights: Option<TensorHandle>,
+    /// `[heads]`, f32: of each head's scale, as if it had its own. The gradient of the one that all share is their sum.
+    pub scale: Option<TensorHandle>,
 }
 
 impl Gradients {
@@ -62,11 +80,39 @@ impl Gradients {
             Some(gradient) => scaled(client, operand, gradient, by_head, false).map(Some),
             None => Ok(None),
         };
+        let of_scale = match &self.scale {
+            Some(gradient) => Some(scaled_numbers(client, gradient, by_head)?),
+            None => None,
+        };
         Ok(Self {
             embeddings: scaled("gradient of the embeddings", &self.embeddings)?,
             weights: scaled("gradient of the class weights", &self.weights)?,
+            scale: of_scale,
         })
     }
+
+    /// Without what was computed only because others come from it.
+    pub(crate) fn only(self, wanted: Wanted) -> Self {
+        Self {
+            embeddings: self.embeddings.filter(|_| wanted.embeddings),
+            ..self
+        }
+    }
+}
+
+/// [`Gradients::scaled`] of a number a head.
+pub(crate) fn scaled_numbers(
+    client: &Client,
+    gradient: &TensorHandle, // [heads]
+    by_head: &TensorHandle,
+) -> Result<TensorHandle, Error> {
+    let operand = "gradient of the scale";
+    contiguous(client, operand, gradient, by_head.shape(), F32)?;
+    let shape = by_head.shape().clone();
+    let rows = [shape.iter().product(), 1, 1];
+    let rows = TensorHandle::new_contiguous(rows, gradient.handle.clone(), F32);
+    let scaled = scaled(client, operand, &rows, by_head, false)?;
+    Ok(TensorHandle::new_contiguous(shape, scaled.handle, F32))
 }
 
 /// [`Gradients::scaled`] of one of them, which may be where it was.

@@ -48,6 +48,7 @@ mod math;
 mod memory;
 mod operand;
 mod pace;
+mod scale;
 mod tiles;
 mod transfer;
 

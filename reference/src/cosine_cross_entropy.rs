@@ -1,9 +1,10 @@
 //! Cross-entropy of cosine logits, with margins on the logit of a row's own class.
 
+use crate::cosine_logits::products_by_head;
 use crate::cross_entropy::{counts, first_of_highest};
 use crate::{
-    CrossEntropy, LossOptions, Real, Sizes, Upstream, cosine_logits, cosine_logits_backward,
-    cross_entropy, cross_entropy_backward,
+    CrossEntropy, Gradients, LossOptions, Real, Sizes, Upstream, cosine_logits,
+    cosine_logits_backward, cross_entropy, cross_entropy_backward,
 };
 
 /// What a row's own class has to overcome: its cosine `cos θ` counts as `cos(θ + angular) − cosine` in the loss.
@@ -128,7 +129,7 @@ pub fn cosine_cross_entropy<T: Real>(
     out
 }
 
-/// Gradients of [`cosine_cross_entropy`]: `([heads, rows, dim], [heads, classes, dim])`.
+/// Gradients of [`cosine_cross_entropy`].
 pub fn cosine_cross_entropy_backward<T: Real>(
     embeddings: &[T],
     weights: &[T],
@@ -137,10 +138,21 @@ pub fn cosine_cross_entropy_backward<T: Real>(
     cosine: Cosine<T>,
     options: &LossOptions<T>,
     upstream: &Upstream<T>,
-) -> (Vec<T>, Vec<T>) {
+) -> Gradients<T> {
     let logits = cosine_logits(embeddings, weights, sizes, cosine.scale);
     let (seen, slopes) = cosine.with_margin(&logits, labels, sizes, options);
     let mut gradient = cross_entropy_backward(&seen, labels, sizes, options, upstream);
+    // The scale multiplies what margins have made of the cosines.
+    let unscaled = Cosine {
+        scale: T::of(1.0),
+        ..cosine
+    };
+    let cosines = cosine_logits(embeddings, weights, sizes, unscaled.scale);
+    let (cosines, _) = unscaled.with_margin(&cosines, labels, sizes, options);
+    let scale = products_by_head(&gradient, &cosines, sizes.heads);
     Cosine::through_margin(&mut gradient, &slopes, labels, sizes, options);
-    cosine_logits_backward(embeddings, weights, &gradient, sizes, cosine.scale)
+    Gradients {
+        scale,
+        ..cosine_logits_backward(embeddings, weights, &gradient, sizes, cosine.scale)
+    }
 }

@@ -2,6 +2,17 @@
 
 use crate::{Real, Sizes, normalize, normalize_backward};
 
+/// Gradients of what a cosine head is made of.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Gradients<T> {
+    /// `[heads, rows, dim]`
+    pub embeddings: Vec<T>,
+    /// `[heads, classes, dim]`; the rows `active..classes` are zero.
+    pub weights: Vec<T>,
+    /// `[heads]`: of the scale, as if each head had its own.
+    pub scale: Vec<T>,
+}
+
 /// Logits `[heads, rows, active]`.
 pub fn cosine_logits<T: Real>(embeddings: &[T], weights: &[T], sizes: Sizes, scale: T) -> Vec<T> {
     let Sizes {
@@ -26,15 +37,14 @@ pub fn cosine_logits<T: Real>(embeddings: &[T], weights: &[T], sizes: Sizes, sca
     logits
 }
 
-/// From `grad_logits [heads, rows, active]` to `([heads, rows, dim], [heads, classes, dim])`;
-/// the rows `active..classes` of the second are zero.
+/// From `grad_logits [heads, rows, active]`.
 pub fn cosine_logits_backward<T: Real>(
     embeddings: &[T],
     weights: &[T],
     grad_logits: &[T],
     sizes: Sizes,
     scale: T,
-) -> (Vec<T>, Vec<T>) {
+) -> Gradients<T> {
     let Sizes {
         heads,
         rows,
@@ -59,8 +69,18 @@ pub fn cosine_logits_backward<T: Real>(
             }
         }
     }
-    (
-        normalize_backward(&x, &grad_x, dim),
-        normalize_backward(&w, &grad_w, dim),
-    )
+    let cosines = cosine_logits(embeddings, weights, sizes, T::of(1.0));
+    Gradients {
+        embeddings: normalize_backward(&x, &grad_x, dim),
+        weights: normalize_backward(&w, &grad_w, dim),
+        scale: products_by_head(grad_logits, &cosines, heads),
+    }
+}
+
+/// The sums of `a · b`, head by head.
+pub(crate) fn products_by_head<T: Real>(a: &[T], b: &[T], heads: usize) -> Vec<T> {
+    let of_head = a.len() / heads;
+    let head = |h: usize| h * of_head..(h + 1) * of_head;
+    let product = |h| a[head(h)].iter().zip(&b[head(h)]).map(|(&a, &b)| a * b);
+    (0..heads).map(|h| product(h).sum()).collect()
 }

@@ -19,7 +19,7 @@ pub use class_means::{ClassSums, class_means};
 pub use cosine_cross_entropy::{
     Cosine, Margin, SINE, cosine_cross_entropy, cosine_cross_entropy_backward,
 };
-pub use cosine_logits::{cosine_logits, cosine_logits_backward};
+pub use cosine_logits::{Gradients, cosine_logits, cosine_logits_backward};
 pub use cross_entropy::{
     CrossEntropy, LossOptions, Reduction, Upstream, cross_entropy, cross_entropy_backward,
 };

@@ -80,10 +80,12 @@ fn gradients_of_the_total_are_its_differences() {
     let reductions = [Reduction::None, Reduction::Sum, Reduction::Mean];
     for (reduction, cosine) in reductions.into_iter().flat_map(|r| COSINES.map(|c| (r, c))) {
         let options = options(reduction);
-        let total = |x: &[f64], w: &[f64]| {
+        let scaled = |x: &[f64], w: &[f64], scale: f64| {
+            let cosine = Cosine { scale, ..cosine };
             cosine_cross_entropy(x, w, &LABELS, SIZES, cosine, &options).total
         };
-        let (dx, dw) = cosine_cross_entropy_backward(
+        let total = |x: &[f64], w: &[f64]| scaled(x, w, cosine.scale);
+        let gradients = cosine_cross_entropy_backward(
             &x,
             &w,
             &LABELS,
@@ -92,8 +94,10 @@ fn gradients_of_the_total_are_its_differences() {
             &options,
             &Upstream::Total(1.0),
         );
-        check("dX", &x, &dx, |x| total(x, &w));
-        check("dW", &w, &dw, |w| total(&x, w));
+        check("dX", &x, &gradients.embeddings, |x| total(x, &w));
+        check("dW", &w, &gradients.weights, |w| total(&x, w));
+        let of_scale = [gradients.scale.iter().sum()];
+        check("ds", &[cosine.scale], &of_scale, |s| scaled(&x, &w, s[0]));
     }
 }
 
@@ -104,11 +108,15 @@ fn gradients_honour_an_upstream_that_differs_by_row() {
     let options = options(Reduction::None);
     let cosine = COSINES[1];
     let upstream = numbers(10, 5);
-    let objective = |x: &[f64], w: &[f64]| {
+    let of_heads = |x: &[f64], w: &[f64], scale: f64| {
+        let cosine = Cosine { scale, ..cosine };
         let loss = cosine_cross_entropy(x, w, &LABELS, SIZES, cosine, &options).loss;
-        loss.iter().zip(&upstream).map(|(l, u)| l * u).sum::<f64>()
+        let of_head = |h: usize| (5 * h..5 * (h + 1)).map(|at| loss[at] * upstream[at]).sum();
+        [0, 1].map(of_head)
     };
-    let (dx, dw) = cosine_cross_entropy_backward(
+    let objective =
+        |x: &[f64], w: &[f64]| -> f64 { of_heads(x, w, cosine.scale).iter().sum::<f64>() };
+    let gradients = cosine_cross_entropy_backward(
         &x,
         &w,
         &LABELS,
@@ -117,8 +125,13 @@ fn gradients_honour_an_upstream_that_differs_by_row() {
         &options,
         &Upstream::Loss(upstream.clone()),
     );
-    check("dX", &x, &dx, |x| objective(x, &w));
-    check("dW", &w, &dw, |w| objective(&x, w));
+    check("dX", &x, &gradients.embeddings, |x| objective(x, &w));
+    check("dW", &w, &gradients.weights, |w| objective(&x, w));
+    for (head, of_scale) in gradients.scale.iter().enumerate() {
+        check("ds", &[cosine.scale], &[*of_scale], |s| {
+            of_heads(&x, &w, s[0])[head]
+        });
+    }
 }
 
 #[test]
@@ -126,19 +139,22 @@ fn gradients_of_logits_are_their_differences() {
     let x = numbers(30, 6);
     let w = numbers(36, 7);
     let upstream = numbers(40, 8);
-    let objective = |x: &[f64], w: &[f64]| {
-        let logits = cosine_logits(x, w, SIZES, 3.0);
+    let scaled = |x: &[f64], w: &[f64], scale: f64| {
+        let logits = cosine_logits(x, w, SIZES, scale);
         logits
             .iter()
             .zip(&upstream)
             .map(|(z, u)| z * u)
             .sum::<f64>()
     };
-    let (dx, dw) = cosine_logits_backward(&x, &w, &upstream, SIZES, 3.0);
-    check("dX", &x, &dx, |x| objective(x, &w));
-    check("dW", &w, &dw, |w| objective(&x, w));
+    let objective = |x: &[f64], w: &[f64]| scaled(x, w, 3.0);
+    let gradients = cosine_logits_backward(&x, &w, &upstream, SIZES, 3.0);
+    check("dX", &x, &gradients.embeddings, |x| objective(x, &w));
+    check("dW", &w, &gradients.weights, |w| objective(&x, w));
+    let of_scale = [gradients.scale.iter().sum()];
+    check("ds", &[3.0], &of_scale, |s| scaled(&x, &w, s[0]));
     assert!(
-        dw[4 * 3..6 * 3].iter().all(|&v| v == 0.0),
+        gradients.weights[4 * 3..6 * 3].iter().all(|&v| v == 0.0),
         "inactive classes have no gradient"
     );
 }

@@ -59,9 +59,10 @@ def cosine_cross_entropy():
         scale = [16.0, 1.0, 30.0][number % 3]
         head_weights = [[1.0, 1.0, 1.0], [0.5, -1.0, 2.0]][number % 2][:heads]
         xd, wd = x.double().requires_grad_(), w.double().requires_grad_()
-        logits = scale * F.normalize(xd, dim=-1) @ F.normalize(wd, dim=-1).transpose(1, 2)
+        scales = torch.full((heads, 1, 1), scale, dtype=torch.float64).requires_grad_()
+        logits = scales * F.normalize(xd, dim=-1) @ F.normalize(wd, dim=-1).transpose(1, 2)
         logits = logits[:, :, :active]
-        seen = with_margins(logits, y, ignore_index, scale, *margins)
+        seen = with_margins(logits, y, ignore_index, scales, *margins)
         loss = torch.stack(
             [
                 F.cross_entropy(
@@ -84,6 +85,7 @@ def cosine_cross_entropy():
             prefix + "lse": seen.detach().logsumexp(-1),
             prefix + "grad_embeddings": xd.grad,
             prefix + "grad_weights": wd.grad,
+            prefix + "grad_scale": scales.grad.flatten(),
         }
         cases.append(
             dict(

@@ -106,12 +106,15 @@ fn fused(client: &Client, dtype: FloatKind, strategy: Strategy, allow_tf32: bool
         }
         let output = cosine_cross_entropy::forward(client, &inputs, &options).expect(VALID);
         let upstream = Upstream::Total(1.0);
-        cosine_cross_entropy::backward(client, &inputs, &options, &output, &upstream, Wanted::BOTH)
-            .expect(VALID);
+        // The scale's gradient is in few kernels more, but for a margin.
+        for wanted in [Wanted::BOTH, Wanted::ALL] {
+            cosine_cross_entropy::backward(client, &inputs, &options, &output, &upstream, wanted)
+                .expect(VALID);
+        }
         // In f32 the forward pass is another then, which leaves its cosines.
         if float == F32 && labels == LABELS && !allow_tf32 {
             let both = cosine_cross_entropy::forward_backward;
-            let _ = both(client, &inputs, &options, &upstream, Wanted::BOTH).expect(VALID);
+            let _ = both(client, &inputs, &options, &upstream, Wanted::ALL).expect(VALID);
         }
     }
 }
@@ -136,7 +139,12 @@ fn small(client: &Client, dtype: FloatKind) {
         }
         let _ = cosine_cross_entropy::forward(client, &inputs, &options).expect(VALID);
         let upstream = Upstream::Total(1.0);
-        for wanted in [Wanted::BOTH, Wanted::EMBEDDINGS, Wanted::WEIGHTS] {
+        for wanted in [
+            Wanted::BOTH,
+            Wanted::EMBEDDINGS,
+            Wanted::WEIGHTS,
+            Wanted::ALL,
+        ] {
             let both = cosine_cross_entropy::forward_backward(
                 client, &inputs, &options, &upstream, wanted,
             );

@@ -39,12 +39,12 @@ fn products(a: &[f64], b: &[f64], [heads, m, n, stored, dim]: [usize; 5]) -> Vec
     out
 }
 
-/// `dX` and `dW` of a problem, as the cmma variant rounds.
+/// The gradients of a problem, as the cmma variant rounds.
 pub fn gradients(
     problem: &Problem,
     data: &Data,
     upstream: &reference::Upstream<f64>,
-) -> (Vec<f64>, Vec<f64>) {
+) -> reference::Gradients<f64> {
     let (heads, rows, dim, stored, active) = problem.sizes;
     let scale = f64::from(problem.scale);
     let round = |values: &[f64]| -> Vec<f64> {
@@ -61,6 +61,16 @@ pub fn gradients(
     let (cosine, labels) = (cosine(problem), &data.labels);
     let (seen, slopes) = cosine.with_margin(&logits, labels, sizes, &options);
     let mut g = reference::cross_entropy_backward(&seen, labels, sizes, &options, upstream);
+    // What a margin makes of a cosine, beside its slope times that: of the scale's gradient that is not rounded.
+    let slope = |at: usize| match seen[at] == logits[at] {
+        true => 1.0,
+        false => slopes[at / active],
+    };
+    let of_margin = |at: usize| g[at] * (seen[at] - slope(at) * logits[at]) / scale;
+    let by_head = |head: usize| head * rows * active..(head + 1) * rows * active;
+    let mut ds: Vec<f64> = (0..heads)
+        .map(|head| by_head(head).map(of_margin).sum())
+        .collect();
     reference::Cosine::through_margin(&mut g, &slopes, labels, sizes, &options);
     let mut dx = vec![0.0; heads * rows * dim];
     let mut dw = vec![0.0; heads * stored * dim];
@@ -76,8 +86,14 @@ pub fn gradients(
             }
         }
     }
-    (
-        reference::normalize_backward(&x, &dx, dim),
-        reference::normalize_backward(&w, &dw, dim),
-    )
+    for (head, ds) in ds.iter_mut().enumerate() {
+        let of_head = head * rows * dim..(head + 1) * rows * dim;
+        let along = x.unit[of_head.clone()].iter().zip(&dx[of_head]);
+        *ds += along.map(|(x, dx)| x * dx).sum::<f64>() / scale;
+    }
+    reference::Gradients {
+        embeddings: reference::normalize_backward(&x, &dx, dim),
+        weights: reference::normalize_backward(&w, &dw, dim),
+        scale: ds,
+    }
 }

@@ -30,7 +30,7 @@ fn a_captured_step_replays_on_what_its_inputs_hold() {
         let client = run.client;
         let (inputs, options) = arguments(&run, &recorded, &recorded.data());
         let upstream = Upstream::Total(0.5);
-        let mut step = Captured::new(client, &inputs, &options, &upstream, Wanted::BOTH)
+        let mut step = Captured::new(client, &inputs, &options, &upstream, Wanted::ALL)
             .expect("the operands are valid");
         let records = ["cuda", "wgpu"].contains(&run.device);
         assert_eq!(step.is_graph(), records, "on {run}");
@@ -44,6 +44,7 @@ fn a_captured_step_replays_on_what_its_inputs_hold() {
                 output.read_predictions(client).expect("they are"),
                 download(&gradients.embeddings),
                 download(&gradients.weights),
+                download(&gradients.scale),
             )
         };
         let write = |data: &Data, labels: &[i32]| {
@@ -57,7 +58,7 @@ fn a_captured_step_replays_on_what_its_inputs_hold() {
         };
         write(&data, &labels);
         let (output, gradients) =
-            forward_backward(client, &other, &options, &upstream, Wanted::BOTH).expect("valid");
+            forward_backward(client, &other, &options, &upstream, Wanted::ALL).expect("valid");
         let expected = once(&output, &gradients);
         // What the pools give back must not be what the graph writes to.
         drop((output, gradients, other, inputs));

@@ -106,7 +106,7 @@ impl<'a> Classifier<'a> {
             &ProgressBar::hidden(),
         );
         let options = Options {
-            scale: self.network.heads.scale() as f32,
+            scale: self.network.heads.scale()? as f32,
             ..Options::default()
         };
         let logits = cosine_logits(embedded, self.prototypes.clone(), &options)?

@@ -5,7 +5,7 @@ use burn::backend::autodiff::NodeId;
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::autodiff::grads::Gradients;
-use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
+use burn::backend::autodiff::ops::{Backward, NodeGuard, Ops, OpsKind};
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{AutodiffBackend, Backend, TensorMetadata};
 use burn::tensor::DType;
@@ -20,8 +20,8 @@ struct FusedBackward;
 /// What the fused op leaves for its backward pass.
 #[derive(Clone, Debug)]
 enum FusedState<B: Backend> {
-    /// The gradients of each head's loss, which only want the factor that arrives.
-    Gradients([Option<FloatTensor<B>>; 2]),
+    /// The gradients of each head's loss, which only want the factor that arrives: of the embeddings, the class weights and the scale.
+    Gradients([Option<FloatTensor<B>>; 3]),
     /// What they can be computed from.
     Saved {
         embeddings: NodeId,
@@ -31,25 +31,28 @@ enum FusedState<B: Backend> {
     },
 }
 
-impl<B: Backend + ProtoheadGradOps> Backward<B, 2> for FusedBackward {
+/// Of the embeddings, the class weights and, if it is learnt, the scale.
+impl<B: Backend + ProtoheadGradOps, const N: usize> Backward<B, N> for FusedBackward {
     type State = FusedState<B>;
 
     fn backward(
         self,
-        ops: Ops<Self::State, 2>,
+        ops: Ops<Self::State, N>,
         grads: &mut Gradients,
         checkpointer: &mut Checkpointer,
     ) {
         let grad = grads.consume::<B>(&ops.node);
         let gradients = match ops.state {
-            FusedState::Gradients(gradients) => {
+            FusedState::Gradients([embeddings, weights, scale]) => {
                 // Not by Burn's multiplication, which tunes itself for seconds, and may end up slow on a CPU.
-                gradients.map(|gradient| match gradient {
-                    Some(gradient) => {
-                        MaybeGrad::Computed(B::protohead_scaled(gradient, grad.clone()))
-                    }
-                    None => MaybeGrad::Skipped,
-                })
+                let scaled = |gradient| B::protohead_scaled(gradient, grad.clone());
+                [
+                    embeddings.map(scaled).into(),
+                    weights.map(scaled).into(),
+                    scale
+                        .map(|by_head| B::protohead_product(by_head, grad.clone()))
+                        .into(),
+                ]
             }
             FusedState::Saved {
                 embeddings,
@@ -57,20 +60,78 @@ impl<B: Backend + ProtoheadGradOps> Backward<B, 2> for FusedBackward {
                 rows,
                 options,
             } => {
-                let need = ops.parents.each_ref().map(Option::is_some);
+                let is_needed = |at| matches!(ops.parents.get(at), Some(Some(_)));
                 B::protohead_fused_backward(
                     grad,
                     checkpointer.retrieve_node_output(embeddings),
                     checkpointer.retrieve_node_output(weights),
                     rows,
                     *options,
-                    need,
+                    [0, 1, 2].map(is_needed),
                 )
                 .into()
             }
         };
         for (parent, gradient) in ops.parents.into_iter().zip(gradients) {
             register::<B>(grads, parent.map(|node| node.id), gradient);
+        }
+    }
+}
+
+/// The fused op whose node has these parents.
+fn fused_on<B, C, const N: usize>(
+    parents: [NodeGuard; N],
+    embeddings: FloatTensor<Autodiff<B, C>>,
+    weights: FloatTensor<Autodiff<B, C>>,
+    labels: IntTensor<B>,
+    options: fused::Options,
+    need: [bool; 3],
+) -> Losses<Autodiff<B, C>>
+where
+    B: Backend + ProtoheadOps + ProtoheadGradOps,
+    C: CheckpointStrategy,
+{
+    let prepared = <FusedBackward as Backward<B, N>>::prepare::<C>(FusedBackward, parents);
+    match prepared.compute_bound().stateful() {
+        OpsKind::Tracked(prepared) if at_once(embeddings.primitive().dtype(), &options) => {
+            let (losses, of_embeddings, of_weights, of_scale) = B::protohead_fused_at_once(
+                embeddings.into_primitive(),
+                weights.into_primitive(),
+                labels,
+                options,
+                need,
+            );
+            let gradients = [of_embeddings, of_weights, of_scale].map(MaybeGrad::computed);
+            let state = FusedState::Gradients(gradients);
+            tracked(losses, |loss| prepared.finish(state, loss))
+        }
+        OpsKind::Tracked(mut prepared) => {
+            let saved = (
+                prepared.checkpoint(&embeddings),
+                prepared.checkpoint(&weights),
+            );
+            let losses = B::protohead_fused(
+                embeddings.into_primitive(),
+                weights.into_primitive(),
+                labels.clone(),
+                options.clone(),
+            );
+            let state = FusedState::Saved {
+                embeddings: saved.0,
+                weights: saved.1,
+                rows: losses.saved(labels),
+                options: Box::new(options),
+            };
+            tracked(losses, |loss| prepared.finish(state, loss))
+        }
+        OpsKind::UnTracked(prepared) => {
+            let losses = B::protohead_fused(
+                embeddings.into_primitive(),
+                weights.into_primitive(),
+                labels,
+                options,
+            );
+            tracked(losses, |loss| prepared.finish(loss))
         }
     }
 }
@@ -216,53 +277,21 @@ impl<B: Backend + ProtoheadOps + ProtoheadGradOps, C: CheckpointStrategy> Protoh
         labels: IntTensor<Self>,
         options: fused::Options,
     ) -> Losses<Self> {
-        let prepared = <FusedBackward as Backward<B, 2>>::prepare::<C>(
-            FusedBackward,
-            [embeddings.node(), weights.node()],
-        );
-        match prepared.compute_bound().stateful() {
-            OpsKind::Tracked(prepared) if at_once(embeddings.primitive().dtype(), &options) => {
-                let need = [embeddings.is_tracked(), weights.is_tracked()];
-                let (losses, of_embeddings, of_weights) = B::protohead_fused_at_once(
-                    embeddings.into_primitive(),
-                    weights.into_primitive(),
-                    labels,
-                    options,
-                    need,
-                );
-                let gradients = [of_embeddings, of_weights].map(MaybeGrad::computed);
-                let state = FusedState::Gradients(gradients);
-                tracked(losses, |loss| prepared.finish(state, loss))
-            }
-            OpsKind::Tracked(mut prepared) => {
-                let saved = (
-                    prepared.checkpoint(&embeddings),
-                    prepared.checkpoint(&weights),
-                );
-                let losses = B::protohead_fused(
-                    embeddings.into_primitive(),
-                    weights.into_primitive(),
-                    labels.clone(),
-                    options.clone(),
-                );
-                let state = FusedState::Saved {
-                    embeddings: saved.0,
-                    weights: saved.1,
-                    rows: losses.saved(labels),
-                    options: Box::new(options),
-                };
-                tracked(losses, |loss| prepared.finish(state, loss))
-            }
-            OpsKind::UnTracked(prepared) => {
-                let losses = B::protohead_fused(
-                    embeddings.into_primitive(),
-                    weights.into_primitive(),
-                    labels,
-                    options,
-                );
-                tracked(losses, |loss| prepared.finish(loss))
-            }
-        }
+        let parents = [embeddings.node(), weights.node()];
+        let need = [embeddings.is_tracked(), weights.is_tracked(), false];
+        fused_on(parents, embeddings, weights, labels, options, need)
+    }
+
+    fn protohead_fused_with_scale(
+        embeddings: FloatTensor<Self>,
+        weights: FloatTensor<Self>,
+        scale: FloatTensor<Self>,
+        labels: IntTensor<Self>,
+        options: fused::Options,
+    ) -> Losses<Self> {
+        let parents = [embeddings.node(), weights.node(), scale.node()];
+        let need = [&embeddings, &weights, &scale].map(|tensor| tensor.is_tracked());
+        fused_on(parents, embeddings, weights, labels, options, need)
     }
 
     fn protohead_total(loss: FloatTensor<Self>, alphas: Vec<f32>) -> FloatTensor<Self> {

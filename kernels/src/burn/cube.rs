@@ -96,16 +96,24 @@ fn losses(like: &CubeTensor, output: LossOutput) -> Losses<CubeBackend> {
     }
 }
 
-fn wanted([embeddings, weights]: [bool; 2]) -> Wanted {
+fn wanted([embeddings, weights, scale]: [bool; 3]) -> Wanted {
     Wanted {
         embeddings,
         weights,
+        scale,
     }
 }
 
 fn gradient(like: &CubeTensor, handle: Option<TensorHandle>) -> MaybeGrad<CubeBackend> {
     match handle {
         Some(handle) => MaybeGrad::Computed(tensor(like, handle, like.dtype)),
+        None => MaybeGrad::Skipped,
+    }
+}
+
+fn numbers(like: &CubeTensor, handle: Option<TensorHandle>) -> MaybeGrad<CubeBackend> {
+    match handle {
+        Some(handle) => MaybeGrad::Computed(tensor(like, handle, DType::F32)),
         None => MaybeGrad::Skipped,
     }
 }
@@ -124,6 +132,16 @@ impl ProtoheadOps for CubeBackend {
         };
         let output = checked(fused::forward(&embeddings.client, &inputs, &options));
         losses(&embeddings, output)
+    }
+
+    fn protohead_fused_with_scale(
+        embeddings: FloatTensor<Self>,
+        weights: FloatTensor<Self>,
+        _scale: FloatTensor<Self>,
+        rows: IntTensor<Self>,
+        options: fused::Options,
+    ) -> Losses<Self> {
+        Self::protohead_fused(embeddings, weights, rows, options)
     }
 
     fn protohead_total(loss: FloatTensor<Self>, alphas: Vec<f32>) -> FloatTensor<Self> {
@@ -224,8 +242,13 @@ impl ProtoheadGradOps for CubeBackend {
         weights: FloatTensor<Self>,
         rows: IntTensor<Self>,
         options: fused::Options,
-        need: [bool; 2],
-    ) -> (Losses<Self>, MaybeGrad<Self>, MaybeGrad<Self>) {
+        need: [bool; 3],
+    ) -> (
+        Losses<Self>,
+        MaybeGrad<Self>,
+        MaybeGrad<Self>,
+        MaybeGrad<Self>,
+    ) {
         let inputs = fused::Inputs {
             embeddings: operand(embeddings.clone()),
             weights: operand(weights),
@@ -242,6 +265,7 @@ impl ProtoheadGradOps for CubeBackend {
             losses(&embeddings, output),
             gradient(&embeddings, gradients.embeddings),
             gradient(&embeddings, gradients.weights),
+            numbers(&embeddings, gradients.scale),
         )
     }
 
@@ -251,8 +275,8 @@ impl ProtoheadGradOps for CubeBackend {
         weights: FloatTensor<Self>,
         rows: SavedRows<Self>,
         options: fused::Options,
-        need: [bool; 2],
-    ) -> (MaybeGrad<Self>, MaybeGrad<Self>) {
+        need: [bool; 3],
+    ) -> (MaybeGrad<Self>, MaybeGrad<Self>, MaybeGrad<Self>) {
         let inputs = fused::Inputs {
             embeddings: operand(embeddings.clone()),
             weights: operand(weights),
@@ -271,10 +295,21 @@ impl ProtoheadGradOps for CubeBackend {
             &Upstream::Loss(handle(into_contiguous(grad))),
             wanted(need),
         ));
+        let of_scale = gradients.scale.map(|by_head| {
+            let ones = vec![1.0; by_head.shape()[0]];
+            checked(total::forward(&embeddings.client, &by_head, &ones))
+        });
         (
             gradient(&embeddings, gradients.embeddings),
             gradient(&embeddings, gradients.weights),
+            numbers(&embeddings, of_scale),
         )
+    }
+
+    fn protohead_product(by_head: FloatTensor<Self>, with: FloatTensor<Self>) -> FloatTensor<Self> {
+        let [a, b] = [by_head.clone(), with].map(|tensor| handle(into_contiguous(tensor)));
+        let sum = checked(total::product(&by_head.client, &a, &b));
+        tensor(&by_head, sum, DType::F32)
     }
 
     fn protohead_total_backward(grad: FloatTensor<Self>, alphas: Vec<f32>) -> FloatTensor<Self> {
@@ -334,7 +369,7 @@ impl ProtoheadGradOps for CubeBackend {
             &inputs,
             &options,
             &operand(grad),
-            wanted(need),
+            wanted([need[0], need[1], false]),
         ));
         (
             gradient(&embeddings, gradients.embeddings),

@@ -5,11 +5,11 @@ use burn::module::{Initializer, Module, Param};
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor};
 
 use super::{
-    ClassMeans, ClassSums, CrossEntropy, Margin, class_means, cosine_cross_entropy,
-    cosine_cross_entropy_by_row, cosine_logits, float_dtype, predictions, together, total,
+    ClassMeans, ClassSums, CrossEntropy, Margin, class_means, cosine_logits, float_dtype,
+    fused_loss, predictions, reduced, together, total, value_of,
 };
 use crate::{
-    Error, LossOptions, class_means as means, cosine_cross_entropy as fused,
+    Error, LossOptions, Reduction, class_means as means, cosine_cross_entropy as fused,
     cosine_logits as logits,
 };
 
@@ -24,9 +24,12 @@ pub struct CosineHeadsConfig {
     pub dim: usize,
     /// K: the first classes, which take part; all if absent. 0, or more than C, is refused when the heads are used, not by `init`.
     pub active: Option<usize>,
-    /// The factor on the cosines.
+    /// The factor on the cosines; where it is learnt, what it begins with.
     #[config(default = 16.0)]
     pub scale: f64,
+    /// Whether the factor is learnt: a parameter, of which each use reads the value, and so waits for the step before.
+    #[config(default = false)]
+    pub learnt_scale: bool,
     /// The angular margin of the loss, in radians: see [`Margin`]. What is out of range is refused when a loss is computed.
     #[config(default = 0.0)]
     pub angular_margin: f64,
@@ -49,6 +52,10 @@ impl CosineHeadsConfig {
             }
             .init([self.heads, self.classes, self.dim], device),
             active: self.active.unwrap_or(self.classes),
+            learnt_scale: self.learnt_scale.then(|| {
+                let value = self.scale;
+                Initializer::Constant { value }.init([1], device)
+            }),
             scale: self.scale,
             angular_margin: self.angular_margin,
             cosine_margin: self.cosine_margin,
@@ -81,6 +88,8 @@ impl CosineHeadsConfig {
 pub struct CosineHeads {
     /// `[heads, classes, dim]`
     pub weight: Param<Tensor<3>>,
+    /// `[1]`: the factor on the cosines, if it is learnt.
+    pub learnt_scale: Option<Param<Tensor<1>>>,
     active: usize,
     scale: f64,
     angular_margin: f64,
@@ -109,8 +118,8 @@ impl HeadsLoss {
 }
 
 impl CosineHeads {
-    /// The configuration of these heads. A record holds only the class weights: save this with it, and load the record into
-    /// `config.init(device)`.
+    /// The configuration of these heads. A record holds only the class weights and a scale that is learnt: save this with it, and load
+    /// the record into `config.init(device)`.
     pub fn config(&self) -> CosineHeadsConfig {
         let [heads, classes, dim] = self.weight.dims();
         CosineHeadsConfig {
@@ -119,6 +128,7 @@ impl CosineHeads {
             dim,
             active: Some(self.active),
             scale: self.scale,
+            learnt_scale: self.learnt_scale.is_some(),
             angular_margin: self.angular_margin,
             cosine_margin: self.cosine_margin,
             allow_tf32: self.allow_tf32,
@@ -130,14 +140,31 @@ impl CosineHeads {
         self.active
     }
 
-    /// The factor on the cosines.
-    pub fn scale(&self) -> f64 {
-        self.scale
+    /// The factor on the cosines. Where it is learnt, this waits for what computes it.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if it cannot be read.
+    pub fn scale(&self) -> Result<f64, Error> {
+        match &self.learnt_scale {
+            Some(learnt) => value_of(&learnt.val()).map(f64::from),
+            None => Ok(self.scale),
+        }
     }
 
-    /// Another factor on the cosines, as where the temperature follows a schedule. What is not finite is refused at use.
+    /// Another factor on the cosines, as where the temperature follows a schedule, from which one that is learnt goes on. What is not
+    /// finite is refused at use.
     pub fn with_scale(self, scale: f64) -> Self {
-        Self { scale, ..self }
+        let learnt_scale = self.learnt_scale.map(|learnt| {
+            learnt.map(|before| {
+                let now = before.clone().detach().full_like(scale);
+                now.set_require_grad(before.is_require_grad())
+            })
+        });
+        Self {
+            scale,
+            learnt_scale,
+            ..self
+        }
     }
 
     /// The margin of the loss.
@@ -170,19 +197,57 @@ impl CosineHeads {
         Ok(self)
     }
 
+    /// These heads with room for so many classes: those that there are, and new ones drawn as by [`CosineHeadsConfig::init`], which take
+    /// no part before [`with_active`](Self::with_active) says so. The class weights become another parameter, of which an optimizer
+    /// knows nothing yet.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if there are more classes already.
+    pub fn with_classes(self, classes: usize) -> Result<Self, Error> {
+        let [heads, now, dim] = self.weight.dims();
+        if classes < now {
+            return Err(Error::Shape {
+                operand: "class weights",
+                got: vec![heads, classes, dim],
+                expected: format!("at least the {now} classes that there are"),
+            });
+        }
+        if classes == now {
+            return Ok(self);
+        }
+        let before = self.weight.val();
+        let config = CosineHeadsConfig::new(heads, classes - now, dim);
+        let new = config.init(&before.device()).weight.val();
+        let new = new.detach().cast(FloatDType::from(before.dtype()));
+        let all = Tensor::cat(vec![before.clone().detach(), new], 1);
+        let all = all.detach().set_require_grad(before.is_require_grad());
+        Ok(Self {
+            weight: Param::from_tensor(all),
+            ..self
+        })
+    }
+
     /// Logits `[heads, rows, active]` of `embeddings [heads, rows, dim]`.
     ///
     /// # Errors
     /// A typed [`Error`] if the embeddings do not fit.
     pub fn forward(&self, embeddings: Tensor<3>) -> Result<Tensor<3>, Error> {
-        let options = logits::Options {
-            scale: self.scale as f32,
+        let of = |scale: f64| logits::Options {
+            scale: scale as f32,
             active: Some(self.active),
             allow_tf32: self.allow_tf32,
             ..logits::Options::default()
         };
         let weights = self.weights_for(&embeddings)?;
-        cosine_logits(embeddings, weights, &options)
+        match &self.learnt_scale {
+            None => cosine_logits(embeddings, weights, &of(self.scale)),
+            Some(learnt) => {
+                let scale = learnt.val();
+                together("scale", &scale.device(), &embeddings.device())?;
+                let scale = scale.cast(FloatDType::from(embeddings.dtype()));
+                Ok(cosine_logits(embeddings, weights, &of(1.0))? * scale.unsqueeze())
+            }
+        }
     }
 
     /// The class of the highest logit of each row, `[heads, rows]`, in memory that does not grow with rows × classes.
@@ -190,11 +255,15 @@ impl CosineHeads {
     /// # Errors
     /// A typed [`Error`] if the embeddings do not fit.
     pub fn predict(&self, embeddings: Tensor<3>) -> Result<Tensor<2, Int>, Error> {
-        let options = self.fused_options(LossOptions::default());
+        let options = fused::Options {
+            scale: self.scale()? as f32,
+            ..self.fused_options(LossOptions::default())
+        };
         let weights = self.weights_for(&embeddings)?;
         predictions(embeddings, weights, &options)
     }
 
+    /// With the scale that is given; one that is learnt goes beside them.
     fn fused_options(&self, loss: LossOptions) -> fused::Options {
         fused::Options {
             scale: self.scale as f32,
@@ -240,8 +309,8 @@ impl CosineHeads {
             head_weights: None,
             ..options.clone()
         });
-        let weights = self.weights_for(&embeddings)?;
-        let heads = cosine_cross_entropy(embeddings, weights, labels, &unweighted)?;
+        reduced(&unweighted.loss)?;
+        let heads = self.fused(embeddings, labels, &unweighted)?;
         let alphas = options.head_weights.clone();
         let alphas = alphas.unwrap_or_else(|| vec![1.0; count]);
         let total = total(heads.loss.clone(), alphas);
@@ -249,7 +318,7 @@ impl CosineHeads {
     }
 
     /// The loss of each row of each head, `[heads, rows]`, to be reduced otherwise than [`loss`](Self::loss) does: see
-    /// [`cosine_cross_entropy_by_row`]. The gradients are computed in the backward pass.
+    /// [`cosine_cross_entropy_by_row`](super::cosine_cross_entropy_by_row). The gradients are computed in the backward pass.
     ///
     /// # Errors
     /// A typed [`Error`] if the operands do not fit, or there are head weights: multiply the result by them instead.
@@ -259,9 +328,20 @@ impl CosineHeads {
         labels: Tensor<1, Int>,
         options: &LossOptions,
     ) -> Result<CrossEntropy<2>, Error> {
+        let mut options = self.fused_options(options.clone());
+        options.loss.reduction = Reduction::None;
+        self.fused(embeddings, labels, &options)
+    }
+
+    fn fused<const D: usize>(
+        &self,
+        embeddings: Tensor<3>,
+        labels: Tensor<1, Int>,
+        options: &fused::Options,
+    ) -> Result<CrossEntropy<D>, Error> {
         let weights = self.weights_for(&embeddings)?;
-        let options = self.fused_options(options.clone());
-        cosine_cross_entropy_by_row(embeddings, weights, labels, &options)
+        let scale = self.learnt_scale.as_ref().map(|learnt| learnt.val());
+        fused_loss(embeddings, weights, scale, labels, options)
     }
 
     /// These heads with the first `active` class weights of every head replaced by the means of `embeddings [heads, rows, dim]` by label. A class

@@ -25,7 +25,7 @@ pub use heads::{CosineHeads, CosineHeadsConfig, HeadsLoss};
 pub use sums::{ClassMeans, ClassSums, class_means};
 
 use burn::backend::Dispatch;
-use burn::tensor::{DType, Int, Tensor};
+use burn::tensor::{DType, FloatDType, Int, Tensor};
 
 use crate::loss::target::joined;
 use crate::operand::{F32, allocatable, count};
@@ -140,7 +140,23 @@ pub fn cosine_cross_entropy(
     options: &fused::Options,
 ) -> Result<CrossEntropy<1>, Error> {
     reduced(&options.loss)?;
-    fused_loss(embeddings, weights, labels, options)
+    fused_loss(embeddings, weights, None, labels, options)
+}
+
+/// [`cosine_cross_entropy`] with a scale that is learnt, `scale [1]`, whose value takes the place of the options': to read it, the
+/// call waits for what computes it. Its gradient costs what that of the embeddings does.
+///
+/// # Errors
+/// As [`cosine_cross_entropy`]; and if the scale is not one number, or 0.
+pub fn cosine_cross_entropy_with_scale(
+    embeddings: Tensor<3>,
+    weights: Tensor<3>,
+    scale: Tensor<1>,
+    labels: Tensor<1, Int>,
+    options: &fused::Options,
+) -> Result<CrossEntropy<1>, Error> {
+    reduced(&options.loss)?;
+    fused_loss(embeddings, weights, Some(scale), labels, options)
 }
 
 /// Proves that a loss is one number a head.
@@ -184,16 +200,25 @@ pub fn cosine_cross_entropy_by_row(
 ) -> Result<CrossEntropy<2>, Error> {
     let mut options = options.clone();
     options.loss.reduction = Reduction::None;
-    fused_loss(embeddings, weights, labels, &options)
+    fused_loss(embeddings, weights, None, labels, &options)
 }
 
 fn fused_loss<const D: usize>(
     embeddings: Tensor<3>,
     weights: Tensor<3>,
+    scale: Option<Tensor<1>>,
     labels: Tensor<1, Int>,
     options: &fused::Options,
 ) -> Result<CrossEntropy<D>, Error> {
     let [heads, rows, _] = embeddings.dims();
+    let mut options = options.clone();
+    if let Some(scale) = &scale {
+        together("scale", &scale.device(), &embeddings.device())?;
+        together("scale", &scale.device(), &weights.device())?;
+        options.scale = value_of(scale)?;
+        crate::scale::validate(options.scale, crate::Wanted::ALL)?;
+    }
+    options.strategy = Strategy::Inferred;
     let active = product_operands(
         &embeddings,
         &weights,
@@ -206,16 +231,32 @@ fn fused_loss<const D: usize>(
     row_labels(&labels, rows, &embeddings.device())?;
     // The embeddings may have no gradient, and so nothing that the labels differ from.
     together("labels", &labels.device(), &weights.device())?;
-    let results = <Dispatch as ProtoheadOps>::protohead_fused(
-        embeddings.into_dispatch(),
-        weights.into_dispatch(),
-        labels.clone().into_dispatch(),
-        fused::Options {
-            strategy: Strategy::Inferred,
-            ..options.clone()
-        },
-    );
+    let (x, w) = (embeddings.into_dispatch(), weights.into_dispatch());
+    let y = labels.clone().into_dispatch();
+    let results = match scale {
+        None => Dispatch::protohead_fused(x, w, y, options),
+        Some(scale) => {
+            // Its gradient is f32, whatever the parameter is.
+            let scale = scale.cast(FloatDType::F32).into_dispatch();
+            Dispatch::protohead_fused_with_scale(x, w, scale, y, options)
+        }
+    };
     Ok(CrossEntropy::new(results, labels, active))
+}
+
+/// The value of a scale that is learnt, as the device has it.
+fn value_of(scale: &Tensor<1>) -> Result<f32, Error> {
+    if scale.dims() != [1] {
+        return Err(Error::Shape {
+            operand: "scale",
+            got: scale.dims().to_vec(),
+            expected: "[1]".into(),
+        });
+    }
+    let values = scale.clone().detach().try_into_vec_as::<f32>();
+    let values = values.map_err(Error::device)?;
+    let few = || Error::Device("a read returned too few numbers".into());
+    values.first().copied().ok_or_else(few)
 }
 
 /// The class of the highest logit of each row, `[heads, rows]`, in memory that does not grow with rows × classes. The options of the

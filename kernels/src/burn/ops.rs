@@ -6,8 +6,9 @@ use burn::backend::{Backend, ExtensionType, backend_extension};
 #[cfg(feature = "burn")]
 use super::specs::{
     class_means_spec, class_sums_spec, cross_entropy_grad_spec, cross_entropy_spec,
-    fused_at_once_spec, fused_grad_spec, fused_spec, logits_grad_spec, logits_spec,
-    reconstruction_grad_spec, reconstruction_spec, scaled_spec, total_grad_spec, total_spec,
+    fused_at_once_spec, fused_grad_spec, fused_spec, fused_with_scale_spec, logits_grad_spec,
+    logits_spec, product_spec, reconstruction_grad_spec, reconstruction_spec, scaled_spec,
+    total_grad_spec, total_spec,
 };
 use super::sums::State;
 use crate::{cosine_cross_entropy as fused, cosine_logits as logits, cross_entropy};
@@ -26,6 +27,12 @@ impl<B: Backend> MaybeGrad<B> {
             Self::Skipped => None,
             Self::Computed(gradient) => Some(gradient),
         }
+    }
+}
+
+impl<B: Backend> From<Option<FloatTensor<B>>> for MaybeGrad<B> {
+    fn from(gradient: Option<FloatTensor<B>>) -> Self {
+        gradient.map_or(Self::Skipped, Self::Computed)
     }
 }
 
@@ -88,6 +95,17 @@ pub(super) trait ProtoheadOps: Backend {
         options: fused::Options,
     ) -> Losses<Self>;
 
+    /// The same, differentiable by `scale [1]` too, whose value the options have.
+    #[fusion(meta = fused_with_scale_spec)]
+    #[allow(unused_variables)]
+    fn protohead_fused_with_scale(
+        embeddings: FloatTensor<Self>,
+        weights: FloatTensor<Self>,
+        scale: FloatTensor<Self>,
+        labels: IntTensor<Self>,
+        options: fused::Options,
+    ) -> Losses<Self>;
+
     /// The weighted sum of the losses by head.
     #[fusion(meta = total_spec)]
     #[allow(unused_variables)]
@@ -140,7 +158,7 @@ pub(super) trait ProtoheadOps: Backend {
 /// What the autodiff backend asks of the one that it wraps.
 #[backend_extension(Fusion: cfg(feature = "burn"))]
 pub(super) trait ProtoheadGradOps: Backend {
-    /// The results, and the gradients of each head's loss.
+    /// The results, and the gradients of each head's loss: of the embeddings, the class weights, and the head's scale, `[heads]`.
     #[fusion(meta = fused_at_once_spec)]
     #[allow(unused_variables)]
     fn protohead_fused_at_once(
@@ -148,9 +166,15 @@ pub(super) trait ProtoheadGradOps: Backend {
         weights: FloatTensor<Self>,
         labels: IntTensor<Self>,
         options: fused::Options,
-        need: [bool; 2],
-    ) -> (Losses<Self>, MaybeGrad<Self>, MaybeGrad<Self>);
+        need: [bool; 3],
+    ) -> (
+        Losses<Self>,
+        MaybeGrad<Self>,
+        MaybeGrad<Self>,
+        MaybeGrad<Self>,
+    );
 
+    /// The gradients of the embeddings, the class weights, and the scale, `[1]`.
     #[fusion(meta = fused_grad_spec)]
     #[allow(unused_variables)]
     fn protohead_fused_backward(
@@ -159,8 +183,8 @@ pub(super) trait ProtoheadGradOps: Backend {
         weights: FloatTensor<Self>,
         #[extension_type] saved: SavedRows<Self>,
         options: fused::Options,
-        need: [bool; 2],
-    ) -> (MaybeGrad<Self>, MaybeGrad<Self>);
+        need: [bool; 3],
+    ) -> (MaybeGrad<Self>, MaybeGrad<Self>, MaybeGrad<Self>);
 
     #[fusion(meta = total_grad_spec)]
     #[allow(unused_variables)]
@@ -173,6 +197,11 @@ pub(super) trait ProtoheadGradOps: Backend {
         gradient: FloatTensor<Self>,
         by_head: FloatTensor<Self>,
     ) -> FloatTensor<Self>;
+
+    /// The sum of the products of two numbers a head, `[1]`.
+    #[fusion(meta = product_spec)]
+    #[allow(unused_variables)]
+    fn protohead_product(by_head: FloatTensor<Self>, with: FloatTensor<Self>) -> FloatTensor<Self>;
 
     #[fusion(meta = cross_entropy_grad_spec)]
     #[allow(unused_variables)]

@@ -18,17 +18,34 @@ pub(super) fn fused_spec(
     loss_spec(embeddings, options.loss.reduction)
 }
 
+pub(super) fn fused_with_scale_spec(
+    embeddings: &TensorSpec,
+    _weights: &TensorSpec,
+    _scale: &TensorSpec,
+    _labels: &TensorSpec,
+    options: &fused::Options,
+) -> LossesMetadata {
+    loss_spec(embeddings, options.loss.reduction)
+}
+
 pub(super) fn fused_at_once_spec(
     embeddings: &TensorSpec,
     weights: &TensorSpec,
     _labels: &TensorSpec,
     options: &fused::Options,
-    need: &[bool; 2],
-) -> (LossesMetadata, MaybeGradMetadata, MaybeGradMetadata) {
+    need: &[bool; 3],
+) -> (
+    LossesMetadata,
+    MaybeGradMetadata,
+    MaybeGradMetadata,
+    MaybeGradMetadata,
+) {
+    let by_head = TensorSpec::new(Shape::new([embeddings.shape[0]]), DType::F32);
     (
         loss_spec(embeddings, options.loss.reduction),
         maybe(need[0], embeddings),
         maybe(need[1], weights),
+        maybe(need[2], &by_head),
     )
 }
 
@@ -81,7 +98,7 @@ pub(super) fn reconstruction_spec(
     _first: &TensorSpec,
     _second: &TensorSpec,
 ) -> TensorSpec {
-    TensorSpec::new(Shape::new([1]), DType::F32)
+    number()
 }
 
 pub(super) fn class_sums_spec(
@@ -121,9 +138,13 @@ pub(super) fn fused_grad_spec(
     weights: &TensorSpec,
     _saved: &SavedRowsMetadata,
     _options: &fused::Options,
-    need: &[bool; 2],
-) -> (MaybeGradMetadata, MaybeGradMetadata) {
-    (maybe(need[0], embeddings), maybe(need[1], weights))
+    need: &[bool; 3],
+) -> (MaybeGradMetadata, MaybeGradMetadata, MaybeGradMetadata) {
+    (
+        maybe(need[0], embeddings),
+        maybe(need[1], weights),
+        maybe(need[2], &number()),
+    )
 }
 
 pub(super) fn logits_grad_spec(
@@ -151,6 +172,14 @@ pub(super) fn scaled_spec(gradient: &TensorSpec, _by_head: &TensorSpec) -> Tenso
 }
 
 pub(super) fn total_spec(_loss: &TensorSpec, _alphas: &[f32]) -> TensorSpec {
+    number()
+}
+
+pub(super) fn product_spec(_by_head: &TensorSpec, _with: &TensorSpec) -> TensorSpec {
+    number()
+}
+
+fn number() -> TensorSpec {
     TensorSpec::new(Shape::new([1]), DType::F32)
 }
 

@@ -1,4 +1,4 @@
-//! The weighted sum of the heads' losses. Burn's own sum would tune itself for ten seconds at its first call.
+//! The weighted sum of numbers by head. Burn's own sum would tune itself for ten seconds at its first call.
 
 use cubecl::client::Client;
 use cubecl::prelude::*;
@@ -16,19 +16,36 @@ pub(super) fn forward(
     alphas: &[f32],
 ) -> Result<TensorHandle, Error> {
     contiguous(client, "loss", loss, &[alphas.len()], F32)?;
+    Ok(sum(client, loss, upload(client, alphas)))
+}
+
+/// `Σ_h a_h · b_h`, `[1]`, of two tensors `[heads]`.
+pub(super) fn product(
+    client: &Client,
+    a: &TensorHandle,
+    b: &TensorHandle,
+) -> Result<TensorHandle, Error> {
+    let heads = a.shape().iter().product();
+    contiguous(client, "gradient by head", a, &[heads], F32)?;
+    contiguous(client, "upstream gradient", b, &[heads], F32)?;
+    Ok(sum(client, a, whole(b, 1)))
+}
+
+/// Of proved values, with a weight for each.
+fn sum(client: &Client, values: &TensorHandle, weights: BufferArg) -> TensorHandle {
     let out = empty(client, [1], F32);
-    // SAFETY: the loss is proved, and there is a weight for each head.
+    // SAFETY: the callers proved values and weights.
     unsafe {
         total::launch_unchecked(
             client,
             CubeCount::new_single(),
             CubeDim::new_single(),
-            whole(loss, 1),
-            upload(client, alphas),
+            whole(values, 1),
+            weights,
             whole(&out, 1),
         );
     }
-    Ok(out)
+    out
 }
 
 /// The gradient of the loss by head, `α_h · grad`, of `grad [1]`.

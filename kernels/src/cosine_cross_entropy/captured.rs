@@ -16,7 +16,8 @@ use crate::loss::{LossOutput, Upstream};
 /// again: on CUDA a replay is one graph launch, on wgpu prepared dispatches. On a device that records no graphs, such as a
 /// CPU, a replay is the ordinary call.
 ///
-/// Write new embeddings, weights or labels into the handles of [`inputs`](Self::inputs) before a replay. After it, call
+/// Write new embeddings, weights or labels into the handles of [`inputs`](Self::inputs) before a replay; the options, and with them the
+/// scale, stay. After it, call
 /// [`output`](Self::output) and [`gradients`](Self::gradients) again: where the step was recorded they are the same buffers each
 /// time, otherwise new ones. The gradients have the same bits as those of [`forward_backward`].
 ///

@@ -36,7 +36,7 @@ pub struct Inputs {
 #[serde(default, deny_unknown_fields)]
 pub struct Options {
     /// The factor on the cosines, the inverse temperature: 16 by default. Any finite number, though logits beyond f32 are infinite; more
-    /// than 0 with a margin. It has no gradient.
+    /// than 0 with a margin, and not 0 where its gradient is wanted.
     pub scale: f32,
     /// K: only the classes `0..K` take part; all of them if absent.
     pub active: Option<usize>,
@@ -123,7 +123,7 @@ pub fn predictions(
     Ok(call.forward()?.predictions)
 }
 
-/// The gradients of the operands, from the output of [`forward`]. It can be called more than once.
+/// The gradients of the operands and of the scale, from the output of [`forward`]. It can be called more than once.
 ///
 /// Inputs, scale, margin, active classes, ignored label, and on a GPU `allow_tf32` and the variant's arithmetic must be those of the forward
 /// pass, which of the inputs is not checked. Reduction, label smoothing and head weights may differ.
@@ -153,19 +153,21 @@ pub(crate) fn backward_from(
 ) -> Result<Gradients, Error> {
     let call = Call::new(client, inputs, options)?;
     saved.prove(client, &call.asked())?;
-    call.problem.check_gradients(client, wanted)?;
+    call.problem
+        .check_gradients(client, options.scale, wanted)?;
     let arriving = call.arriving(upstream)?;
     if !wanted.any() {
         return Ok(Gradients::default());
     }
-    Ok(match call.kernels {
+    let gradients = match call.kernels {
         Kernels::Tiled(tile) => {
             let chunks = tiled::backward_chunks(&call, tile);
             call.gpu_backward(&chunks, None, saved, &arriving, wanted)
         }
         Kernels::Small => call.small(Some((&arriving, wanted))).1,
         Kernels::Unit => call.unit_backward(saved, &arriving, wanted)?,
-    })
+    };
+    Ok(gradients.only(wanted))
 }
 
 /// [`forward`] and [`backward`] in one, for when the upstream gradient is known beforehand, as it is where the loss itself
@@ -373,19 +375,21 @@ impl<'a> Call<'a> {
         arriving: &Arriving,
         wanted: Wanted,
     ) -> Result<(LossOutput, Gradients), Error> {
-        self.problem.check_gradients(self.client, wanted)?;
-        Ok(match self.kernels {
+        self.problem
+            .check_gradients(self.client, self.options.scale, wanted)?;
+        let (output, gradients) = match self.kernels {
             Kernels::Tiled(tile) => self.gpu_forward_backward(tile, arriving, wanted)?,
             Kernels::Small => self.small(Some((arriving, wanted))),
-            Kernels::Unit => {
-                if let Some(both) = self.unit_forward_backward(arriving, wanted)? {
-                    return Ok(both);
+            Kernels::Unit => match self.unit_forward_backward(arriving, wanted)? {
+                Some(both) => both,
+                None => {
+                    let output = self.unit_forward()?;
+                    let gradients = self.unit_backward(&output.saved(), arriving, wanted)?;
+                    (output, gradients)
                 }
-                let output = self.unit_forward()?;
-                let gradients = self.unit_backward(&output.saved(), arriving, wanted)?;
-                (output, gradients)
-            }
-        })
+            },
+        };
+        Ok((output, gradients.only(wanted)))
     }
 
     /// Both passes, or the first without gradients: the second alone would have to compute all of the first.
@@ -458,7 +462,8 @@ impl<'a> Call<'a> {
         arriving: &Arriving,
         wanted: Wanted,
     ) -> Gradients {
-        let rows = tiled::gather_rows(self, chunks.tile.packed, saved, arriving);
+        let packed = chunks.tile.packed;
+        let rows = tiled::gather_rows(self, packed, saved, arriving, wanted.scale);
         let gradients = self.gradients(wanted);
         tiled::launch_backward(self, chunks, kept, &rows, &gradients);
         gradients

@@ -19,9 +19,11 @@
 //! g  = u · (e^(z − lse) − t)
 //! dx̂ = scale Σ_c g ŵ_c      dx = (dx̂ − x̂ (x̂·dx̂)) / ‖x‖        (dx̂ / 1e-12 where the norm was clamped)
 //! dŵ = scale Σ_n g x̂_n      dw likewise
+//! ds = Σ_n Σ_c g · x̂_n · ŵ_c                     the gradient of the scale, of each head
 //! ```
 //!
-//! With a margin `g[y]` is also multiplied by the slope, `cos m + sin m · cos θ / sin θ`, or 1 where `θ + m` passes π.
+//! With a margin `g[y]` is also multiplied by the slope, `cos m + sin m · cos θ / sin θ`, or 1 where `θ + m` passes π; not in `ds`, where
+//! the cosine of a row's own class is what it counts as.
 //!
 //! Of a row whose norm passes f32 (from about 1.8e19 on) logits and gradient are 0 or NaN.
 //!
@@ -34,7 +36,7 @@
 //! | device | |
 //! |---|---|
 //! | CPU | 60 MiB, or 8 MiB a core if that is more. More only if a panel of rows and 32 classes for each core do not fit; and in f16 and bf16 if a head's rows do not fit: its weight gradients are then carried in f32 |
-//! | GPU | 160 MiB for everything with a class axis, or one tile of classes × all rows if that is more; a copy of the embeddings and their gradient in f32, rows and columns padded to whole tiles of 64 or 128; `12·H·N` bytes (`16` with label smoothing) for each part that a row's softmax is found in, and `8·H·N` for the targets' logits; up to 32 MiB for either operand where its gradient is summed in parts |
+//! | GPU | 160 MiB for everything with a class axis, or one tile of classes × all rows if that is more; a copy of the embeddings and their gradient in f32, rows and columns padded to whole tiles of 64 or 128; `12·H·N` bytes (`16` with label smoothing) for each part that a row's softmax is found in, and `8·H·N` for the targets' logits; `4·H·N` with the scale's gradient, twice with a margin; up to 32 MiB for either operand where its gradient is summed in parts |
 //! | GPU, a small step | the logit gradients, at most 32 MiB |
 //!
 //! Every output element has one owner that adds in a fixed order, so the same input gives the same bits on the same device.

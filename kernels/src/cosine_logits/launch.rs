@@ -82,9 +82,9 @@ pub fn forward(client: &Client, inputs: &Inputs, options: &Options) -> Result<Te
     Ok(logits)
 }
 
-/// The gradients of the operands from `grad_logits [heads, rows, K]`, of their dtype, the last axis packed.
+/// The gradients of the operands and of the scale from `grad_logits [heads, rows, K]`, of the operands' dtype, the last axis packed.
 ///
-/// A gradient that is not asked for costs nothing.
+/// A gradient of an operand that is not asked for costs nothing; the scale's costs what the embeddings' does.
 ///
 /// # Errors
 /// A typed [`Error`], before anything is launched.
@@ -118,18 +118,19 @@ pub fn backward(
             expected: format!("{}, like the embeddings", problem.embeddings.dtype()),
         });
     }
-    problem.check_gradients(client, wanted)?;
+    problem.check_gradients(client, options.scale, wanted)?;
     let gradients = problem.gradients(client, wanted);
     if !wanted.any() {
         return Ok(gradients);
     }
-    if let Some(tile) = call.blueprint.product {
-        tiled::launch_backward(&call, tile, &upstream, options.scale, &gradients);
-        return Ok(gradients);
+    match call.blueprint.product {
+        Some(tile) => tiled::launch_backward(&call, tile, &upstream, options.scale, &gradients),
+        None => {
+            addressable("the workspace", unit::scratch(&call.blueprint, &sizes))?;
+            unit::launch_backward(&call, &upstream, options.scale, &gradients);
+        }
     }
-    addressable("the workspace", unit::scratch(&call.blueprint, &sizes))?;
-    unit::launch_backward(&call, &upstream, options.scale, &gradients);
-    Ok(gradients)
+    Ok(gradients.only(wanted))
 }
 
 /// A call whose operands are proved.

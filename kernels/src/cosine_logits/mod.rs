@@ -5,6 +5,7 @@
 //! ```text
 //! dx̂ = scale Σ_c dz ŵ_c      dx = (dx̂ − x̂ (x̂·dx̂)) / ‖x‖        (dx̂ / 1e-12 where the norm was clamped)
 //! dŵ = scale Σ_n dz x̂_n      dw likewise
+//! ds = Σ_n Σ_c dz · x̂_n · ŵ_c                    the gradient of the scale, of each head
 //! ```
 //!
 //! Memory beside the outputs: on a CPU f32 copies of the embeddings and of the active class weights, rows and columns padded to whole

@@ -8,8 +8,9 @@ use cubecl::std::tensor::TensorHandle;
 use crate::blueprint::Blueprint;
 use crate::error::Error;
 use crate::gradients::{Gradients, Wanted};
-use crate::memory::empty_beside;
+use crate::memory::{empty, empty_beside};
 use crate::operand::{F32, Strided, addressable, addressed, allocatable, count};
+use crate::scale;
 
 /// Embeddings and class weights that belong together.
 pub(crate) struct CosineProblem {
@@ -118,9 +119,17 @@ impl CosineProblem {
             .min(self.weights.vector_size(blueprint))
     }
 
-    /// Refuses gradients that no buffer holds: they are stored whole, whatever the strides of the operands are.
-    pub(crate) fn check_gradients(&self, client: &Client, wanted: Wanted) -> Result<(), Error> {
+    /// Refuses gradients that no buffer holds, since they are stored whole, whatever the strides of the operands are; and that of a scale
+    /// from which it cannot be found.
+    pub(crate) fn check_gradients(
+        &self,
+        client: &Client,
+        scale: f32,
+        wanted: Wanted,
+    ) -> Result<(), Error> {
         let dtype = self.embeddings.dtype();
+        scale::validate(scale, wanted)?;
+        let wanted = wanted.computed();
         if wanted.embeddings {
             let elements = count(self.embeddings.shape());
             allocatable(client, "the gradient of the embeddings", elements, dtype)?;
@@ -132,13 +141,15 @@ impl CosineProblem {
         Ok(())
     }
 
-    /// Room for the gradients that are asked for.
+    /// Room for the gradients that are asked for, and for what they come from.
     pub(crate) fn gradients(&self, client: &Client, wanted: Wanted) -> Gradients {
         let dtype = self.embeddings.dtype();
         let room = |shape| empty_beside(client, shape, dtype, self.largest_operand());
+        let wanted = wanted.computed();
         Gradients {
             embeddings: wanted.embeddings.then(|| room(self.embeddings.shape())),
             weights: wanted.weights.then(|| room(self.weights.shape())),
+            scale: wanted.scale.then(|| empty(client, [self.sizes.heads], F32)),
         }
     }
 

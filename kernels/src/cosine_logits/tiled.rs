@@ -56,6 +56,8 @@ pub(super) fn launch_backward(
     let backward = Backward {
         chunks: &chunks,
         factors,
+        scale,
+        of_margin: None,
         gradients,
     };
     let vector = upstream.vector_size(&call.blueprint);

@@ -5,19 +5,23 @@ use cubecl::server::Handle;
 
 use super::Tile;
 use super::chunks::{Chunks, GradientChunk};
-use super::pack::finish_chunk;
+use super::pack::{ScaleRows, Unfinished, finish_chunk};
 use super::product::tile_product;
 use super::results::{column_of, place, result_of, row_of};
 use super::stage::{Lies, Source};
 use crate::Gradients;
 use crate::blueprint::cubes_for;
 use crate::math::parts::{add_parts, parts_of_sums, slots};
+use crate::scale;
 
 /// A backward pass.
 pub(crate) struct Backward<'a> {
     pub chunks: &'a Chunks<'a>,
     /// f32 `[heads]`: what the products are multiplied with in the end.
     pub factors: Handle,
+    pub scale: f32,
+    /// f32 `[heads, rows_padded]`: what a margin adds to the gradient of the scale, over the head's factor.
+    pub of_margin: Option<Handle>,
     /// Where the gradients go.
     pub gradients: &'a Gradients,
 }
@@ -90,37 +94,53 @@ impl Backward<'_> {
                     true => chunks.problem.classes - first,
                     false => chunk.classes,
                 };
-                finish_chunk(
-                    chunks.client,
-                    chunks.blueprint,
-                    &chunks.problem.weights,
+                let classes = Unfinished {
+                    operand: &chunks.problem.weights,
                     first,
-                    chunk.classes,
                     count,
-                    sums,
-                    chunk.padded,
-                    dim,
-                    &self.factors,
-                    grad,
-                );
+                    real: chunk.classes,
+                    gradient: sums,
+                    padded: chunk.padded,
+                    dim_padded: dim,
+                    factors: &self.factors,
+                    of_scale: None,
+                };
+                finish_chunk(chunks.client, chunks.blueprint, &classes, grad);
             }
             before = Some(of);
         }
         if let Some((grad, sums, parts)) = &for_rows {
             add_parts(chunks.client, sums, heads * rows * dim, *parts);
-            finish_chunk(
-                chunks.client,
-                chunks.blueprint,
-                &chunks.problem.embeddings,
-                0,
-                sizes.rows,
-                sizes.rows,
-                sums,
-                rows,
-                dim,
-                &self.factors,
-                grad,
-            );
+            let of_scale = self.gradients.scale.as_ref().map(|grad| {
+                let rows = ScaleRows {
+                    rows: chunks.client.empty(heads * sizes.rows * float),
+                    of_margin: self.of_margin.clone(),
+                };
+                (grad, rows)
+            });
+            let embeddings = Unfinished {
+                operand: &chunks.problem.embeddings,
+                first: 0,
+                count: sizes.rows,
+                real: sizes.rows,
+                gradient: sums,
+                padded: rows,
+                dim_padded: dim,
+                factors: &self.factors,
+                of_scale: of_scale.as_ref().map(|(_, rows)| rows),
+            };
+            finish_chunk(chunks.client, chunks.blueprint, &embeddings, grad);
+            if let Some((grad, of_rows)) = &of_scale {
+                let (client, blueprint) = (chunks.client, chunks.blueprint);
+                scale::launch(
+                    client,
+                    blueprint,
+                    &of_rows.rows,
+                    sizes.rows,
+                    self.scale,
+                    grad,
+                );
+            }
         }
     }
 

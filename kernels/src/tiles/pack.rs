@@ -135,42 +135,83 @@ fn pack<F: Float, P: Float, M: Size>(
     }
 }
 
-/// The gradients of rows `first .. first + count` of every head, of which `real` take part and the others get zeros:
-/// `factor[head]` times the gradient, through the normalization.
-#[allow(clippy::too_many_arguments)] // a range, its gradient, where it goes
+/// Rows of an operand and the gradients of their unit rows.
+pub(super) struct Unfinished<'a> {
+    pub operand: &'a Strided,
+    /// The operand's rows `first .. first + count` of every head,
+    pub first: usize,
+    pub count: usize,
+    /// of which so many take part, and the others get zeros.
+    pub real: usize,
+    /// f32, `[heads, padded, dim_padded]`
+    pub gradient: &'a Handle,
+    pub padded: usize,
+    pub dim_padded: usize,
+    /// f32, `[heads]`: what the gradients are multiplied with.
+    pub factors: &'a Handle,
+    /// What the gradient of the scale wants of them.
+    pub of_scale: Option<&'a ScaleRows>,
+}
+
+/// What rows have of the gradient of the scale.
+pub(super) struct ScaleRows {
+    /// f32, `[heads, rows]`: all that they have, times the scale.
+    pub rows: Handle,
+    /// f32, `[heads, padded]`: what a margin adds, over the head's factor.
+    pub of_margin: Option<Handle>,
+}
+
+/// The gradients of the rows, through the normalization, into `grad [heads, rows of the operand, dim]`.
 pub(super) fn finish_chunk(
     client: &Client,
     blueprint: &Blueprint,
-    operand: &Strided,
-    first: usize,
-    real: usize,
-    count: usize,
-    gradient: &Handle, // f32, [heads, padded, dim_padded]
-    padded: usize,
-    dim_padded: usize,
-    factors: &Handle,    // f32, [heads]
-    grad: &TensorHandle, // [heads, rows of the operand, dim], overwritten
+    from: &Unfinished,
+    grad: &TensorHandle,
 ) {
+    let operand = from.operand;
     let [heads, stored, dim] = operand.dims3();
     let vector = operand.vector_size(blueprint);
     let group = Group::of(blueprint, dim / vector);
-    let elements = heads * padded * dim_padded;
-    // SAFETY: `Strided` proved the operand, whose shape `grad` has; the gradient has whole rows for all that are real.
+    let columns = from.dim_padded / vector;
+    let f32s = |handle: &Handle, count: usize| {
+        // SAFETY: every buffer has the length of its comment.
+        unsafe { BufferArg::from_raw_parts(handle.clone(), count) }
+    };
+    let of_margin = from.of_scale.and_then(|scale| scale.of_margin.as_ref());
+    // SAFETY: `Strided` proved the operand, whose shape `grad` has; the gradient has whole rows for all that are real; what is not
+    // there is neither read nor written.
     unsafe {
         finish::launch_unchecked(
             client,
-            group.cubes(client, heads * count),
+            group.cubes(client, heads * from.count),
             CubeDim::new_1d(PLANE_UNITS as u32),
             address_type(&[operand.elements(), heads * stored * dim]),
             vector,
             operand.buffer_arg(vector),
             operand.strides_arg(vector),
-            BufferArg::from_raw_parts(gradient.clone(), elements / vector),
-            BufferArg::from_raw_parts(factors.clone(), heads),
+            f32s(from.gradient, heads * from.padded * columns),
+            f32s(from.factors, heads),
+            match of_margin {
+                Some(of_margin) => f32s(of_margin, heads * from.padded),
+                None => f32s(from.factors, heads),
+            },
+            match from.of_scale {
+                Some(scale) => f32s(&scale.rows, heads * from.count),
+                None => f32s(&client.empty(size_of::<f32>()), 1),
+            },
             whole(grad, vector),
-            RowsLaunch::new(heads, first, real, count, dim / vector, dim_padded / vector),
-            padded,
+            RowsLaunch::new(
+                heads,
+                from.first,
+                from.real,
+                from.count,
+                dim / vector,
+                columns,
+            ),
+            from.padded,
             stored,
+            from.of_scale.is_some(),
+            of_margin.is_some(),
             group,
             operand.dtype(),
         );
@@ -183,10 +224,14 @@ fn finish<F: Float, M: Size>(
     strides: RowStrides,
     gradient: &[Vector<f32, M>], // [heads, padded, dim_padded]
     factors: &[f32],             // [heads]
+    of_margin: &[f32],           // [heads, padded] if has_margin
+    scale_rows: &mut [f32],      // [heads, count] if of_scale
     grad: &mut [Vector<F, M>],   // [heads, stored, dim]
     rows: Rows,
     padded: usize,
     stored: usize,
+    #[comptime] of_scale: bool,
+    #[comptime] has_margin: bool,
     #[comptime] group: Group,
     #[define(F)] _dtype: ElemType,
 ) {
@@ -206,6 +251,17 @@ fn finish<F: Float, M: Size>(
     let norm = group_sum(squares, group).sqrt();
     let along = group_sum(along, group);
     let inverse = inverse_norm(norm);
+    if comptime!(of_scale) && at.is_there && at.lane == 0 {
+        let mut value = 0.0f32.runtime();
+        if at.real {
+            value = along * inverse;
+            if comptime!(has_margin) {
+                value += of_margin[at.head * padded + at.row];
+            }
+            value *= factors[at.head];
+        }
+        scale_rows[at.number] = value;
+    }
     let projection = projection(along, norm) * inverse * inverse;
     if at.is_there {
         let mut factor = 0.0f32.runtime();

@@ -7,13 +7,13 @@ use protohead::cosine_logits::{Inputs, Options, backward, forward};
 use protohead_reference as reference;
 use protohead_tests::close::{Comparison, lengths};
 use protohead_tests::devices::{Run, product_runs, say_agreed};
-use protohead_tests::problem::{Problem, download, problem};
+use protohead_tests::problem::{Dtype, Problem, download, problem};
 
-use crate::support::{bytes, config, failed_once, fails, long_rows};
+use crate::support::{all_three, bytes, config, failed_once, fails, long_rows, same_alone};
 
 struct Expected<T> {
     logits: Vec<T>,
-    gradients: (Vec<T>, Vec<T>),
+    gradients: reference::Gradients<T>,
 }
 
 fn expected<T: reference::Real>(problem: &Problem, upstream: &[f32]) -> Expected<T> {
@@ -73,49 +73,46 @@ fn check(
     .check()?;
     let upstream = problem.upload(client, upstream, &[heads, rows, active]);
     let wanted = |wanted| backward(client, &inputs, &options, &upstream, wanted).map_err(said);
-    let both = wanted(Wanted::BOTH)?;
+    let all = wanted(Wanted::ALL)?;
     // A frozen operand changes nothing for the other, and a second backward gives the same bits.
-    let (only_x, only_w) = (wanted(Wanted::EMBEDDINGS)?, wanted(Wanted::WEIGHTS)?);
-    if only_x.weights.is_some() || only_w.embeddings.is_some() {
-        return Err("a gradient nobody asked for".into());
-    }
-    for (name, once, again) in [
-        ("dX", &both.embeddings, &only_x.embeddings),
-        ("dW", &both.weights, &only_w.weights),
-    ] {
-        let (once, again) = (once.as_ref().ok_or(name)?, again.as_ref().ok_or(name)?);
-        if download(client, once) != download(client, again) {
-            return Err(format!("{name} differs in a second backward"));
-        }
-    }
-    for (name, ours, truth, working, values, terms) in [
+    let [dx, dw, ds] = all_three(all)?;
+    same_alone(client, [&dx, &dw, &ds], wanted)?;
+    let (truth, working) = (&truth.gradients, &working.gradients);
+    let (of_x, of_w) = (lengths(&data.embeddings, dim), lengths(&data.weights, dim));
+    let of_products = (rows as f64 * active as f64).sqrt();
+    for (name, ours, truth, working, lengths, magnitude) in [
         (
             "dX",
-            both.embeddings,
-            &truth.gradients.0,
-            &working.gradients.0,
-            &data.embeddings,
-            active,
+            dx,
+            &truth.embeddings,
+            &working.embeddings,
+            &of_x[..],
+            scale * (active as f64).sqrt(),
         ),
         (
             "dW",
-            both.weights,
-            &truth.gradients.1,
-            &working.gradients.1,
-            &data.weights,
-            rows,
+            dw,
+            &truth.weights,
+            &working.weights,
+            &of_w,
+            scale * (rows as f64).sqrt(),
         ),
+        ("ds", ds, &truth.scale, &working.scale, &[], of_products),
     ] {
         Comparison {
             name,
-            ours: &download(client, &ours.ok_or("a gradient is missing")?),
+            ours: &download(client, &ours),
             truth,
             working,
-            dtype: problem.dtype,
-            magnitude: scale * (terms as f64).sqrt(),
+            dtype: if name == "ds" {
+                Dtype::F32
+            } else {
+                problem.dtype
+            },
+            magnitude,
             kept: 2.0 * kept + run.unit_rows(),
             rounded: 0.0,
-            lengths: &lengths(values, dim),
+            lengths,
         }
         .check()?;
     }

@@ -135,7 +135,7 @@ fn the_fused_op_does_what_pytorch_does() {
         let options = case.reference_options();
         let cosine = case.cosine();
         let truth = reference::cosine_cross_entropy(&x, &w, &labels, sizes, cosine, &options);
-        let (dx, dw) = reference::cosine_cross_entropy_backward(
+        let gradients = reference::cosine_cross_entropy_backward(
             &x,
             &w,
             &labels,
@@ -149,8 +149,8 @@ fn the_fused_op_does_what_pytorch_does() {
         same("lse", &truth.lse, &goldens.values(number, "lse"));
         let (of_x, of_w) = (lengths(&x, sizes.dim), lengths(&w, sizes.dim));
         for (name, ours, of_rows) in [
-            ("grad_embeddings", &dx, &of_x),
-            ("grad_weights", &dw, &of_w),
+            ("grad_embeddings", &gradients.embeddings, &of_x),
+            ("grad_weights", &gradients.weights, &of_w),
         ] {
             // Times the rows' lengths, so that the huge gradients of a zero row do not hide the others.
             let times = |values: &[f64]| -> Vec<f64> {
@@ -160,12 +160,14 @@ fn the_fused_op_does_what_pytorch_does() {
             };
             same(name, &times(ours), &times(&goldens.values(number, name)));
         }
+        let of_scale = goldens.values(number, "grad_scale");
+        same("grad_scale", &gradients.scale, &of_scale);
 
         let (x32, w32) = (narrow(&x), narrow(&w));
         let options32 = case.reference_options::<f32>();
         let working =
             reference::cosine_cross_entropy(&x32, &w32, &labels, sizes, case.cosine(), &options32);
-        let (dx32, dw32) = reference::cosine_cross_entropy_backward(
+        let gradients32 = reference::cosine_cross_entropy_backward(
             &x32,
             &w32,
             &labels,
@@ -205,18 +207,20 @@ fn the_fused_op_does_what_pytorch_does() {
             };
             let output = cosine_cross_entropy::forward(client, &inputs, &options).expect("valid");
             output.read_total(client).expect("labels are valid");
-            let gradients = cosine_cross_entropy::backward(
+            let ours = cosine_cross_entropy::backward(
                 client,
                 &inputs,
                 &options,
                 &output,
                 &Upstream::default(),
-                Wanted::BOTH,
+                Wanted::ALL,
             )
             .expect("valid");
             let share = Share::under(case.reduction, shape[1]);
             // A gradient, times its row's length, is a sum of logit gradients of at most scale · upstream each.
             let of_row = 2.0 * scale * share.of_row;
+            let of_rows = of_row * (shape[1] as f64).sqrt();
+            let (t, w) = (&gradients, &gradients32);
             let total = scale * share.of_total * shape[0] as f64;
             for (name, tensor, truth, working, magnitude) in [
                 (
@@ -233,14 +237,21 @@ fn the_fused_op_does_what_pytorch_does() {
                     &vec![working.total],
                     total,
                 ),
-                ("grad_embeddings", gradients.embeddings, &dx, &dx32, of_row),
+                (
+                    "grad_embeddings",
+                    ours.embeddings,
+                    &t.embeddings,
+                    &w.embeddings,
+                    of_row,
+                ),
                 (
                     "grad_weights",
-                    gradients.weights,
-                    &dw,
-                    &dw32,
-                    of_row * (shape[1] as f64).sqrt(),
+                    ours.weights,
+                    &t.weights,
+                    &w.weights,
+                    of_rows,
                 ),
+                ("grad_scale", ours.scale, &t.scale, &w.scale, of_rows),
             ] {
                 Comparison {
                     name,
@@ -250,7 +261,7 @@ fn the_fused_op_does_what_pytorch_does() {
                     dtype: Dtype::F32,
                     magnitude,
                     kept: match name {
-                        "grad_embeddings" | "grad_weights" => run.unit_rows(),
+                        "grad_embeddings" | "grad_weights" | "grad_scale" => run.unit_rows(),
                         _ => 0.0,
                     },
                     rounded: 0.0,

@@ -17,6 +17,7 @@ struct Answer {
     predictions: Vec<u32>,
     dx: Vec<f64>,
     dw: Vec<f64>,
+    ds: Vec<f64>,
 }
 
 fn answer(
@@ -53,6 +54,7 @@ fn answer(
         predictions: output.read_predictions(client).expect("labels are valid"),
         dx: download(client, &gradients.embeddings.expect("asked for")),
         dw: download(client, &gradients.weights.expect("asked for")),
+        ds: download(client, &gradients.scale.expect("asked for")),
     }
 }
 

@@ -11,8 +11,8 @@ use protohead_tests::problem::{Data, Problem, download, wide};
 /// Ten bits of a unit row's numbers stay, of which tensor cores may cut the rest instead of rounding it.
 const KEPT: f64 = 1.0 / 1024.0;
 
-/// Logits, the total loss and both gradients.
-fn answers(run: &Run, problem: &Problem, data: &Data, allow_tf32: bool) -> [Vec<f64>; 4] {
+/// Logits, the total loss and the gradients of the operands and the scale.
+fn answers(run: &Run, problem: &Problem, data: &Data, allow_tf32: bool) -> [Vec<f64>; 5] {
     let client = run.client;
     let (inputs, options) = arguments(run, problem, data);
     let logits = cosine_logits::forward(
@@ -34,13 +34,14 @@ fn answers(run: &Run, problem: &Problem, data: &Data, allow_tf32: bool) -> [Vec<
     };
     let upstream = Upstream::Total(1.0);
     let (output, gradients) =
-        forward_backward(client, &inputs, &options, &upstream, Wanted::BOTH).expect("valid");
+        forward_backward(client, &inputs, &options, &upstream, Wanted::ALL).expect("valid");
     let read = |gradient: &Option<_>| download(client, gradient.as_ref().expect("asked for"));
     [
         download(client, &logits.expect("valid")),
         vec![f64::from(output.read_total(client).expect("valid labels"))],
         read(&gradients.embeddings),
         read(&gradients.weights),
+        read(&gradients.scale),
     ]
 }
 
@@ -57,7 +58,7 @@ fn tf32_is_as_near_as_its_bits_and_only_where_it_is_allowed() {
         let loss =
             reference::cosine_cross_entropy(&x, &w, &data.labels, sizes, cosine, &options).total;
         let upstream = reference::Upstream::Total(1.0);
-        let (dx, dw) = reference::cosine_cross_entropy_backward(
+        let gradients = reference::cosine_cross_entropy_backward(
             &x,
             &w,
             &data.labels,
@@ -69,8 +70,9 @@ fn tf32_is_as_near_as_its_bits_and_only_where_it_is_allowed() {
         let truth = [
             reference::cosine_logits(&x, &w, sizes, scale),
             vec![loss],
-            dx,
-            dw,
+            gradients.embeddings,
+            gradients.weights,
+            gradients.scale,
         ];
         // A cosine loses `KEPT` of each row at most. A loss moves by two logits; a softmax, and with it a gradient, by the factor that
         // two logits make, and its other rows are rounded once more.
@@ -102,6 +104,7 @@ fn tf32_is_as_near_as_its_bits_and_only_where_it_is_allowed() {
                 ("loss", largest(&allowed[1], &truth[1]), 2.0 * logit * heads),
                 ("dX", relative(&allowed[2], &truth[2]), gradient),
                 ("dW", relative(&allowed[3], &truth[3]), gradient),
+                ("ds", relative(&allowed[4], &truth[4]), gradient),
             ] {
                 assert!(
                     error <= bound,

@@ -1,9 +1,9 @@
 //! The second launch: a cube owns a class of a head, and the last one the losses.
 
 use cubecl::prelude::*;
-use cubecl::std::tensor::TensorHandle;
 
 use super::{Sizes, Step};
+use crate::Gradients;
 use crate::blueprint::{PLANE_UNITS, cubes_for};
 use crate::cosine_cross_entropy::launch::RowResults;
 use crate::loss::Reduction;
@@ -11,7 +11,8 @@ use crate::loss::reduce::{HowReduced, Reduced, reduce_heads};
 use crate::loss::target::INVALID;
 use crate::math::group::{Group, group_sum};
 use crate::math::norm::{inverse_norm, projection};
-use crate::operand::{RowStrides, whole};
+use crate::operand::{F32, RowStrides, whole, whole_if_asked};
+use crate::scale::sum_rows;
 
 /// How a cube's units share the work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -20,17 +21,14 @@ struct Plan {
     across: usize,
     all: Group,
     of_weights: bool,
+    of_scale: bool,
     per_row: bool,
     mean: bool,
     weighted: bool,
 }
 
-pub(super) fn launch(
-    step: &Step,
-    results: &RowResults,
-    reduced: &Reduced,
-    grad: Option<&TensorHandle>,
-) {
+pub(super) fn launch(step: &Step, results: &RowResults, reduced: &Reduced, gradients: &Gradients) {
+    let grad = &gradients.weights;
     let call = step.call;
     let sizes = &call.problem.sizes;
     let reduction = call.options.loss.reduction;
@@ -41,6 +39,7 @@ pub(super) fn launch(
         },
         all: Group::cube(&call.blueprint),
         of_weights: grad.is_some(),
+        of_scale: gradients.scale.is_some(),
         per_row: reduction == Reduction::None,
         mean: reduction == Reduction::Mean,
         weighted: call.head_weights.is_some(),
@@ -73,7 +72,9 @@ pub(super) fn launch(
             whole(&reduced.total, 1),
             whole(&reduced.status, 1),
             step.grad_arg(grad),
+            whole_if_asked(call.client, gradients.scale.as_ref(), F32, 1),
             step.sizes_arg(),
+            call.options.scale,
             owned,
             plan,
             call.problem.embeddings.dtype(),
@@ -96,7 +97,9 @@ fn classes<F: Float, N: Size>(
     total: &mut [f32],         // [1]
     status: &mut [u32],        // [STATUS_FIELDS]
     grad: &mut [Vector<F, N>], // [heads, stored, dim]
+    grad_scale: &mut [f32],    // [heads] if of_scale
     sizes: Sizes,
+    scale: f32,
     owned: usize, // classes of all heads
     #[comptime] plan: Plan,
     #[define(F)] _dtype: ElemType,
@@ -140,6 +143,11 @@ fn classes<F: Float, N: Size>(
                 weighted: plan.weighted,
             }),
         );
+        if comptime!(plan.of_scale) {
+            let of_rows = sizes.of_scale();
+            let (heads, rows) = (sizes.heads, sizes.rows);
+            sum_rows(scratch, of_rows, grad_scale, heads, rows, scale, plan.all);
+        }
     } else if comptime!(plan.of_weights) {
         let columns = sizes.dim / N::value();
         let head = CUBE_POS / sizes.stored;

@@ -58,7 +58,7 @@ pub(super) fn check(blueprint: &Blueprint, problem: &CosineProblem) -> Result<()
 }
 
 /// What the launches tell each other, and where it lies in one buffer of f32: logit gradients `[heads, rows, active]` times
-/// scale, then `1 / ‖x‖` and the losses `[heads, rows]`, then [`COUNTS`] numbers.
+/// scale, then `1 / ‖x‖`, the losses and what rows have of the gradient of the scale, `[heads, rows]`, then [`COUNTS`] numbers.
 #[derive(CubeType, CubeLaunch, Clone, Copy)]
 struct Sizes {
     heads: usize,
@@ -78,8 +78,12 @@ impl Sizes {
         self.inverse_norms() + self.heads * self.rows
     }
 
-    fn counted(&self) -> usize {
+    fn of_scale(&self) -> usize {
         self.losses() + self.heads * self.rows
+    }
+
+    fn counted(&self) -> usize {
+        self.of_scale() + self.heads * self.rows
     }
 }
 
@@ -96,15 +100,15 @@ pub(super) fn launch(
 ) {
     let sizes = &call.problem.sizes;
     let pairs = sizes.heads * sizes.rows;
-    let elements = pairs * sizes.active + 2 * pairs + COUNTS;
+    let elements = pairs * sizes.active + 3 * pairs + COUNTS;
     let step = Step {
         call,
         vector: call.problem.vector_size(&call.blueprint),
         scratch: call.client.empty(elements * size_of::<f32>()),
         elements,
     };
-    rows::launch(&step, arriving, results, gradients.embeddings.as_ref());
-    classes::launch(&step, results, reduced, gradients.weights.as_ref());
+    rows::launch(&step, arriving, results, gradients);
+    classes::launch(&step, results, reduced, gradients);
 }
 
 /// What both launches need.
@@ -132,8 +136,8 @@ impl Step<'_> {
         unsafe { BufferArg::from_raw_parts(self.scratch.clone(), self.elements) }
     }
 
-    fn grad_arg(&self, grad: Option<&TensorHandle>) -> BufferArg {
+    fn grad_arg(&self, grad: &Option<TensorHandle>) -> BufferArg {
         let dtype = self.call.problem.embeddings.dtype();
-        whole_if_asked(self.call.client, grad, dtype, self.vector)
+        whole_if_asked(self.call.client, grad.as_ref(), dtype, self.vector)
     }
 }

@@ -1,9 +1,9 @@
 //! The first launch: a cube owns a few rows of a head.
 
 use cubecl::prelude::*;
-use cubecl::std::tensor::TensorHandle;
 
 use super::{CLASSES, Sizes, Step};
+use crate::Gradients;
 use crate::blueprint::{PLANE_UNITS, cubes_for};
 use crate::cosine_cross_entropy::launch::RowResults;
 use crate::cosine_cross_entropy::margin::{MarginRule, predicted};
@@ -30,9 +30,10 @@ struct Plan {
     all: Group,
     /// Vectors of columns of a row that a unit keeps while the row's gradient is computed.
     held: usize,
-    /// Whether logit gradients are wanted, and whether the rows' own are.
+    /// Whether logit gradients are wanted, whether the rows' own are, and the scale's, which comes from these.
     backward: bool,
     of_embeddings: bool,
+    of_scale: bool,
     /// Whom a gradient arrives for; that of a head is shared if the loss is a mean.
     arrives: Arrives,
     mean: bool,
@@ -43,7 +44,7 @@ pub(super) fn launch(
     step: &Step,
     arriving: Option<&Arriving>,
     results: &RowResults,
-    grad: Option<&TensorHandle>,
+    gradients: &Gradients,
 ) {
     let call = step.call;
     let sizes = &call.problem.sizes;
@@ -60,7 +61,8 @@ pub(super) fn launch(
         held: (sizes.dim / step.vector).div_ceil(of_row.size),
         all,
         backward: arriving.is_some(),
-        of_embeddings: grad.is_some(),
+        of_embeddings: gradients.embeddings.is_some(),
+        of_scale: gradients.scale.is_some(),
         arrives: arrived.arrives,
         mean: loss.reduction == Reduction::Mean,
         margin: !call.options.margin.is_none(),
@@ -83,7 +85,7 @@ pub(super) fn launch(
             whole(&results.lse, 1),
             whole(&results.predictions, 1),
             step.scratch_arg(),
-            step.grad_arg(grad),
+            step.grad_arg(&gradients.embeddings),
             step.sizes_arg(),
             label_rule(call.labels.dtype(), sizes.active, loss.ignore_index),
             call.options.scale,
@@ -215,6 +217,7 @@ fn rows<F: Float, I: Int, N: Size>(
     // Of the target, in the unit that has it.
     let mut plain = FLOOR.runtime();
     let mut slope = 1.0f32.runtime();
+    let mut with_margin = 0.0f32.runtime();
     let mut class = here.lane;
     while class < active {
         let at = own * CLASSES + class;
@@ -222,6 +225,7 @@ fn rows<F: Float, I: Int, N: Size>(
             plain = logits[at];
             let with = margin.of_logit(plain, scale);
             logits[at] = with.value;
+            with_margin = with.value;
             slope = with.slope;
         }
         let z = Vector::<f32, One>::new(logits[at]);
@@ -252,6 +256,7 @@ fn rows<F: Float, I: Int, N: Size>(
         scratch[sizes.counted() + 2] =
             f32::cast_from(min(counted.first_invalid, sizes.rows as u32));
     }
+    let mut of_margin = 0.0f32.runtime();
     if comptime!(plan.backward) {
         let share = share_of_row(counted.classes, plan.mean);
         let upstream = arriving_at(
@@ -280,6 +285,7 @@ fn rows<F: Float, I: Int, N: Size>(
             );
             let mut value = gradient.extract(0usize) * scale;
             if comptime!(plan.margin) && class as u32 == target {
+                of_margin = value * (with_margin - slope * plain) / scale;
                 value *= slope;
             }
             if is_there {
@@ -327,7 +333,17 @@ fn rows<F: Float, I: Int, N: Size>(
             }
             sums[i] = sum;
         }
-        let along = projection(group_sum(along, plan.of_row), row_norm) * row_inverse * row_inverse;
+        let along = group_sum(along, plan.of_row);
+        if comptime!(plan.of_scale) {
+            let mut of_row = along * row_inverse;
+            if comptime!(plan.margin) {
+                of_row += group_sum(of_margin, plan.of_row);
+            }
+            if is_there && here.lane == 0 {
+                scratch[sizes.of_scale() + out] = of_row;
+            }
+        }
+        let along = projection(along, row_norm) * row_inverse * row_inverse;
         #[unroll]
         for i in 0..plan.held {
             let d = here.lane + i * plan.of_row.size;

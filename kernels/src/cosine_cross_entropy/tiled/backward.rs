@@ -36,10 +36,13 @@ pub(in crate::cosine_cross_entropy) fn launch_backward(
     let backward = Backward {
         chunks,
         factors: rows.factors.clone(),
+        scale: call.options.scale,
+        of_margin: rows.of_margin.clone(),
         gradients,
     };
     let options = call.options;
     let has_margin = !options.margin.is_none();
+    let of_scale = rows.of_margin.is_some();
     backward.run(kept, |of: &GradientChunk, has_cosines: bool| {
         let elements = sizes.heads * sizes.rows_padded * of.chunk.padded;
         // SAFETY: operands, rows and gradients are whole tiles; only f32 has cosines.
@@ -54,11 +57,13 @@ pub(in crate::cosine_cross_entropy) fn launch_backward(
                     rows.state_arg(),
                     rows.targets_arg(),
                     chunks.values_arg(of),
+                    rows.of_margin_arg(client),
                     chunks.shape_arg(&of.chunk),
                     options.scale,
                     options.loss.label_smoothing,
                     options.margin.launch_arg(tile.packed),
                     has_margin,
+                    of_scale,
                 );
             } else {
                 logit_gradients::launch_unchecked(
@@ -71,12 +76,14 @@ pub(in crate::cosine_cross_entropy) fn launch_backward(
                     rows.state_arg(),
                     rows.targets_arg(),
                     chunks.values_arg(of),
+                    rows.of_margin_arg(client),
                     chunks.shape_arg(&of.chunk),
                     options.scale,
                     options.loss.label_smoothing,
                     options.margin.launch_arg(tile.packed),
                     tile,
                     has_margin,
+                    of_scale,
                     tile.packed,
                 );
             }
@@ -90,11 +97,13 @@ fn from_cosines<N: Size>(
     state: &[f32],                 // [heads, 3, rows_padded]
     targets: &[u32],               // [rows_padded]
     values: &mut [Vector<f32, N>], // [heads, rows_padded, classes]
+    of_margin: &mut [f32],         // [heads, rows_padded] if of_scale
     shape: ChunkShape,
     scale: f32,
     smoothing: f32,
     margin: MarginRule,
     #[comptime] has_margin: bool,
+    #[comptime] of_scale: bool,
 ) {
     let columns = shape.classes / N::value();
     let mut at = ABSOLUTE_POS;
@@ -108,12 +117,14 @@ fn from_cosines<N: Size>(
         let arriving = state[(head * 3 + 2) * shape.rows_padded + row];
         let mut cosines = values[at];
         let mut slopes = Vector::<f32, N>::new(1.0);
+        let mut beyond = 0.0f32.runtime();
         let target = targets[row] - first;
         if comptime!(has_margin) && target < N::value() as u32 {
             #[unroll]
             for lane in 0..N::value() {
                 if target == lane as u32 {
                     let with = margin.of(cosines.extract(lane));
+                    beyond = with.value - with.slope * cosines.extract(lane);
                     cosines.insert(lane, with.value);
                     slopes.insert(lane, with.slope);
                 }
@@ -121,15 +132,20 @@ fn from_cosines<N: Size>(
         }
         // Rounded as it was when lse was: `max` keeps a compiler from contracting.
         let logit = max(cosines * Vector::new(scale), Vector::new(FLOOR));
+        let is_target = class.equal(&Vector::new(targets[row]));
         let mut gradient = logit_gradient::<N>(
             logit,
             Vector::new(lse),
             Vector::new(lse_low),
             Vector::new(arriving),
-            class.equal(&Vector::new(targets[row])),
+            is_target,
             shape.active as u32,
             smoothing,
         );
+        if comptime!(of_scale) && target < N::value() as u32 {
+            let own = select_many(is_target, gradient, Vector::new(0.0));
+            of_margin[out] = own.vector_sum() * beyond;
+        }
         if comptime!(has_margin) {
             gradient *= slopes;
         }
@@ -146,12 +162,14 @@ fn logit_gradients<E: Float, N: Size>(
     state: &[f32],                  // [heads, 3, rows_padded]
     targets: &[u32],                // [rows_padded]
     gradients: &mut [Vector<E, N>], // [heads, rows_padded, classes]
+    of_margin: &mut [f32],          // [heads, rows_padded] if of_scale
     shape: ChunkShape,
     scale: f32,
     smoothing: f32,
     margin: MarginRule,
     #[comptime] tile: Tile,
     #[comptime] has_margin: bool,
+    #[comptime] of_scale: bool,
     #[define(E)] _dtype: ElemType,
 ) {
     let of = shape.tile_of_cube(tile);
@@ -192,8 +210,11 @@ fn logit_gradients<E: Float, N: Size>(
             let target = targets[row] - first_class as u32;
             let has_target = target < comptime!(tile.side as u32);
             let mut cosine = 0.0f32.runtime();
+            let mut is_here = false.runtime();
             if comptime!(has_margin) && has_target {
-                cosine = result_in(&results, &at, r, target, tile).value;
+                let own = result_in(&results, &at, r, target, tile);
+                cosine = own.value;
+                is_here = own.is_here;
             }
             #[unroll]
             for c in 0..columns {
@@ -206,7 +227,12 @@ fn logit_gradients<E: Float, N: Size>(
                     let with = margin.of(cosine);
                     let other =
                         of_another_class(with.value, scale, lse, lse_low, arriving, uniform, tile);
-                    let gradient = (other - arriving * (1.0 - smoothing)) * with.slope;
+                    let gradient = other - arriving * (1.0 - smoothing);
+                    if comptime!(of_scale) && is_here {
+                        let beyond = with.value - with.slope * cosine;
+                        of_margin[of.head * shape.rows_padded + row] = gradient * beyond;
+                    }
+                    let gradient = gradient * with.slope;
                     replace_in(&mut results, &at, r, target, gradient, tile);
                 } else {
                     #[unroll]

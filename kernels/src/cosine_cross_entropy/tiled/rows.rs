@@ -1,6 +1,7 @@
 //! What a backward pass needs to know of each row: `lse` and its rest, the gradient that arrives, and the target, padded to whole tiles
 //! with rows that take no part; and what undoes the scaling of the gradients that arrive.
 
+use cubecl::client::Client;
 use cubecl::ir::FloatKind;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
@@ -21,6 +22,8 @@ pub(in crate::cosine_cross_entropy) struct Rows {
     targets: Handle, // u32, [rows_padded]
     /// f32, [heads]: what gradients of cosines are multiplied with in the end.
     pub(super) factors: Handle,
+    /// f32, [heads, rows_padded], zero: where a margin leaves its part of the gradient of the scale, if both are there.
+    pub(super) of_margin: Option<Handle>,
     heads: usize,
     rows_padded: usize,
 }
@@ -35,6 +38,16 @@ impl Rows {
         // SAFETY: as above.
         unsafe { BufferArg::from_raw_parts(self.targets.clone(), self.rows_padded) }
     }
+
+    /// A number that nobody reads or writes where there is no such part.
+    pub(super) fn of_margin_arg(&self, client: &Client) -> BufferArg {
+        let (handle, count) = match &self.of_margin {
+            Some(handle) => (handle.clone(), self.heads * self.rows_padded),
+            None => (client.empty(size_of::<f32>()), 1),
+        };
+        // SAFETY: as above.
+        unsafe { BufferArg::from_raw_parts(handle, count) }
+    }
 }
 
 /// Gathers the rows of `call`, whose forward pass left `saved`.
@@ -43,15 +56,19 @@ pub(in crate::cosine_cross_entropy) fn gather_rows(
     packed: ElemType,
     saved: &Saved,
     arriving: &Arriving,
+    of_scale: bool,
 ) -> Rows {
     let client = call.client;
     let sizes = &call.problem.sizes;
     let (heads, rows_padded) = (sizes.heads, sizes.rows_padded);
     let loss = &call.options.loss;
+    let has_part = of_scale && !call.options.margin.is_none();
+    let floats = heads * rows_padded * size_of::<f32>();
     let out = Rows {
-        state: client.empty(heads * 3 * rows_padded * size_of::<f32>()),
+        state: client.empty(3 * floats),
         targets: client.empty(rows_padded * size_of::<u32>()),
         factors: client.empty(heads * size_of::<f32>()),
+        of_margin: has_part.then(|| client.empty(floats)),
         heads,
         rows_padded,
     };
@@ -74,6 +91,7 @@ pub(in crate::cosine_cross_entropy) fn gather_rows(
             out.state_arg(),
             out.targets_arg(),
             BufferArg::from_raw_parts(out.factors.clone(), heads),
+            out.of_margin_arg(client),
             heads,
             sizes.rows,
             rows_padded,
@@ -83,6 +101,7 @@ pub(in crate::cosine_cross_entropy) fn gather_rows(
             largest,
             arriving.arrives,
             loss.reduction == Reduction::Mean,
+            has_part,
             Group::cube(&call.blueprint),
             call.labels.dtype(),
         );
@@ -99,13 +118,14 @@ const F16: ElemType = ElemType::Float(FloatKind::F16);
 /// A cube gathers the rows of a head, and divides what arrives by the largest finite gradient.
 #[cube(launch_unchecked)]
 fn gather<I: Int>(
-    lse: &[f32],         // [2, heads, rows]
-    labels: &[I],        // [rows]
-    status: &[u32],      // [STATUS_FIELDS]
-    gradient: &[f32],    // [heads] or [heads, rows], if it does not arrive everywhere
-    state: &mut [f32],   // [heads, 3, rows_padded]
-    targets: &mut [u32], // [rows_padded]
-    factors: &mut [f32], // [heads]
+    lse: &[f32],           // [2, heads, rows]
+    labels: &[I],          // [rows]
+    status: &[u32],        // [STATUS_FIELDS]
+    gradient: &[f32],      // [heads] or [heads, rows], if it does not arrive everywhere
+    state: &mut [f32],     // [heads, 3, rows_padded]
+    targets: &mut [u32],   // [rows_padded]
+    factors: &mut [f32],   // [heads]
+    of_margin: &mut [f32], // [heads, rows_padded] if has_part
     heads: usize,
     rows: usize,
     rows_padded: usize,
@@ -115,6 +135,7 @@ fn gather<I: Int>(
     becomes: f32, // what it becomes
     #[comptime] arrives: Arrives,
     #[comptime] mean: bool,
+    #[comptime] has_part: bool,
     #[comptime] group: Group,
     #[define(I)] _label: ElemType,
 ) {
@@ -161,6 +182,9 @@ fn gather<I: Int>(
                 state[of_lse + row] = row_lse;
                 state[of_low + row] = row_low;
                 state[of_arriving + row] = arrived;
+                if comptime!(has_part) {
+                    of_margin[head * rows_padded + row] = 0.0;
+                }
                 // An infinite one is its own row's matter.
                 if arrived.abs() <= f32::MAX {
                     largest = max(largest, arrived.abs());

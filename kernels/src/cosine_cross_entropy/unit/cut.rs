@@ -337,6 +337,7 @@ mod tests {
             loss: true,
             embeddings: true,
             weights: true,
+            scale: false,
             arrives: Arrives::Everywhere,
             mean: true,
             smooth: false,

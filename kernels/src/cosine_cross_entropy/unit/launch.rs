@@ -12,7 +12,7 @@ use crate::error::Error;
 use crate::loss::Reduction;
 use crate::loss::arriving::Arriving;
 use crate::loss::target::label_rule;
-use crate::memory::memory_beside;
+use crate::memory::{empty, memory_beside};
 use crate::operand::{F32, addressable, whole};
 
 /// What becomes of the rows' losses.
@@ -73,6 +73,7 @@ impl<'a> Step<'a> {
             loss,
             embeddings: gradients.embeddings.is_some(),
             weights: gradients.weights.is_some(),
+            scale: gradients.scale.is_some(),
             arrives: arriving.arrives,
             mean: call.options.loss.reduction == Reduction::Mean,
             smooth: call.options.loss.label_smoothing != 0.0,
@@ -118,9 +119,13 @@ impl<'a> Step<'a> {
         let rows_padded = self.host.plan.panels * blueprint.tile();
         let bests = self.host.plan.chunk_items * blueprint.tile();
         let targets = client.empty(rows_padded * size_of::<u32>());
+        let scale_rows = self.gradients.scale.as_ref().map(|_| {
+            let shape = [sizes.heads, sizes.rows];
+            empty(client, shape, F32)
+        });
         // SAFETY: a phase that does not run touches none of its buffers, so any buffer will do for them.
         let nothing = || unsafe { BufferArg::from_raw_parts(workspace.clone(), 1) };
-        let optional = |tensor: &Option<TensorHandle>| match tensor {
+        let optional = |tensor: &Option<TensorHandle>, vector| match tensor {
             Some(tensor) => whole(tensor, vector),
             None => nothing(),
         };
@@ -161,8 +166,10 @@ impl<'a> Step<'a> {
                 written(|results| &results.reduced.loss),
                 written(|results| &results.reduced.total),
                 written(|results| &results.reduced.status),
-                optional(&self.gradients.embeddings),
-                optional(&self.gradients.weights),
+                optional(&self.gradients.embeddings, vector),
+                optional(&self.gradients.weights, vector),
+                optional(&scale_rows, 1),
+                optional(&self.gradients.scale, 1),
                 self.host.plan.launch_arg(),
                 label_rule(call.labels.dtype(), sizes.active, loss.ignore_index),
                 call.options.scale,

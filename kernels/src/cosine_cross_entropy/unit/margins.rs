@@ -4,6 +4,7 @@ use cubecl::prelude::*;
 
 use super::plan::Plan;
 use crate::cosine_cross_entropy::margin::MarginRule;
+use crate::loss::target::INVALID;
 
 /// Of an item's logits `[count, width]` at `at`, with the classes from `first` on, each row's own becomes what the loss sees. What it
 /// was, and the slope, stay with the rows the first time.
@@ -37,4 +38,33 @@ pub(super) fn apply(
             }
         }
     }
+}
+
+/// What a row's own class has of the gradient of the scale, times the scale, beside what the product of the row with its gradient has:
+/// `g (ψ − ψ' cos)`, where `ψ` is what its cosine counts as. A row that takes no part has nothing.
+#[cube]
+pub(super) fn own_class(
+    workspace: &[f32],
+    target: u32,
+    plan: &Plan,
+    local: usize,
+    r: usize,
+    scale: f32,
+    smoothing: f32,
+    margin: &MarginRule,
+    #[comptime] width: usize,
+) -> f32 {
+    let state = plan.state(local, width);
+    let mut own = 0.0f32.runtime();
+    if target < INVALID {
+        let logit = workspace[state.plain + r];
+        let with = margin.of_logit(logit, scale);
+        let below = with.value - workspace[state.lse + r];
+        let probability = (below - workspace[state.lse_low + r]).exp();
+        let uniform = smoothing / f32::cast_from(plan.active as u32);
+        let gradient = probability - (1.0 - smoothing) - uniform;
+        let beyond = (with.value - with.slope * logit) / scale;
+        own = workspace[state.arriving + r] * gradient * beyond;
+    }
+    own
 }

@@ -38,6 +38,7 @@ use crate::math::group::Group;
 use crate::math::span::{Span, share, wait};
 use crate::math::tile::TILE_VECTORS;
 use crate::operand::RowStrides;
+use crate::scale::sum_rows;
 use phases::Phases;
 use plan::{InGradient, Plan};
 use rows::{ClassBlock, Item};
@@ -68,6 +69,8 @@ fn step<
     status: &mut [u32],                   // [STATUS_FIELDS]
     grad_embeddings: &mut [Vector<F, M>], // [heads, rows, dim]
     grad_weights: &mut [Vector<F, M>],    // [heads, stored, dim]
+    scale_rows: &mut [f32],               // [heads, rows]
+    grad_scale: &mut [f32],               // [heads]
     plan: Plan,
     rule: LabelRule,
     scale: f32,
@@ -265,9 +268,12 @@ fn step<
                             &*targets,
                             workspace,
                             grad_embeddings,
+                            scale_rows,
                             &plan,
                             &item,
+                            scale,
                             smoothing,
+                            &margin,
                             phases,
                         );
                     }
@@ -309,9 +315,12 @@ fn step<
                     &*targets,
                     workspace,
                     grad_embeddings,
+                    scale_rows,
                     &plan,
                     &plan.item(item, &chunk),
+                    scale,
                     smoothing,
+                    &margin,
                     phases,
                 );
             }
@@ -340,6 +349,17 @@ fn step<
             }),
         );
     }
+    if comptime!(phases.scale) && UNIT_POS == 0 {
+        sum_rows(
+            &*scale_rows,
+            0,
+            grad_scale,
+            plan.heads,
+            plan.rows,
+            scale,
+            Group::ALONE,
+        );
+    }
 }
 
 /// The gradients of an item's rows, which have seen all classes.
@@ -350,9 +370,12 @@ fn finish_rows<F: Float, N: Size, M: Size>(
     targets: &[u32], // [rows, padded]
     workspace: &mut [f32],
     grad: &mut [Vector<F, M>], // [heads, rows, dim]
+    scale_rows: &mut [f32],    // [heads, rows] if phases.scale
     plan: &Plan,
     item: &Item,
+    scale: f32,
     smoothing: f32,
+    margin: &MarginRule,
     #[comptime] phases: Phases,
 ) {
     if comptime!(phases.loss) {
@@ -360,5 +383,16 @@ fn finish_rows<F: Float, N: Size, M: Size>(
             weights, strides, targets, workspace, plan, item, smoothing, phases,
         );
     }
-    row_gradients::finish::<F, N, M>(&*workspace, grad, plan, item);
+    row_gradients::finish::<F, N, M>(
+        &*workspace,
+        targets,
+        grad,
+        scale_rows,
+        plan,
+        item,
+        scale,
+        smoothing,
+        margin,
+        phases,
+    );
 }

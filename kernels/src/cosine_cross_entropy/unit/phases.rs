@@ -11,6 +11,8 @@ pub(crate) struct Phases {
     pub embeddings: bool,
     /// The gradient of the class weights.
     pub weights: bool,
+    /// The gradient of the scale, with that of the embeddings.
+    pub scale: bool,
     /// Whom a number of the upstream gradient is for.
     pub arrives: Arrives,
     /// The loss is a mean over the rows that count.

@@ -2,9 +2,11 @@
 
 use cubecl::prelude::*;
 
+use super::margins;
 use super::phases::Phases;
 use super::plan::Plan;
 use super::rows::{ClassBlock, Item};
+use crate::cosine_cross_entropy::margin::MarginRule;
 use crate::loss::arriving::Arrives;
 use crate::loss::target::INVALID;
 use crate::math::narrow::narrow;
@@ -223,13 +225,19 @@ pub(super) fn subtract_targets<F: Float, N: Size, M: Size>(
     }
 }
 
-/// Through the normalization, to the gradients of the rows.
+/// Through the normalization, to the gradients of the rows, and to what they have of the gradient of the scale.
 #[cube]
 pub(super) fn finish<F: Float, N: Size, M: Size>(
     workspace: &[f32],
+    targets: &[u32], // [rows, padded]
     grad: &mut [Vector<F, M>],
+    scale_rows: &mut [f32], // [heads, rows] if phases.scale
     plan: &Plan,
     item: &Item,
+    scale: f32,
+    smoothing: f32,
+    margin: &MarginRule,
+    #[comptime] phases: Phases,
 ) {
     let piece = M::value();
     let lanes = N::value();
@@ -251,9 +259,29 @@ pub(super) fn finish<F: Float, N: Size, M: Size>(
                 let g = pieces_of[upstream + d / pieces * block + d % pieces];
                 along = fma(x, g, along);
             }
+            let along = along.vector_sum();
+            let number = head * plan.rows + first + r;
+            if comptime!(phases.scale) {
+                let mut of_row = along;
+                if comptime!(phases.margin) {
+                    let own = margins::own_class(
+                        workspace,
+                        targets[first + r],
+                        plan,
+                        item.local,
+                        r,
+                        scale,
+                        smoothing,
+                        margin,
+                        width,
+                    );
+                    of_row += own;
+                }
+                scale_rows[number] = of_row;
+            }
             let inverse = Vector::<f32, M>::new(inverse_norm(norm));
-            let projection = Vector::<f32, M>::new(-projection(along.vector_sum(), norm));
-            let out = (head * plan.rows + first + r) * plan.dim / piece;
+            let projection = Vector::<f32, M>::new(-projection(along, norm));
+            let out = number * plan.dim / piece;
             for d in 0..plan.dim / piece {
                 let x = pieces_of[unit + d / pieces * unit_block + d % pieces];
                 let g = pieces_of[upstream + d / pieces * block + d % pieces];

@@ -12,9 +12,13 @@ use super::launch::Call;
 use super::problem::Sizes;
 use crate::Gradients;
 use crate::blueprint::Blueprint;
+use crate::math::group::Group;
 use crate::math::narrow::narrow;
+use crate::math::span::wait;
 use crate::math::tile::TILE_VECTORS;
-use crate::operand::{RowStrides, Strided, whole, whole_if_asked, widest};
+use crate::memory::empty;
+use crate::operand::{F32, RowStrides, Strided, whole, whole_if_asked, widest};
+use crate::scale::sum_rows;
 use layout::Operand;
 use packed::{Packed, pack};
 use product::{Scratch, add_product, clear_gradient, cosines, scratch_len, write_gradients};
@@ -74,6 +78,11 @@ pub(super) fn launch_backward(call: &Call, upstream: &Strided, scale: f32, gradi
     let of_gradient = widest(lanes, [problem.sizes.dim]);
     let scratch = scratch_len(blueprint.units, blueprint.tile(), problem.sizes.dim_padded);
     let scratch_handle = client.empty(scratch * size_of::<f32>());
+    let scale_rows = gradients.scale.as_ref().map(|_| {
+        let shape = [problem.sizes.heads, problem.sizes.rows];
+        empty(client, shape, F32)
+    });
+    let numbers_arg = |tensor: &Option<_>| whole_if_asked(client, tensor.as_ref(), F32, 1);
     let gradient_arg = |gradient: &Option<TensorHandle>| {
         whole_if_asked(client, gradient.as_ref(), dtype, of_gradient)
     };
@@ -99,11 +108,14 @@ pub(super) fn launch_backward(call: &Call, upstream: &Strided, scale: f32, gradi
             BufferArg::from_raw_parts(scratch_handle, scratch),
             gradient_arg(&gradients.embeddings),
             gradient_arg(&gradients.weights),
+            numbers_arg(&scale_rows),
+            numbers_arg(&gradients.scale),
             packed.layout_arg(),
             problem.classes,
             scale,
             gradients.embeddings.is_some(),
             gradients.weights.is_some(),
+            gradients.scale.is_some(),
             blueprint.units,
             blueprint.tile_rows,
             dtype,
@@ -204,11 +216,14 @@ fn backward<F: Float, M: Size, N: Size, L: Size>(
     scratch: &mut [f32],
     grad_embeddings: &mut [Vector<F, L>], // [heads, rows, dim]
     grad_weights: &mut [Vector<F, L>],    // [heads, classes, dim]
+    scale_rows: &mut [f32],               // [heads, rows]
+    grad_scale: &mut [f32],               // [heads]
     layout: Sizes,
     classes: usize,
     scale: f32,
     #[comptime] of_embeddings: bool,
     #[comptime] of_weights: bool,
+    #[comptime] of_scale: bool,
     #[comptime] units: usize,
     #[comptime] tile_rows: usize,
     #[define(F)] _dtype: ElemType,
@@ -233,10 +248,12 @@ fn backward<F: Float, M: Size, N: Size, L: Size>(
             &upstream_strides,
             scratch,
             grad_embeddings,
+            scale_rows,
             &layout,
             layout.rows,
             scale,
             Operand::Embeddings,
+            of_scale,
             tile_rows,
         );
     }
@@ -248,12 +265,28 @@ fn backward<F: Float, M: Size, N: Size, L: Size>(
             &upstream_strides,
             scratch,
             grad_weights,
+            scale_rows,
             &layout,
             classes,
             scale,
             Operand::Weights,
+            false,
             tile_rows,
         );
+    }
+    if comptime!(of_scale) {
+        wait(units);
+        if UNIT_POS == 0 {
+            sum_rows(
+                &*scale_rows,
+                0,
+                grad_scale,
+                layout.heads,
+                layout.rows,
+                scale,
+                Group::ALONE,
+            );
+        }
     }
 }
 
@@ -266,10 +299,12 @@ fn gradients<F: Float, N: Size, L: Size>(
     upstream_strides: &RowStrides,
     scratch: &mut [f32],
     grad: &mut [Vector<F, L>],
+    scale_rows: &mut [f32], // [heads, stored] if of_scale
     layout: &Sizes,
     stored: usize,
     scale: f32,
     #[comptime] owner: Operand,
+    #[comptime] of_scale: bool,
     #[comptime] tile_rows: usize,
 ) {
     let lanes = N::value();
@@ -312,6 +347,7 @@ fn gradients<F: Float, N: Size, L: Size>(
         }
         write_gradients::<F, L>(
             grad,
+            scale_rows,
             &scratch[at.gradient..at.gradient + width * layout.dim_padded],
             rows,
             norms,
@@ -320,6 +356,7 @@ fn gradients<F: Float, N: Size, L: Size>(
             stored,
             layout,
             owner,
+            of_scale,
             width,
         );
         block += CUBE_DIM as usize;

@@ -132,7 +132,7 @@ pub(super) fn add_product<N: Size>(
     }
 }
 
-/// Through the normalization. Writes `grad[out..out + dim]`.
+/// Through the normalization. Writes `grad[out..out + dim]`, and returns the product of the unit row with its gradient.
 #[cube]
 fn finish_row<F: Float, M: Size>(
     grad: &mut [Vector<F, M>],
@@ -143,7 +143,7 @@ fn finish_row<F: Float, M: Size>(
     packed_row: usize,
     norm: f32,
     layout: &Sizes,
-) {
+) -> f32 {
     let piece = M::value();
     let unit = rows.as_vectorized().with_vector_size::<M>();
     let unit_at = packed_row * layout.dim_padded / piece;
@@ -153,19 +153,23 @@ fn finish_row<F: Float, M: Size>(
     for d in 0..layout.dim / piece {
         along = fma(unit[unit_at + d], upstream[upstream_at + d], along);
     }
+    let along = along.vector_sum();
     let inverse = Vector::<f32, M>::new(inverse_norm(norm));
-    let projection = Vector::<f32, M>::new(-projection(along.vector_sum(), norm));
+    let projection = Vector::<f32, M>::new(-projection(along, norm));
     for d in 0..layout.dim / piece {
         let value = fma(projection, unit[unit_at + d], upstream[upstream_at + d]) * inverse;
         grad[out / piece + d] = narrow::<F, M>(value);
     }
+    along
 }
 
-/// Writes an owner's block of gradient rows `[width, dim]` from the scratch; stored rows that took no part get zeros.
+/// Writes an owner's block of gradient rows `[width, dim]` from the scratch; stored rows that took no part get zeros. With `of_scale`,
+/// also what they have of the gradient of the scale.
 #[cube]
 pub(super) fn write_gradients<F: Float, M: Size>(
     grad: &mut [Vector<F, M>],
-    gradient: &[f32], // the unit's gradient rows, [width, dim_padded]
+    scale_rows: &mut [f32], // [heads, stored] if of_scale
+    gradient: &[f32],       // the unit's gradient rows, [width, dim_padded]
     rows: &[f32],
     norms: &[f32],
     head: usize,
@@ -173,6 +177,7 @@ pub(super) fn write_gradients<F: Float, M: Size>(
     stored: usize,
     layout: &Sizes,
     #[comptime] owner: Operand,
+    #[comptime] of_scale: bool,
     #[comptime] width: usize,
 ) {
     let packed = layout.head_start(head, owner) + first;
@@ -180,7 +185,7 @@ pub(super) fn write_gradients<F: Float, M: Size>(
     for r in 0..width {
         let out = (head * stored + first + r) * layout.dim;
         if first + r < count {
-            finish_row::<F, M>(
+            let along = finish_row::<F, M>(
                 grad,
                 out,
                 gradient,
@@ -190,6 +195,9 @@ pub(super) fn write_gradients<F: Float, M: Size>(
                 norms[packed + r],
                 layout,
             );
+            if comptime!(of_scale) {
+                scale_rows[head * stored + first + r] = along;
+            }
         } else if first + r < stored {
             let piece = M::value();
             for d in 0..layout.dim / piece {

@@ -3,6 +3,7 @@
 mod heads;
 mod ops;
 mod refused;
+mod scale;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use protohead::burn::{CosineHeads, CosineHeadsConfig};

@@ -18,14 +18,14 @@ use protohead_tests::fused::arguments;
 use protohead_tests::problem::{Data, Dtype, Problem, download, problem, wide};
 use protohead_tests::rounded::{self, gradients};
 
-use crate::support::{config, f32s, fails, step};
+use crate::support::{all_three, config, f32s, fails, same_alone, step};
 
 /// The reference's answers in one precision.
 struct Expected<T> {
     forward: reference::CrossEntropy<T>,
     logits: Vec<T>,
-    of_total: (Vec<T>, Vec<T>),
-    of_loss: (Vec<T>, Vec<T>),
+    of_total: reference::Gradients<T>,
+    of_loss: reference::Gradients<T>,
 }
 
 fn expected<T: reference::Real>(problem: &Problem, data: &Data) -> Expected<T> {
@@ -66,6 +66,7 @@ struct NearPoles {
     of_logit: f64,
     of_x: f64,
     of_w: f64,
+    of_scale: f64,
 }
 
 /// A cosine that is off by so much has an angle that is off by more, the nearer it is to a pole: by √(2 off) there.
@@ -75,9 +76,11 @@ fn near_poles(
     logits: &[f64],
     cosine: &reference::Cosine<f64>,
     off: f64,
+    kept: f64, // of a gradient that a slope has multiplied
 ) -> NearPoles {
     let (heads, rows, dim, classes, active) = problem.sizes;
     let mut squares = NearPoles::default();
+    let mut of_heads = vec![0.0; heads];
     if problem.margin.0 == 0.0 {
         return squares;
     }
@@ -89,7 +92,7 @@ fn near_poles(
         let of_target = logit / cosine.scale;
         let (counts_as, slope) = cosine.margin.of(of_target);
         let sine = (1.0 - of_target * of_target).max(0.0).sqrt();
-        let mut most = [0.0f64; 2];
+        let mut most = [0.0f64; 3];
         for moved in [of_target - off, of_target + off] {
             let (moved, other) = cosine.margin.of(moved);
             let by = ((moved - counts_as).abs() - off).max(0.0);
@@ -98,10 +101,15 @@ fn near_poles(
             let probability = (cosine.scale * by).min(1.0);
             let steeper = (other.max(slope) - 1.0).max(0.0);
             let of_gradient = probability + (other - slope).abs() * sine + steeper * off;
-            most = [most[0].max(by), most[1].max(of_gradient)];
+            // What the cosine counts as is a factor; the slope is one in what a row's product with its gradient has, and in what is taken
+            // from that again.
+            let of_scale = (by + probability + steeper * (off + kept)) / cosine.scale;
+            let now = [by, of_gradient, of_scale];
+            most = [0, 1, 2].map(|i: usize| most[i].max(now[i]));
         }
         squares.of_logit += most[0] * most[0];
         squares.of_x += most[1] * most[1];
+        of_heads[at / rows] += most[2];
     }
     let root = |squares: f64, elements: usize| (squares / (heads * elements) as f64).sqrt();
     NearPoles {
@@ -109,6 +117,8 @@ fn near_poles(
         of_x: root(squares.of_x, rows * dim),
         // Each row in the class that it moves.
         of_w: root(squares.of_x, classes * dim),
+        // All rows of a head to the same side, as where every cosine is 1.
+        of_scale: root(of_heads.iter().map(|sum| sum * sum).sum(), rows),
     }
 }
 
@@ -138,10 +148,14 @@ fn check(
     };
     // In `rounded` unit rows are rounded as on the device, but for elements that lie between two numbers.
     let [logits_off, gradients_off] = [2.0 * kept, 2.0 * kept / dim as f64]
-        .map(|off| near_poles(problem, data, &truth.logits, &cosine, 4e-7 + off));
-    let narrow = |(x, w): (Vec<f64>, Vec<f64>)| {
-        let of = |values: Vec<f64>| values.into_iter().map(|v| v as f32).collect::<Vec<_>>();
-        (of(x), of(w))
+        .map(|off| near_poles(problem, data, &truth.logits, &cosine, 4e-7 + off, kept));
+    let narrow = |gradients: reference::Gradients<f64>| {
+        let of = |values: Vec<f64>| values.into_iter().map(|v| v as f32).collect();
+        reference::Gradients::<f32> {
+            embeddings: of(gradients.embeddings),
+            weights: of(gradients.weights),
+            scale: of(gradients.scale),
+        }
     };
     let rounded = (kept > 0.0).then(|| {
         let of_loss = reference::Upstream::Loss(wide(&data.upstream));
@@ -169,6 +183,7 @@ fn check(
                 kept: match name {
                     "dX" | "dX at once" => run.unit_rows() + gradients_off.of_x,
                     "dW" | "dW at once" => run.unit_rows() + gradients_off.of_w,
+                    "ds" | "ds at once" => kept + run.unit_rows() + gradients_off.of_scale,
                     _ => 2.0 * kept + logits_off.of_logit,
                 },
                 rounded: match name {
@@ -229,6 +244,8 @@ fn check(
     // An element of a gradient, times its row's length, is a sum of logit gradients, each up to scale · upstream.
     let size = |other: usize| 2.0 * scale * share.of_row * (other as f64).sqrt();
     let (x_size, w_size) = (size(1), size(rows));
+    // The scale's is one of logit gradients times cosines, over all rows; logits, and so their gradients, are off in proportion to it.
+    let s_size = w_size;
     let loss_gradient = client.create_from_slice(CubeElement::as_bytes(&data.upstream[..]));
     let loss_gradient = TensorHandle::new_contiguous(
         output.loss.shape().to_vec(),
@@ -239,84 +256,73 @@ fn check(
         (Upstream::Total(0.7), &truth.of_total, of_total),
         (Upstream::Loss(loss_gradient), &truth.of_loss, of_loss),
     ] {
-        let both =
-            backward(client, &inputs, &options, &output, &upstream, Wanted::BOTH).map_err(said)?;
-        let (dx, dw) = (
-            both.embeddings.ok_or("no dX")?,
-            both.weights.ok_or("no dW")?,
-        );
-        float("dX", &dx, &truth.0, &working.0, problem.dtype, x_size)?;
-        float("dW", &dw, &truth.1, &working.1, problem.dtype, w_size)?;
+        let all =
+            backward(client, &inputs, &options, &output, &upstream, Wanted::ALL).map_err(said)?;
+        let [dx, dw, ds] = all_three(all)?;
+        let (x, w) = (truth, working);
+        float(
+            "dX",
+            &dx,
+            &x.embeddings,
+            &w.embeddings,
+            problem.dtype,
+            x_size,
+        )?;
+        float("dW", &dw, &x.weights, &w.weights, problem.dtype, w_size)?;
+        float("ds", &ds, &x.scale, &w.scale, full, s_size)?;
         // A frozen operand changes nothing for the other, and a second backward gives the same bits.
-        let only_x = backward(
-            client,
-            &inputs,
-            &options,
-            &output,
-            &upstream,
-            Wanted::EMBEDDINGS,
-        )
-        .map_err(said)?;
-        let only_w = backward(
-            client,
-            &inputs,
-            &options,
-            &output,
-            &upstream,
-            Wanted::WEIGHTS,
-        )
-        .map_err(said)?;
-        if only_x.weights.is_some() || only_w.embeddings.is_some() {
-            return Err("a gradient nobody asked for".into());
-        }
-        for (name, once, again) in [("dX", &dx, only_x.embeddings), ("dW", &dw, only_w.weights)] {
-            let again = again.ok_or("a gradient is missing")?;
-            if download(client, once) != download(client, &again) {
-                return Err(format!("{name} differs in a second backward"));
-            }
-        }
+        let only =
+            |wanted| backward(client, &inputs, &options, &output, &upstream, wanted).map_err(said);
+        same_alone(client, [&dx, &dw, &ds], only)?;
     }
     // Both in one call: the same within rounding, and the same bits with an operand frozen or in another run.
     let together = |wanted| {
         forward_backward(client, &inputs, &options, &Upstream::Total(0.7), wanted).map_err(said)
     };
-    let (output, both) = together(Wanted::BOTH)?;
+    let (output, all) = together(Wanted::ALL)?;
     predicts(&output)?;
     let (loss, total) = (&output.loss, &output.total);
     float("loss", loss, &t.loss, &w.loss, full, scale * share.of_loss)?;
     float("total", total, &[t.total], &[w.total], full, total_size)?;
     float("lse", &output.lse, &t.lse, &w.lse, full, scale)?;
-    let (dx, dw) = (
-        both.embeddings.ok_or("no dX")?,
-        both.weights.ok_or("no dW")?,
-    );
+    let [dx, dw, ds] = all_three(all)?;
     let (x, w) = (&truth.of_total, of_total);
-    float("dX at once", &dx, &x.0, &w.0, problem.dtype, x_size)?;
-    float("dW at once", &dw, &x.1, &w.1, problem.dtype, w_size)?;
+    let dtype = problem.dtype;
+    float(
+        "dX at once",
+        &dx,
+        &x.embeddings,
+        &w.embeddings,
+        dtype,
+        x_size,
+    )?;
+    float("dW at once", &dw, &x.weights, &w.weights, dtype, w_size)?;
+    float("ds at once", &ds, &x.scale, &w.scale, full, s_size)?;
     if problem.dtype == Dtype::F32 {
         // Factors that come later.
         let factors: Vec<f32> = (0..heads).map(|head| (head % 5) as f32 - 3.0).collect();
-        let scaled = both_scaled(client, &dx, &dw, &factors).map_err(said)?;
+        let gradients = Gradients {
+            embeddings: Some(dx.clone()),
+            weights: Some(dw.clone()),
+            scale: Some(ds.clone()),
+        };
+        let by_head = f32s(client, &factors, &[heads]);
+        let scaled = all_three(gradients.scaled(client, &by_head).map_err(said)?)?;
+        let [dx, dw, ds] = &scaled;
         for (name, scaled, truth, working, size) in [
-            ("dX", scaled.embeddings, &x.0, &w.0, x_size),
-            ("dW", scaled.weights, &x.1, &w.1, w_size),
+            ("dX", dx, &x.embeddings, &w.embeddings, x_size),
+            ("dW", dw, &x.weights, &w.weights, w_size),
+            ("ds", ds, &x.scale, &w.scale, s_size),
         ] {
-            let scaled = scaled.ok_or("a gradient is missing")?;
             let factor = |at: usize| factors[at / (truth.len() / heads)];
             let truth = truth.iter().enumerate();
             let truth: Vec<f64> = truth.map(|(at, v)| v * f64::from(factor(at))).collect();
             let working = working.iter().enumerate();
             let working: Vec<f32> = working.map(|(at, v)| v * factor(at)).collect();
-            float(name, &scaled, &truth, &working, full, 3.0 * size)?;
+            float(name, scaled, &truth, &working, full, 3.0 * size)?;
         }
     }
-    let only_x = together(Wanted::EMBEDDINGS)?.1.embeddings.ok_or("no dX")?;
-    let only_w = together(Wanted::WEIGHTS)?.1.weights.ok_or("no dW")?;
-    for (name, once, again) in [("dX", &dx, &only_x), ("dW", &dw, &only_w)] {
-        if download(client, once) != download(client, again) {
-            return Err(format!("{name} at once differs with the other frozen"));
-        }
-    }
+    same_alone(client, [&dx, &dw, &ds], |wanted| Ok(together(wanted)?.1))?;
 
     let (again, _) = arguments(run, problem, data);
     let bits = |tensor| -> Vec<u64> {
@@ -329,21 +335,6 @@ fn check(
         return Err("the operands were modified".into());
     }
     Ok(())
-}
-
-/// Both gradients, each head times its factor.
-fn both_scaled(
-    client: &cubecl::client::Client,
-    dx: &TensorHandle,
-    dw: &TensorHandle,
-    factors: &[f32],
-) -> Result<Gradients, protohead::Error> {
-    let factors = f32s(client, factors, &[factors.len()]);
-    let both = Gradients {
-        embeddings: Some(dx.clone()),
-        weights: Some(dw.clone()),
-    };
-    both.scaled(client, &factors)
 }
 
 fn agrees(problem: &Problem) -> Result<(), TestCaseError> {

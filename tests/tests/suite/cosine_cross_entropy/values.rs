@@ -9,7 +9,7 @@ use protohead_tests::fused::arguments;
 use protohead_tests::problem::{Data, Dtype, LabelDtype, LabelKind, Problem, download};
 
 use super::{apart_and_at_once, check, expected};
-use crate::support::step;
+use crate::support::{all_three, step};
 
 /// The tolerances are not so wide that anything would do.
 #[test]
@@ -34,7 +34,7 @@ fn gradients_of_zeros_would_be_noticed_in_every_dtype() {
                 if !problem.supported(run.client) {
                     continue;
                 }
-                for name in ["dX", "dW at once"] {
+                for name in ["dX", "dW at once", "ds", "ds at once"] {
                     let checked = check(&run, &problem, &data, &truth, &working, name);
                     let error = checked.expect_err("zeros are no gradient");
                     assert!(error.starts_with(name), "{name} on {run}: {error}");
@@ -223,8 +223,8 @@ fn the_largest_scale_gives_the_nearest_class_everything() {
         let loss = output.read_loss(run.client).expect("the labels are valid");
         assert_eq!(loss, vec![0.0; rows], "on {run}");
         for gradients in apart_and_at_once(&run, &inputs, &options, &Upstream::Total(1.0)) {
-            for gradient in [gradients.embeddings, gradients.weights] {
-                let gradient = download(run.client, &gradient.expect("asked for"));
+            for gradient in all_three(gradients).expect("asked for") {
+                let gradient = download(run.client, &gradient);
                 assert!(gradient.iter().all(|&g| g == 0.0), "on {run}: {gradient:?}");
             }
         }
@@ -303,8 +303,8 @@ fn one_class_has_no_loss_and_no_gradient() {
         let loss = output.read_loss(run.client).expect("the labels are valid");
         assert_eq!(loss, vec![0.0; 38], "on {run}");
         for gradients in apart_and_at_once(&run, &inputs, &options, &Upstream::Total(2.0)) {
-            for gradient in [gradients.embeddings, gradients.weights] {
-                let gradient = download(run.client, &gradient.expect("asked for"));
+            for gradient in all_three(gradients).expect("asked for") {
+                let gradient = download(run.client, &gradient);
                 assert!(gradient.iter().all(|&g| g == 0.0), "on {run}: {gradient:?}");
             }
         }

@@ -7,7 +7,7 @@ use protohead_tests::devices::{Run, fused_runs, runs};
 use protohead_tests::problem::{LabelDtype, download};
 
 use super::{floats, inputs};
-use crate::support::{labels, step};
+use crate::support::{all_three, labels, step};
 
 /// A class that is just too high, and a label that is as far from one as can be.
 const BAD: [i32; 4] = [0, 3, 1, i32::MIN];
@@ -52,8 +52,8 @@ fn a_bad_label_is_reported_and_its_row_counts_as_ignored() {
             };
             let (output, gradients) =
                 step(client, &inputs, &options, &Upstream::default(), at_once);
-            let gradients = [gradients.embeddings, gradients.weights]
-                .map(|gradient| download(client, &gradient.expect("asked for")));
+            let gradients = all_three(gradients).expect("asked for");
+            let gradients = gradients.map(|gradient| download(client, &gradient));
             (output, gradients)
         };
         for at_once in [false, true] {

@@ -8,7 +8,7 @@ use protohead::{LossOptions, Reduction, Upstream, cross_entropy, reconstruction}
 use protohead_tests::devices::{fused_runs, runs};
 use protohead_tests::problem::{Problem, download};
 
-use crate::support::{f32s, labels, step};
+use crate::support::{all_three, f32s, labels, step};
 
 const BAD: [f32; 3] = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY];
 
@@ -80,17 +80,16 @@ fn a_row_of_the_fused_op_stays_alone() {
             };
             let (output, gradients) =
                 step(client, &inputs, &options, &Upstream::default(), at_once);
-            let (dx, dw) = (gradients.embeddings, gradients.weights);
+            let gradients = all_three(gradients).expect("asked for");
             (
                 download(client, &output.loss),
-                download(client, &dx.expect("asked for")),
-                download(client, &dw.expect("asked for")),
+                gradients.map(|gradient| download(client, &gradient)),
                 output.read_predictions(client).expect("valid"),
             )
         };
         for at_once in [false, true] {
-            let (loss, dx, dw, mut predicted) = of(&values, at_once);
-            let (clean_loss, clean_dx, clean_dw, mut clean_predicted) =
+            let (loss, [dx, dw, ds], mut predicted) = of(&values, at_once);
+            let (clean_loss, [clean_dx, clean_dw, clean_ds], mut clean_predicted) =
                 of(&data.embeddings, at_once);
             alone(&format!("loss on {run}"), &loss, &clean_loss, 1);
             alone(&format!("dX on {run}"), &dx, &clean_dx, DIM);
@@ -98,6 +97,8 @@ fn a_row_of_the_fused_op_stays_alone() {
             let (reached, other) = dw.split_at(CLASSES * DIM);
             assert!(reached.iter().all(|v| v.is_nan()), "dW on {run}");
             assert_eq!(other, &clean_dw[CLASSES * DIM..], "dW on {run}");
+            assert!(ds[0].is_nan(), "ds on {run}: {ds:?}");
+            assert_eq!(ds[1], clean_ds[1], "ds on {run}");
             assert_eq!(predicted[ROW], 0, "on {run}: no class is the highest");
             (predicted[ROW], clean_predicted[ROW]) = (0, 0);
             assert_eq!(predicted, clean_predicted, "on {run}");

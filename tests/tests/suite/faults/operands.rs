@@ -3,12 +3,12 @@
 use cubecl::ir::{ElemType, IntKind, UIntKind};
 use cubecl::std::tensor::TensorHandle;
 use protohead::class_means::ClassSums;
-use protohead::cosine_cross_entropy::{Inputs, Options, backward, forward};
+use protohead::cosine_cross_entropy::{Inputs, Options, backward, forward, forward_backward};
 use protohead::{
     Error, Gradients, Strategy, Upstream, Wanted, cosine_logits, cross_entropy, reconstruction,
 };
 use protohead_tests::devices::devices;
-use protohead_tests::problem::Dtype;
+use protohead_tests::problem::{Dtype, download};
 
 use super::{floats, inputs, labels};
 
@@ -185,7 +185,7 @@ fn gradients_that_cannot_be_scaled_are_refused() {
         let scaled = |tensor: TensorHandle| {
             let gradients = Gradients {
                 embeddings: Some(tensor),
-                weights: None,
+                ..Gradients::default()
             };
             let error = gradients.scaled(client, &floats(client, &[2])).map(drop);
             error.expect_err("must be refused")
@@ -199,6 +199,55 @@ fn gradients_that_cannot_be_scaled_are_refused() {
         huge.metadata.shape = vec![1usize << 40, 1 << 30, 1].into();
         huge.metadata.strides = vec![0, 0, 1].into();
         assert!(matches!(scaled(huge), Error::Strides { .. }));
+        let of_scale = Gradients {
+            scale: Some(floats(client, &[3])),
+            ..Gradients::default()
+        };
+        let error = of_scale.scaled(client, &floats(client, &[2])).map(drop);
+        assert!(matches!(error, Err(Error::Shape { .. })));
+    }
+}
+
+/// It is found from a product that has the scale as a factor.
+#[test]
+fn the_gradient_of_a_scale_of_zero_is_refused() {
+    for device in devices() {
+        let client = &device.client;
+        let inputs = inputs(client);
+        let options = Options {
+            scale: 0.0,
+            ..Options::default()
+        };
+        let total = Upstream::default();
+        let only_scale = Wanted {
+            scale: true,
+            embeddings: false,
+            weights: false,
+        };
+        for wanted in [Wanted::ALL, only_scale] {
+            let both = forward_backward(client, &inputs, &options, &total, wanted).map(drop);
+            let output = forward(client, &inputs, &options).expect("valid");
+            let back = backward(client, &inputs, &options, &output, &total, wanted).map(drop);
+            let logits = cosine_logits::Inputs {
+                embeddings: inputs.embeddings.clone(),
+                weights: inputs.weights.clone(),
+            };
+            let of_logits = cosine_logits::Options {
+                scale: 0.0,
+                ..Default::default()
+            };
+            let grad = floats(client, &[2, 4, 3]);
+            let alone = cosine_logits::backward(client, &logits, &of_logits, &grad, wanted);
+            for refused in [both, back, alone.map(drop)] {
+                let error = refused.expect_err("must be refused").to_string();
+                assert!(error.contains("scale is 0"), "{error}");
+            }
+        }
+        let both = forward_backward(client, &inputs, &options, &total, Wanted::BOTH);
+        let (output, gradients) = both.expect("a scale of zero has gradients of zero");
+        output.check(client).expect("valid labels");
+        let dx = gradients.embeddings.expect("asked for");
+        assert!(download(client, &dx).iter().all(|&value| value == 0.0));
     }
 }
 
@@ -264,7 +313,7 @@ fn a_tensor_of_another_device_is_refused() {
         refused(loss.map(|_| ()), "second part");
         let gradients = Gradients {
             embeddings: Some(floats(client, &[2, 4, 5])),
-            weights: None,
+            ..Gradients::default()
         };
         refused(
             gradients.scaled(client, &there(&[2])).map(|_| ()),

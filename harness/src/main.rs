@@ -43,6 +43,8 @@ enum Command {
     Evaluate(commands::train::Evaluate),
     /// Says which keyword each of some WAV files is, by a finished run.
     Predict(commands::predict::Arguments),
+    /// Teaches a finished run another keyword, from a few recordings of it: `predict` knows it from then on.
+    Enroll(commands::enroll::Arguments),
     /// Cosine cross-entropy of the tensors in a file, with its gradients.
     Loss(commands::loss::Arguments),
     /// Class means of the embeddings in a file.
@@ -64,6 +66,7 @@ fn run(cli: Cli, matches: &ArgMatches) -> Result<(), Error> {
         Command::Train(arguments) => commands::train::train(&arguments, &given),
         Command::Evaluate(arguments) => commands::train::evaluate(&arguments),
         Command::Predict(arguments) => commands::predict::run(&arguments),
+        Command::Enroll(arguments) => commands::enroll::run(&arguments),
         Command::Loss(arguments) => commands::loss::run(&arguments),
         Command::Prototypes(arguments) => commands::prototypes::run(&arguments),
         Command::Devices => commands::devices::run(),

@@ -1,11 +1,11 @@
 //! The classifier that a run ends with: its network, and the speech head's prototypes of all keywords, in
-//! `prototypes.safetensors` as `prototypes [1,C,D]`.
+//! `prototypes.safetensors` as `prototypes [1,C,D]`; then those of keywords that it was taught.
 
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Tensor, TensorData};
 use indicatif::ProgressBar;
-use protohead::burn::cosine_logits;
+use protohead::burn::{class_means, cosine_logits};
 use protohead::cosine_logits::Options;
 use rayon::prelude::*;
 
@@ -37,6 +37,7 @@ pub(crate) struct Classifier<'a> {
     devices: &'a Devices,
     network: Network,
     prototypes: Tensor<3>,
+    keywords: Vec<String>,
 }
 
 /// What a clip is taken for.
@@ -50,22 +51,57 @@ impl<'a> Classifier<'a> {
     pub(crate) fn new(finished: &'a Finished, devices: &'a Devices) -> Result<Self, Error> {
         let network = finished.network(devices)?;
         let [_, classes, dim] = network.heads.weight.dims();
-        let shape = [1, classes, dim];
-        let values = TensorFile::open(&finished.prototypes())?.values(NAME, &shape)?;
+        let file = TensorFile::open(&finished.prototypes())?;
+        let mut values = file.values(NAME, &[1, classes, dim])?;
+        let mut keywords = finished.data.keywords.clone();
+        for (keyword, prototype) in finished.enrolled(dim)? {
+            keywords.push(keyword);
+            values.extend(prototype);
+        }
+        let shape = [1, keywords.len(), dim];
         let device = devices.heads.clone().without_autodiff();
         Ok(Self {
             finished,
             devices,
             network,
             prototypes: Tensor::from_data(TensorData::new(values, shape), &device),
+            keywords,
         })
     }
 
+    /// The class mean of the speech in files of one keyword.
+    pub(crate) fn prototype(&self, files: &[PathBuf]) -> Result<Vec<f32>, Error> {
+        let extractor = Extractor::new();
+        let bar = ProgressBar::hidden();
+        let features: Result<Vec<Vec<f32>>, Error> = files
+            .par_iter()
+            .map(|file| extract(&extractor, file, &bar))
+            .collect();
+        let embedded = self.embed(&features?);
+        let [_, rows, dim] = embedded.dims();
+        let device = embedded.device();
+        let labels = Tensor::zeros([rows], &device);
+        let nothing = Tensor::zeros([1, 1, dim], &device);
+        let mean = class_means(embedded, nothing, labels, 1, &Default::default())?;
+        mean.check()?;
+        let values = mean.weights.try_into_vec_as::<f32>();
+        values.map_err(Error::of_device)
+    }
+
+    /// Embeddings `[1, clips, dim]` of the speech of some clips.
+    fn embed(&self, features: &[Vec<f32>]) -> Tensor<3> {
+        let rows: Vec<usize> = (0..features.len()).collect();
+        let scaling = &self.finished.data.scaling;
+        let hidden = ProgressBar::hidden();
+        let (network, devices) = (&self.network, self.devices);
+        embeddings(network, scaling, features, &rows, SPEECH, devices, &hidden)
+    }
+
     /// Of the keyword in each file: `answer` gets them in order, a chunk of files at a time, or what is wrong with a file.
-    pub(crate) fn predict(
-        &self,
+    pub(crate) fn predict<'k>(
+        &'k self,
         files: &[PathBuf],
-        mut answer: impl FnMut(&Path, Result<Prediction<'a>, Error>),
+        mut answer: impl FnMut(&Path, Result<Prediction<'k>, Error>),
     ) -> Result<(), Error> {
         let extractor = Extractor::new();
         let bar = progress(files.len() as u64);
@@ -90,21 +126,11 @@ impl<'a> Classifier<'a> {
         Ok(())
     }
 
-    fn predict_features(&self, features: &[Vec<f32>]) -> Result<Vec<Prediction<'a>>, Error> {
+    fn predict_features(&self, features: &[Vec<f32>]) -> Result<Vec<Prediction<'_>>, Error> {
         if features.is_empty() {
             return Ok(Vec::new());
         }
-        let rows: Vec<usize> = (0..features.len()).collect();
-        let data = &self.finished.data;
-        let embedded = embeddings(
-            &self.network,
-            &data.scaling,
-            features,
-            &rows,
-            SPEECH,
-            self.devices,
-            &ProgressBar::hidden(),
-        );
+        let embedded = self.embed(features);
         let options = Options {
             scale: self.network.heads.scale()? as f32,
             ..Options::default()
@@ -112,7 +138,7 @@ impl<'a> Classifier<'a> {
         let logits = cosine_logits(embedded, self.prototypes.clone(), &options)?
             .try_into_vec_as::<f32>()
             .map_err(Error::of_device)?;
-        let keywords = &data.keywords;
+        let keywords = &self.keywords;
         Ok(logits
             .chunks_exact(keywords.len())
             .map(|logits| {

@@ -7,6 +7,7 @@ pub(crate) mod classifier;
 pub(crate) mod config;
 pub(crate) mod data;
 mod encoder;
+mod enrolled;
 mod folder;
 mod json;
 mod metrics;

@@ -17,11 +17,12 @@ use super::cache::probe_moments;
 use super::checkpoint::Checkpoint;
 use super::config::RunConfig;
 use super::data::{Dataset, Moments};
+use super::enrolled::Enrolled;
 use super::json::{read_json, write_json};
 use super::metrics::{EpochMetrics, draw, write_lines};
 use super::network::{Devices, Network, VALUES, Weights, batch};
 use super::protocol::Protocol;
-use super::{classifier, record, sessions};
+use super::{classifier, enrolled, record, sessions};
 use crate::audio::features::INPUTS;
 use crate::error::Error;
 use crate::files::{Digest, write_atomically};
@@ -136,6 +137,31 @@ impl Finished {
         let network = self.network(devices)?;
         let (table, _) = sessions::evaluate(&network, dataset, devices)?;
         Ok(table)
+    }
+
+    /// Refuses what is no name of a keyword that could be taught.
+    pub(crate) fn can_enroll(&self, keyword: &str) -> Result<(), Error> {
+        if keyword.is_empty() || keyword.contains(char::is_control) {
+            return Err(Error::Usage(format!("{keyword:?} is no keyword")));
+        }
+        match self.data.keywords.iter().any(|known| known == keyword) {
+            true => Err(Error::Usage(format!(
+                "the run was trained with {keyword}: only other keywords can be taught"
+            ))),
+            false => Ok(()),
+        }
+    }
+
+    /// Teaches a keyword, and says how many the run knows now.
+    pub(crate) fn enroll(&self, keyword: &str, prototype: Vec<f32>) -> Result<usize, Error> {
+        let model = Digest::of(&[&self.model]);
+        let taught = enrolled::add(&self.folder, model, keyword, prototype)?;
+        Ok(self.data.keywords.len() + taught)
+    }
+
+    /// The keywords that the run was taught, with prototypes of so many numbers.
+    pub(super) fn enrolled(&self, dim: usize) -> Result<Enrolled, Error> {
+        enrolled::read(&self.folder, &Digest::of(&[&self.model]), dim)
     }
 
     /// Where the prototypes after the last session are.

@@ -87,6 +87,7 @@ fn predict_prints_a_line_per_file_and_refuses_what_is_damaged() {
 
     refused(&[], "WAV");
     refused(&["nowhere.wav"], "No such file");
+    keywords_are_taught(&run, [&tone, &noise, &text]);
     // The others are predicted all the same.
     let output = predict(&[&text, &tone, "nowhere.wav", &noise]);
     assert_eq!(output.status.code(), Some(2), "{output:?}");
@@ -144,4 +145,97 @@ fn predict_prints_a_line_per_file_and_refuses_what_is_damaged() {
     };
     let stderr = String::from_utf8_lossy(&resumed.stderr);
     assert!(stderr.contains(of_another), "{stderr}");
+}
+
+/// A tone and a noise become keywords of a run on synthesised words.
+fn keywords_are_taught(run: &Path, [tone, noise, text]: [&String; 3]) {
+    let run_name = run.to_string_lossy();
+    let by_run = |command: &str, words: &[&str]| {
+        let output = protohead(&[&[command, &run_name, "--device", "cpu"], words].concat());
+        let [said, told] =
+            [&output.stdout, &output.stderr].map(|text| String::from_utf8_lossy(text).into_owned());
+        (output.status.code(), said, told)
+    };
+    let enrolled = run.join("enrolled.json");
+    let before = by_run("predict", &[tone, noise]);
+    for (words, says) in [
+        (
+            &["word00", tone] as &[&str],
+            "the run was trained with word00",
+        ),
+        (&["", tone], "no keyword"),
+        (&["two\twords", tone], "no keyword"),
+        (&["tone", "nowhere.wav"], "No such file"),
+        (&["tone", tone, text], "no WAV file"),
+        (&["tone"], "WAV"),
+    ] {
+        let (code, said, told) = by_run("enroll", words);
+        assert_eq!((code, told.lines().count()), (Some(2), 1), "{told}");
+        assert!(told.contains(says) && said.is_empty(), "{told}");
+        assert!(!enrolled.exists(), "{words:?} left something");
+    }
+    assert_eq!(by_run("predict", &[tone, noise]), before);
+
+    let taught = |keyword: &str, files: &[&str], known: usize| {
+        let (code, said, told) = by_run("enroll", &[&[keyword], files].concat());
+        assert_eq!(code, Some(0), "{told}");
+        let recordings = files.len();
+        assert_eq!(
+            said,
+            format!("{keyword}: from {recordings} recordings, one of {known} keywords\n")
+        );
+    };
+    let prototype = |keyword: &str| {
+        let file = fs::read(&enrolled).expect("written by enroll");
+        let file: serde_json::Value = serde_json::from_slice(&file).expect("JSON");
+        let numbers = file["prototypes"][keyword].as_array().cloned();
+        numbers.unwrap_or_else(|| panic!("no prototype of {keyword} in {file}"))
+    };
+    taught("a tone", &[tone], 5);
+    taught("noise", &[noise, tone], 6);
+    let of_tone = prototype("a tone");
+    assert!(of_tone.len() > 1 && of_tone != prototype("noise"));
+    // What is taught again takes the place of what was, and leaves the others.
+    taught("noise", &[tone], 6);
+    assert_eq!(
+        [prototype("a tone"), prototype("noise")],
+        [of_tone.clone(), of_tone]
+    );
+    // Two of six have the very embedding.
+    let (_, said, _) = by_run("predict", &[tone]);
+    let fields: Vec<&str> = said.trim_end().split('\t').collect();
+    let probability: f64 = fields[2].parse().expect("a number");
+    assert!((0.16..=0.5).contains(&probability), "{said}");
+    let (code, table, told) = by_run("evaluate", &[]);
+    assert_eq!(code, Some(0), "{told}");
+    assert_eq!(
+        table.lines().count(),
+        2,
+        "of the keywords it was trained with"
+    );
+
+    let sound = fs::read_to_string(&enrolled).expect("written by enroll");
+    for (damaged, says) in [
+        (
+            sound.replacen("blake3\": \"", "blake3\": \"0", 1),
+            "another network",
+        ),
+        (
+            sound.replacen("\"a tone\": [", "\"a tone\": [ 1.0,", 1),
+            "damaged",
+        ),
+        (sound[1..].to_owned(), "damaged"),
+    ] {
+        fs::write(&enrolled, damaged).expect("the folder is writable");
+        for words in [
+            ("predict", &[tone as &str] as &[&str]),
+            ("enroll", &["tone", tone]),
+        ] {
+            let (code, _, told) = by_run(words.0, words.1);
+            assert_eq!((code, told.lines().count()), (Some(2), 1), "{told}");
+            assert!(told.contains(says), "{told} does not say {says}");
+        }
+    }
+    fs::remove_file(&enrolled).expect("the folder is writable");
+    assert_eq!(by_run("predict", &[tone, noise]), before);
 }

@@ -1,7 +1,7 @@
 //! Training on speech that espeak-ng makes: real files, in voices of which some are only heard in the test.
 
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use serde_json::Value;
@@ -90,6 +90,42 @@ fn keywords_of_voices_not_heard_in_training_are_recognised() {
     });
     let share = 100.0 * right.count() as f64 / list.lines().count() as f64;
     assert_eq!(share, accuracy(2, "all"), "{said}");
+
+    // A word that was in no session is taught by five voices, and known in six others.
+    let spoken = |voice: &str| {
+        let wav = folder.path().join(format!("hello-{voice}.wav"));
+        let mut speak = Command::new("espeak-ng");
+        speak.args(["-v", voice, "-w"]).arg(&wav).arg("hello");
+        succeeds(speak);
+        wav
+    };
+    let by_run = |command: &str, words: &[&str], files: Vec<PathBuf>| {
+        let mut program = Command::new(env!("CARGO_BIN_EXE_protohead"));
+        program.arg(command).arg(&run).args(words).args(files);
+        program.args(["--device", "cpu"]);
+        let output = succeeds(program);
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    let five = [
+        "en-us+m1",
+        "en-us+f2",
+        "en-gb+m3",
+        "en-us+f1",
+        "en-gb-scotland+f1",
+    ];
+    let said = by_run("enroll", &["hello"], five.map(spoken).into());
+    assert_eq!(said, "hello: from 5 recordings, one of 15 keywords\n");
+    let others = [
+        "en-us+m7",
+        "en-us+f4",
+        "en-gb+m6",
+        "en-gb+f5",
+        "en-gb-scotland+m8",
+        "en-us+klatt2",
+    ];
+    let said = by_run("predict", &[], others.map(spoken).into());
+    let known = said.lines().filter(|line| line.contains("\thello\t"));
+    assert!(known.count() >= 4, "chance is one in fifteen: {said}");
 }
 
 #[test]

@@ -45,6 +45,13 @@ impl Wanted {
         ..Self::BOTH
     };
 
+    /// The scale's alone.
+    pub const SCALE: Self = Self {
+        embeddings: false,
+        weights: false,
+        scale: true,
+    };
+
     pub(crate) fn any(self) -> bool {
         self.embeddings || self.weights || self.scale
     }
@@ -80,14 +87,11 @@ impl Gradients {
             Some(gradient) => scaled(client, operand, gradient, by_head, false).map(Some),
             None => Ok(None),
         };
-        let of_scale = match &self.scale {
-            Some(gradient) => Some(scaled_numbers(client, gradient, by_head)?),
-            None => None,
-        };
+        let of_numbers = |gradient| scaled_numbers(client, gradient, by_head);
         Ok(Self {
             embeddings: scaled("gradient of the embeddings", &self.embeddings)?,
             weights: scaled("gradient of the class weights", &self.weights)?,
-            scale: of_scale,
+            scale: self.scale.as_ref().map(of_numbers).transpose()?,
         })
     }
 
@@ -101,18 +105,17 @@ impl Gradients {
 }
 
 /// [`Gradients::scaled`] of a number a head.
-pub(crate) fn scaled_numbers(
+fn scaled_numbers(
     client: &Client,
     gradient: &TensorHandle, // [heads]
     by_head: &TensorHandle,
 ) -> Result<TensorHandle, Error> {
     let operand = "gradient of the scale";
-    contiguous(client, operand, gradient, by_head.shape(), F32)?;
-    let shape = by_head.shape().clone();
-    let rows = [shape.iter().product(), 1, 1];
-    let rows = TensorHandle::new_contiguous(rows, gradient.handle.clone(), F32);
+    let heads = gradient.shape().iter().product();
+    contiguous(client, operand, gradient, &[heads], F32)?;
+    let rows = TensorHandle::new_contiguous([heads, 1, 1], gradient.handle.clone(), F32);
     let scaled = scaled(client, operand, &rows, by_head, false)?;
-    Ok(TensorHandle::new_contiguous(shape, scaled.handle, F32))
+    Ok(TensorHandle::new_contiguous([heads], scaled.handle, F32))
 }
 
 /// [`Gradients::scaled`] of one of them, which may be where it was.

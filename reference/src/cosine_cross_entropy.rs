@@ -1,10 +1,10 @@
 //! Cross-entropy of cosine logits, with margins on the logit of a row's own class.
 
-use crate::cosine_logits::products_by_head;
+use crate::cosine_logits::{operand_gradients, products_by_head};
 use crate::cross_entropy::{counts, first_of_highest};
 use crate::{
-    CrossEntropy, Gradients, LossOptions, Real, Sizes, Upstream, cosine_logits,
-    cosine_logits_backward, cross_entropy, cross_entropy_backward,
+    CrossEntropy, Gradients, LossOptions, Real, Sizes, Upstream, cosine_logits, cross_entropy,
+    cross_entropy_backward,
 };
 
 /// What a row's own class has to overcome: its cosine `cos θ` counts as `cos(θ + angular) − cosine` in the loss.
@@ -139,7 +139,8 @@ pub fn cosine_cross_entropy_backward<T: Real>(
     options: &LossOptions<T>,
     upstream: &Upstream<T>,
 ) -> Gradients<T> {
-    let logits = cosine_logits(embeddings, weights, sizes, cosine.scale);
+    let cosines = cosine_logits(embeddings, weights, sizes, T::of(1.0));
+    let logits: Vec<T> = cosines.iter().map(|&cos| cosine.scale * cos).collect();
     let (seen, slopes) = cosine.with_margin(&logits, labels, sizes, options);
     let mut gradient = cross_entropy_backward(&seen, labels, sizes, options, upstream);
     // The scale multiplies what margins have made of the cosines.
@@ -147,12 +148,13 @@ pub fn cosine_cross_entropy_backward<T: Real>(
         scale: T::of(1.0),
         ..cosine
     };
-    let cosines = cosine_logits(embeddings, weights, sizes, unscaled.scale);
     let (cosines, _) = unscaled.with_margin(&cosines, labels, sizes, options);
-    let scale = products_by_head(&gradient, &cosines, sizes.heads);
+    let of_scale = products_by_head(&gradient, &cosines, sizes.heads);
     Cosine::through_margin(&mut gradient, &slopes, labels, sizes, options);
+    let (grad_x, grad_w) = operand_gradients(embeddings, weights, &gradient, sizes, cosine.scale);
     Gradients {
-        scale,
-        ..cosine_logits_backward(embeddings, weights, &gradient, sizes, cosine.scale)
+        embeddings: grad_x,
+        weights: grad_w,
+        scale: of_scale,
     }
 }

@@ -45,6 +45,24 @@ pub fn cosine_logits_backward<T: Real>(
     sizes: Sizes,
     scale: T,
 ) -> Gradients<T> {
+    let cosines = cosine_logits(embeddings, weights, sizes, T::of(1.0));
+    let of_scale = products_by_head(grad_logits, &cosines, sizes.heads);
+    let (grad_x, grad_w) = operand_gradients(embeddings, weights, grad_logits, sizes, scale);
+    Gradients {
+        embeddings: grad_x,
+        weights: grad_w,
+        scale: of_scale,
+    }
+}
+
+/// Those of embeddings and class weights.
+pub(crate) fn operand_gradients<T: Real>(
+    embeddings: &[T],
+    weights: &[T],
+    grad_logits: &[T],
+    sizes: Sizes,
+    scale: T,
+) -> (Vec<T>, Vec<T>) {
     let Sizes {
         heads,
         rows,
@@ -69,12 +87,10 @@ pub fn cosine_logits_backward<T: Real>(
             }
         }
     }
-    let cosines = cosine_logits(embeddings, weights, sizes, T::of(1.0));
-    Gradients {
-        embeddings: normalize_backward(&x, &grad_x, dim),
-        weights: normalize_backward(&w, &grad_w, dim),
-        scale: products_by_head(grad_logits, &cosines, heads),
-    }
+    (
+        normalize_backward(&x, &grad_x, dim),
+        normalize_backward(&w, &grad_w, dim),
+    )
 }
 
 /// The sums of `a · b`, head by head.

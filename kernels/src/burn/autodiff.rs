@@ -59,18 +59,15 @@ impl<B: Backend + ProtoheadGradOps, const N: usize> Backward<B, N> for FusedBack
                 weights,
                 rows,
                 options,
-            } => {
-                let is_needed = |at| matches!(ops.parents.get(at), Some(Some(_)));
-                B::protohead_fused_backward(
-                    grad,
-                    checkpointer.retrieve_node_output(embeddings),
-                    checkpointer.retrieve_node_output(weights),
-                    rows,
-                    *options,
-                    [0, 1, 2].map(is_needed),
-                )
-                .into()
-            }
+            } => B::protohead_fused_backward(
+                grad,
+                checkpointer.retrieve_node_output(embeddings),
+                checkpointer.retrieve_node_output(weights),
+                rows,
+                *options,
+                needed(&ops.parents),
+            )
+            .into(),
         };
         for (parent, gradient) in ops.parents.into_iter().zip(gradients) {
             register::<B>(grads, parent.map(|node| node.id), gradient);
@@ -189,28 +186,62 @@ impl<B: Backend + ProtoheadGradOps> Backward<B, 1> for CrossEntropyBackward {
 #[derive(Debug)]
 struct LogitsBackward;
 
-impl<B: Backend + ProtoheadGradOps> Backward<B, 2> for LogitsBackward {
+/// Of the embeddings, the class weights and, if it is learnt, the scale.
+impl<B: Backend + ProtoheadGradOps, const N: usize> Backward<B, N> for LogitsBackward {
     type State = (NodeId, NodeId, logits::Options);
 
     fn backward(
         self,
-        ops: Ops<Self::State, 2>,
+        ops: Ops<Self::State, N>,
         grads: &mut Gradients,
         checkpointer: &mut Checkpointer,
     ) {
         let grad = grads.consume::<B>(&ops.node);
         let (embeddings, weights, options) = ops.state;
-        let need = ops.parents.each_ref().map(Option::is_some);
-        let (of_embeddings, of_weights) = B::protohead_logits_backward(
+        let gradients = B::protohead_logits_backward(
             grad,
             checkpointer.retrieve_node_output(embeddings),
             checkpointer.retrieve_node_output(weights),
             options,
-            need,
+            needed(&ops.parents),
         );
-        let [embeddings, weights] = ops.parents.map(|node| node.map(|node| node.id));
-        register::<B>(grads, embeddings, of_embeddings);
-        register::<B>(grads, weights, of_weights);
+        let gradients: [MaybeGrad<B>; 3] = gradients.into();
+        for (parent, gradient) in ops.parents.into_iter().zip(gradients) {
+            register::<B>(grads, parent.map(|node| node.id), gradient);
+        }
+    }
+}
+
+/// The logits whose node has these parents.
+fn logits_on<B, C, const N: usize>(
+    parents: [NodeGuard; N],
+    embeddings: FloatTensor<Autodiff<B, C>>,
+    weights: FloatTensor<Autodiff<B, C>>,
+    options: logits::Options,
+) -> FloatTensor<Autodiff<B, C>>
+where
+    B: Backend + ProtoheadOps + ProtoheadGradOps,
+    C: CheckpointStrategy,
+{
+    let prepared = <LogitsBackward as Backward<B, N>>::prepare::<C>(LogitsBackward, parents);
+    match prepared.compute_bound().stateful() {
+        OpsKind::Tracked(mut prepared) => {
+            let saved = (
+                prepared.checkpoint(&embeddings),
+                prepared.checkpoint(&weights),
+            );
+            let out = B::protohead_logits(
+                embeddings.into_primitive(),
+                weights.into_primitive(),
+                options.clone(),
+            );
+            prepared.finish((saved.0, saved.1, options), out)
+        }
+        OpsKind::UnTracked(prepared) => prepared.finish(B::protohead_logits(
+            embeddings.into_primitive(),
+            weights.into_primitive(),
+            options,
+        )),
     }
 }
 
@@ -244,6 +275,11 @@ impl<B: Backend + ProtoheadGradOps> Backward<B, 3> for ReconstructionBackward {
             }
         }
     }
+}
+
+/// Which gradients the parents of a cosine head wait for: the embeddings, the class weights and, if it is one of them, the scale.
+fn needed<T, const N: usize>(parents: &[Option<T>; N]) -> [bool; 3] {
+    [0, 1, 2].map(|at| matches!(parents.get(at), Some(Some(_))))
 }
 
 /// Hands a gradient that was computed to the parent that waits for it.
@@ -340,29 +376,18 @@ impl<B: Backend + ProtoheadOps + ProtoheadGradOps, C: CheckpointStrategy> Protoh
         weights: FloatTensor<Self>,
         options: logits::Options,
     ) -> FloatTensor<Self> {
-        let prepared = <LogitsBackward as Backward<B, 2>>::prepare::<C>(
-            LogitsBackward,
-            [embeddings.node(), weights.node()],
-        );
-        match prepared.compute_bound().stateful() {
-            OpsKind::Tracked(mut prepared) => {
-                let saved = (
-                    prepared.checkpoint(&embeddings),
-                    prepared.checkpoint(&weights),
-                );
-                let out = B::protohead_logits(
-                    embeddings.into_primitive(),
-                    weights.into_primitive(),
-                    options.clone(),
-                );
-                prepared.finish((saved.0, saved.1, options), out)
-            }
-            OpsKind::UnTracked(prepared) => prepared.finish(B::protohead_logits(
-                embeddings.into_primitive(),
-                weights.into_primitive(),
-                options,
-            )),
-        }
+        let parents = [embeddings.node(), weights.node()];
+        logits_on::<B, C, _>(parents, embeddings, weights, options)
+    }
+
+    fn protohead_logits_with_scale(
+        embeddings: FloatTensor<Self>,
+        weights: FloatTensor<Self>,
+        scale: FloatTensor<Self>,
+        options: logits::Options,
+    ) -> FloatTensor<Self> {
+        let parents = [embeddings.node(), weights.node(), scale.node()];
+        logits_on::<B, C, _>(parents, embeddings, weights, options)
     }
 
     fn protohead_reconstruction(

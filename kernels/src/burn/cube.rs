@@ -105,17 +105,21 @@ fn wanted([embeddings, weights, scale]: [bool; 3]) -> Wanted {
 }
 
 fn gradient(like: &CubeTensor, handle: Option<TensorHandle>) -> MaybeGrad<CubeBackend> {
-    match handle {
-        Some(handle) => MaybeGrad::Computed(tensor(like, handle, like.dtype)),
-        None => MaybeGrad::Skipped,
-    }
+    handle.map(|handle| tensor(like, handle, like.dtype)).into()
 }
 
-fn numbers(like: &CubeTensor, handle: Option<TensorHandle>) -> MaybeGrad<CubeBackend> {
-    match handle {
-        Some(handle) => MaybeGrad::Computed(tensor(like, handle, DType::F32)),
-        None => MaybeGrad::Skipped,
-    }
+/// The gradient of each head's scale.
+fn by_head(like: &CubeTensor, handle: Option<TensorHandle>) -> MaybeGrad<CubeBackend> {
+    handle.map(|handle| tensor(like, handle, DType::F32)).into()
+}
+
+/// The gradient of the scale that all heads share.
+fn of_all(like: &CubeTensor, handle: Option<TensorHandle>) -> MaybeGrad<CubeBackend> {
+    let sum = |by_head: TensorHandle| {
+        let ones = vec![1.0; by_head.shape()[0]];
+        checked(total::forward(&like.client, &by_head, &ones))
+    };
+    by_head(like, handle.map(sum))
 }
 
 impl ProtoheadOps for CubeBackend {
@@ -174,6 +178,15 @@ impl ProtoheadOps for CubeBackend {
         };
         let out = checked(logits::forward(&embeddings.client, &inputs, &options));
         tensor(&embeddings, out, embeddings.dtype)
+    }
+
+    fn protohead_logits_with_scale(
+        embeddings: FloatTensor<Self>,
+        weights: FloatTensor<Self>,
+        _scale: FloatTensor<Self>,
+        options: logits::Options,
+    ) -> FloatTensor<Self> {
+        Self::protohead_logits(embeddings, weights, options)
     }
 
     fn protohead_reconstruction(
@@ -265,7 +278,7 @@ impl ProtoheadGradOps for CubeBackend {
             losses(&embeddings, output),
             gradient(&embeddings, gradients.embeddings),
             gradient(&embeddings, gradients.weights),
-            numbers(&embeddings, gradients.scale),
+            by_head(&embeddings, gradients.scale),
         )
     }
 
@@ -295,14 +308,10 @@ impl ProtoheadGradOps for CubeBackend {
             &Upstream::Loss(handle(into_contiguous(grad))),
             wanted(need),
         ));
-        let of_scale = gradients.scale.map(|by_head| {
-            let ones = vec![1.0; by_head.shape()[0]];
-            checked(total::forward(&embeddings.client, &by_head, &ones))
-        });
         (
             gradient(&embeddings, gradients.embeddings),
             gradient(&embeddings, gradients.weights),
-            numbers(&embeddings, of_scale),
+            of_all(&embeddings, gradients.scale),
         )
     }
 
@@ -358,8 +367,8 @@ impl ProtoheadGradOps for CubeBackend {
         embeddings: FloatTensor<Self>,
         weights: FloatTensor<Self>,
         options: logits::Options,
-        need: [bool; 2],
-    ) -> (MaybeGrad<Self>, MaybeGrad<Self>) {
+        need: [bool; 3],
+    ) -> (MaybeGrad<Self>, MaybeGrad<Self>, MaybeGrad<Self>) {
         let inputs = logits::Inputs {
             embeddings: operand(embeddings.clone()),
             weights: operand(weights),
@@ -369,11 +378,12 @@ impl ProtoheadGradOps for CubeBackend {
             &inputs,
             &options,
             &operand(grad),
-            wanted([need[0], need[1], false]),
+            wanted(need),
         ));
         (
             gradient(&embeddings, gradients.embeddings),
             gradient(&embeddings, gradients.weights),
+            of_all(&embeddings, gradients.scale),
         )
     }
 

@@ -1,12 +1,12 @@
 //! Several cosine heads as one module with one parameter.
 
 use burn::config::Config;
-use burn::module::{Initializer, Module, Param};
-use burn::tensor::{DType, Device, FloatDType, Int, Tensor};
+use burn::module::{Initializer, Module, Param, ParamId};
+use burn::tensor::{Device, FloatDType, Int, Tensor};
 
 use super::{
-    ClassMeans, ClassSums, CrossEntropy, Margin, class_means, cosine_logits, float_dtype,
-    fused_loss, predictions, reduced, together, total, value_of,
+    ClassMeans, ClassSums, CrossEntropy, Margin, class_means, dequantized, float_dtype, fused_loss,
+    given_or_learnt_logits, predictions, reduced, together, total, value_of,
 };
 use crate::{
     Error, LossOptions, Reduction, class_means as means, cosine_cross_entropy as fused,
@@ -27,7 +27,9 @@ pub struct CosineHeadsConfig {
     /// The factor on the cosines; where it is learnt, what it begins with.
     #[config(default = 16.0)]
     pub scale: f64,
-    /// Whether the factor is learnt: a parameter, of which each use reads the value, and so waits for the step before.
+    /// Whether the factor is learnt: a parameter, of which each use reads the value, and so waits for the step before. Uses are refused
+    /// if training takes it to 0, or with a margin below. Where it may come near, learn its logarithm instead, and call
+    /// [`cosine_cross_entropy_with_scale`](super::cosine_cross_entropy_with_scale).
     #[config(default = false)]
     pub learnt_scale: bool,
     /// The angular margin of the loss, in radians: see [`Margin`]. What is out of range is refused when a loss is computed.
@@ -156,7 +158,7 @@ impl CosineHeads {
     pub fn with_scale(self, scale: f64) -> Self {
         let learnt_scale = self.learnt_scale.map(|learnt| {
             learnt.map(|before| {
-                let now = before.clone().detach().full_like(scale);
+                let now = dequantized(before.clone().detach()).full_like(scale);
                 now.set_require_grad(before.is_require_grad())
             })
         });
@@ -215,14 +217,16 @@ impl CosineHeads {
         if classes == now {
             return Ok(self);
         }
-        let before = self.weight.val();
+        let (_, before, mapper) = self.weight.consume();
+        let trained = before.is_require_grad();
+        let before = dequantized(before.detach());
         let config = CosineHeadsConfig::new(heads, classes - now, dim);
         let new = config.init(&before.device()).weight.val();
         let new = new.detach().cast(FloatDType::from(before.dtype()));
-        let all = Tensor::cat(vec![before.clone().detach(), new], 1);
-        let all = all.detach().set_require_grad(before.is_require_grad());
+        let all = Tensor::cat(vec![before, new], 1).detach();
+        let all = all.set_require_grad(trained);
         Ok(Self {
-            weight: Param::from_tensor(all),
+            weight: Param::from_mapped_value(ParamId::new(), all, mapper),
             ..self
         })
     }
@@ -232,22 +236,15 @@ impl CosineHeads {
     /// # Errors
     /// A typed [`Error`] if the embeddings do not fit.
     pub fn forward(&self, embeddings: Tensor<3>) -> Result<Tensor<3>, Error> {
-        let of = |scale: f64| logits::Options {
-            scale: scale as f32,
+        let options = logits::Options {
+            scale: self.scale as f32,
             active: Some(self.active),
             allow_tf32: self.allow_tf32,
             ..logits::Options::default()
         };
         let weights = self.weights_for(&embeddings)?;
-        match &self.learnt_scale {
-            None => cosine_logits(embeddings, weights, &of(self.scale)),
-            Some(learnt) => {
-                let scale = learnt.val();
-                together("scale", &scale.device(), &embeddings.device())?;
-                let scale = scale.cast(FloatDType::from(embeddings.dtype()));
-                Ok(cosine_logits(embeddings, weights, &of(1.0))? * scale.unsqueeze())
-            }
-        }
+        let scale = self.learnt_scale.as_ref().map(|learnt| learnt.val());
+        given_or_learnt_logits(embeddings, weights, scale, &options)
     }
 
     /// The class of the highest logit of each row, `[heads, rows]`, in memory that does not grow with rows × classes.
@@ -276,11 +273,7 @@ impl CosineHeads {
     }
 
     fn weights_for(&self, embeddings: &Tensor<3>) -> Result<Tensor<3>, Error> {
-        let weights = self.weight.val();
-        let weights = match weights.dtype() {
-            DType::QFloat(_) => weights.dequantize(),
-            _ => weights,
-        };
+        let weights = dequantized(self.weight.val());
         together("class weights", &weights.device(), &embeddings.device())?;
         float_dtype("embeddings", embeddings)?;
         let dtype = embeddings.dtype();

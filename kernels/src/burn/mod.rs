@@ -30,7 +30,7 @@ use burn::tensor::{DType, FloatDType, Int, Tensor};
 use crate::loss::target::joined;
 use crate::operand::{F32, allocatable, count};
 use crate::{
-    Error, LossOptions, Reduction, Strategy, cosine_cross_entropy as fused,
+    Error, LossOptions, Reduction, Strategy, Wanted, cosine_cross_entropy as fused,
     cosine_logits as logits_op, cross_entropy as cross_entropy_op,
 };
 use checks::{
@@ -147,7 +147,7 @@ pub fn cosine_cross_entropy(
 /// call waits for what computes it. Its gradient costs what that of the embeddings does.
 ///
 /// # Errors
-/// As [`cosine_cross_entropy`]; and if the scale is not one number, or 0.
+/// As [`cosine_cross_entropy`]; and if the scale is not one number, or 0 where it is trained.
 pub fn cosine_cross_entropy_with_scale(
     embeddings: Tensor<3>,
     weights: Tensor<3>,
@@ -213,10 +213,7 @@ fn fused_loss<const D: usize>(
     let [heads, rows, _] = embeddings.dims();
     let mut options = options.clone();
     if let Some(scale) = &scale {
-        together("scale", &scale.device(), &embeddings.device())?;
-        together("scale", &scale.device(), &weights.device())?;
-        options.scale = value_of(scale)?;
-        crate::scale::validate(options.scale, crate::Wanted::ALL)?;
+        options.scale = learnt(scale, &embeddings, &weights)?;
     }
     options.strategy = Strategy::Inferred;
     let active = product_operands(
@@ -236,12 +233,36 @@ fn fused_loss<const D: usize>(
     let results = match scale {
         None => Dispatch::protohead_fused(x, w, y, options),
         Some(scale) => {
-            // Its gradient is f32, whatever the parameter is.
-            let scale = scale.cast(FloatDType::F32).into_dispatch();
+            let scale = in_f32(scale).into_dispatch();
             Dispatch::protohead_fused_with_scale(x, w, scale, y, options)
         }
     };
     Ok(CrossEntropy::new(results, labels, active))
+}
+
+/// The value of a learnt scale that goes with these operands.
+fn learnt(scale: &Tensor<1>, embeddings: &Tensor<3>, weights: &Tensor<3>) -> Result<f32, Error> {
+    for operand in [embeddings, weights] {
+        together("scale", &scale.device(), &operand.device())?;
+    }
+    let value = value_of(scale)?;
+    if scale.device().is_autodiff() {
+        crate::scale::validate(value, Wanted::SCALE)?;
+    }
+    Ok(value)
+}
+
+/// A learnt scale as the ops take it: its gradient is f32, whatever the parameter is.
+fn in_f32(scale: Tensor<1>) -> Tensor<1> {
+    dequantized(scale).cast(FloatDType::F32)
+}
+
+/// A tensor of floats.
+fn dequantized<const D: usize>(tensor: Tensor<D>) -> Tensor<D> {
+    match tensor.dtype() {
+        DType::QFloat(_) => tensor.dequantize(),
+        _ => tensor,
+    }
 }
 
 /// The value of a scale that is learnt, as the device has it.
@@ -253,7 +274,7 @@ fn value_of(scale: &Tensor<1>) -> Result<f32, Error> {
             expected: "[1]".into(),
         });
     }
-    let values = scale.clone().detach().try_into_vec_as::<f32>();
+    let values = in_f32(scale.clone().detach()).try_into_vec_as::<f32>();
     let values = values.map_err(Error::device)?;
     let few = || Error::Device("a read returned too few numbers".into());
     values.first().copied().ok_or_else(few)
@@ -345,6 +366,33 @@ pub fn cosine_logits(
     weights: Tensor<3>,
     options: &logits_op::Options,
 ) -> Result<Tensor<3>, Error> {
+    given_or_learnt_logits(embeddings, weights, None, options)
+}
+
+/// [`cosine_logits`] with a scale that is learnt, as [`cosine_cross_entropy_with_scale`] has it.
+///
+/// # Errors
+/// As [`cosine_logits`]; and if the scale is not one number, or 0 where it is trained.
+pub fn cosine_logits_with_scale(
+    embeddings: Tensor<3>,
+    weights: Tensor<3>,
+    scale: Tensor<1>,
+    options: &logits_op::Options,
+) -> Result<Tensor<3>, Error> {
+    given_or_learnt_logits(embeddings, weights, Some(scale), options)
+}
+
+fn given_or_learnt_logits(
+    embeddings: Tensor<3>,
+    weights: Tensor<3>,
+    scale: Option<Tensor<1>>,
+    options: &logits_op::Options,
+) -> Result<Tensor<3>, Error> {
+    let mut options = options.clone();
+    if let Some(scale) = &scale {
+        options.scale = learnt(scale, &embeddings, &weights)?;
+    }
+    options.strategy = Strategy::Inferred;
     let active = product_operands(
         &embeddings,
         &weights,
@@ -358,16 +406,14 @@ pub fn cosine_logits(
     let client = cube_client(&embeddings.device())?;
     let dtype = float_dtype("embeddings", &embeddings)?;
     allocatable(&client, "logits", count(&shape), dtype)?;
-    Ok(Tensor::from_dispatch(
-        <Dispatch as ProtoheadOps>::protohead_logits(
-            embeddings.into_dispatch(),
-            weights.into_dispatch(),
-            logits_op::Options {
-                strategy: Strategy::Inferred,
-                ..options.clone()
-            },
-        ),
-    ))
+    let (x, w) = (embeddings.into_dispatch(), weights.into_dispatch());
+    Ok(Tensor::from_dispatch(match scale {
+        None => Dispatch::protohead_logits(x, w, options),
+        Some(scale) => {
+            let scale = in_f32(scale).into_dispatch();
+            Dispatch::protohead_logits_with_scale(x, w, scale, options)
+        }
+    }))
 }
 
 /// `1 − mean_n cos(whole, first + second)`, `[1]`, of `[rows, dim]` tensors: see [`reconstruction`](crate::reconstruction).

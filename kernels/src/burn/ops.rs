@@ -7,8 +7,8 @@ use burn::backend::{Backend, ExtensionType, backend_extension};
 use super::specs::{
     class_means_spec, class_sums_spec, cross_entropy_grad_spec, cross_entropy_spec,
     fused_at_once_spec, fused_grad_spec, fused_spec, fused_with_scale_spec, logits_grad_spec,
-    logits_spec, product_spec, reconstruction_grad_spec, reconstruction_spec, scaled_spec,
-    total_grad_spec, total_spec,
+    logits_spec, logits_with_scale_spec, product_spec, reconstruction_grad_spec,
+    reconstruction_spec, scaled_spec, total_grad_spec, total_spec,
 };
 use super::sums::State;
 use crate::{cosine_cross_entropy as fused, cosine_logits as logits, cross_entropy};
@@ -128,6 +128,16 @@ pub(super) trait ProtoheadOps: Backend {
         options: logits::Options,
     ) -> FloatTensor<Self>;
 
+    /// The same, differentiable by `scale [1]` too, whose value the options have.
+    #[fusion(meta = logits_with_scale_spec)]
+    #[allow(unused_variables)]
+    fn protohead_logits_with_scale(
+        embeddings: FloatTensor<Self>,
+        weights: FloatTensor<Self>,
+        scale: FloatTensor<Self>,
+        options: logits::Options,
+    ) -> FloatTensor<Self>;
+
     #[fusion(meta = reconstruction_spec)]
     #[allow(unused_variables)]
     fn protohead_reconstruction(
@@ -212,6 +222,7 @@ pub(super) trait ProtoheadGradOps: Backend {
         options: cross_entropy::Options,
     ) -> FloatTensor<Self>;
 
+    /// The gradients of the embeddings, the class weights, and the scale, `[1]`.
     #[fusion(meta = logits_grad_spec)]
     #[allow(unused_variables)]
     fn protohead_logits_backward(
@@ -219,8 +230,8 @@ pub(super) trait ProtoheadGradOps: Backend {
         embeddings: FloatTensor<Self>,
         weights: FloatTensor<Self>,
         options: logits::Options,
-        need: [bool; 2],
-    ) -> (MaybeGrad<Self>, MaybeGrad<Self>);
+        need: [bool; 3],
+    ) -> (MaybeGrad<Self>, MaybeGrad<Self>, MaybeGrad<Self>);
 
     /// Of the whole, and of either part.
     #[fusion(meta = reconstruction_grad_spec)]

@@ -93,6 +93,15 @@ pub(super) fn logits_spec(
     TensorSpec::new(shape, embeddings.dtype)
 }
 
+pub(super) fn logits_with_scale_spec(
+    embeddings: &TensorSpec,
+    weights: &TensorSpec,
+    _scale: &TensorSpec,
+    options: &logits::Options,
+) -> TensorSpec {
+    logits_spec(embeddings, weights, options)
+}
+
 pub(super) fn reconstruction_spec(
     _whole: &TensorSpec,
     _first: &TensorSpec,
@@ -152,9 +161,13 @@ pub(super) fn logits_grad_spec(
     embeddings: &TensorSpec,
     weights: &TensorSpec,
     _options: &logits::Options,
-    need: &[bool; 2],
-) -> (MaybeGradMetadata, MaybeGradMetadata) {
-    (maybe(need[0], embeddings), maybe(need[1], weights))
+    need: &[bool; 3],
+) -> (MaybeGradMetadata, MaybeGradMetadata, MaybeGradMetadata) {
+    (
+        maybe(need[0], embeddings),
+        maybe(need[1], weights),
+        maybe(need[2], &number()),
+    )
 }
 
 pub(super) fn reconstruction_grad_spec(

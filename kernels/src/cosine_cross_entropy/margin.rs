@@ -117,7 +117,14 @@ impl MarginRule {
         }
     }
 
-    /// The same of a logit, a cosine times `scale`.
+    /// What a logit's cosine counts as, beside its slope times the cosine itself.
+    pub(super) fn beyond_slope(&self, logit: f32, scale: f32) -> f32 {
+        let cosine = logit / scale;
+        let with = self.of(cosine);
+        with.value - with.slope * cosine
+    }
+
+    /// [`of`](Self::of) a logit, a cosine times `scale`.
     pub(super) fn of_logit(&self, logit: f32, scale: f32) -> Margined {
         let of_cosine = self.of(logit / scale);
         Margined {

@@ -36,8 +36,10 @@
 //! | device | |
 //! |---|---|
 //! | CPU | 60 MiB, or 8 MiB a core if that is more. More only if a panel of rows and 32 classes for each core do not fit; and in f16 and bf16 if a head's rows do not fit: its weight gradients are then carried in f32 |
-//! | GPU | 160 MiB for everything with a class axis, or one tile of classes × all rows if that is more; a copy of the embeddings and their gradient in f32, rows and columns padded to whole tiles of 64 or 128; `12·H·N` bytes (`16` with label smoothing) for each part that a row's softmax is found in, and `8·H·N` for the targets' logits; `4·H·N` with the scale's gradient, twice with a margin; up to 32 MiB for either operand where its gradient is summed in parts |
+//! | GPU | 160 MiB for everything with a class axis, or one tile of classes × all rows if that is more; a copy of the embeddings and their gradient in f32, rows and columns padded to whole tiles of 64 or 128; `12·H·N` bytes (`16` with label smoothing) for each part that a row's softmax is found in, and `8·H·N` for the targets' logits; `4·H·N` with the scale's gradient and a margin; up to 32 MiB for either operand where its gradient is summed in parts |
 //! | GPU, a small step | the logit gradients, at most 32 MiB |
+//!
+//! The scale's gradient takes `4·H·N` bytes more, and room for that of the embeddings, whether it is asked for or not.
 //!
 //! Every output element has one owner that adds in a fixed order, so the same input gives the same bits on the same device.
 //!

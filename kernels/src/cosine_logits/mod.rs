@@ -10,7 +10,7 @@
 //!
 //! Memory beside the outputs: on a CPU f32 copies of the embeddings and of the active class weights, rows and columns padded to whole
 //! tiles (of the class weights two in the forward pass); on a GPU what [`cosine_cross_entropy`](crate::cosine_cross_entropy) takes, but
-//! for what it keeps by row.
+//! for what it keeps by row. The scale's gradient takes `4·H·N` bytes more, and room for that of the embeddings.
 
 mod launch;
 mod problem;

@@ -106,12 +106,7 @@ pub(crate) fn same_alone(
     all: [&TensorHandle; 3],
     only: impl Fn(Wanted) -> Result<Gradients, String>,
 ) -> Result<(), String> {
-    let scale = Wanted {
-        embeddings: false,
-        weights: false,
-        scale: true,
-    };
-    for (at, wanted) in [Wanted::EMBEDDINGS, Wanted::WEIGHTS, scale]
+    for (at, wanted) in [Wanted::EMBEDDINGS, Wanted::WEIGHTS, Wanted::SCALE]
         .into_iter()
         .enumerate()
     {

@@ -217,7 +217,6 @@ fn rows<F: Float, I: Int, N: Size>(
     // Of the target, in the unit that has it.
     let mut plain = FLOOR.runtime();
     let mut slope = 1.0f32.runtime();
-    let mut with_margin = 0.0f32.runtime();
     let mut class = here.lane;
     while class < active {
         let at = own * CLASSES + class;
@@ -225,7 +224,6 @@ fn rows<F: Float, I: Int, N: Size>(
             plain = logits[at];
             let with = margin.of_logit(plain, scale);
             logits[at] = with.value;
-            with_margin = with.value;
             slope = with.slope;
         }
         let z = Vector::<f32, One>::new(logits[at]);
@@ -285,7 +283,9 @@ fn rows<F: Float, I: Int, N: Size>(
             );
             let mut value = gradient.extract(0usize) * scale;
             if comptime!(plan.margin) && class as u32 == target {
-                of_margin = value * (with_margin - slope * plain) / scale;
+                if comptime!(plan.of_scale) {
+                    of_margin = value * margin.beyond_slope(plain, scale);
+                }
                 value *= slope;
             }
             if is_there {

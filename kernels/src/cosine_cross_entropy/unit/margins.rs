@@ -63,8 +63,7 @@ pub(super) fn own_class(
         let probability = (below - workspace[state.lse_low + r]).exp();
         let uniform = smoothing / f32::cast_from(plan.active as u32);
         let gradient = probability - (1.0 - smoothing) - uniform;
-        let beyond = (with.value - with.slope * logit) / scale;
-        own = workspace[state.arriving + r] * gradient * beyond;
+        own = workspace[state.arriving + r] * gradient * margin.beyond_slope(logit, scale);
     }
     own
 }

@@ -208,4 +208,7 @@ fn quantized_weights_are_dequantized() {
         read(module.forward(embeddings).expect("valid"))
     };
     assert_eq!(logits(&quantized), logits(&by_hand));
+    let more = quantized.with_classes(6).expect("more").weight.val();
+    let before = read(by_hand.weight.val());
+    assert_eq!(read(more.slice([0..3, 0..5, 0..8])), before);
 }

@@ -1,6 +1,6 @@
 //! A scale that is learnt, and heads that get room for more classes.
 
-use burn::module::Module;
+use burn::module::{Module, Param};
 use burn::optim::{GradientsParams, SgdConfig};
 use burn::store::ModuleRecord;
 use burn::tensor::{DType, Device, FloatDType, Tensor};
@@ -62,13 +62,15 @@ fn a_learnt_scale_gets_the_references_gradient() {
         let device = device.autodiff();
         let module = learnt_heads(&device).with_margin(margin);
         assert_eq!(module.scale(), Ok(SCALE));
-        for (dtype, relative) in [(DType::F32, 4e-6), (DType::F16, 1e-3)] {
+        // Tensor cores round what lies between the products of logits.
+        for (dtype, relative) in [(DType::F32, 4e-6), (DType::F16, 1e-3), (DType::BF16, 1e-2)] {
             if !plain.supports_dtype(dtype) {
                 continue;
             }
             let rounded = |values: &[f32]| -> Vec<f64> {
                 let round = |&v: &f32| match dtype {
                     DType::F16 => half::f16::from_f32(v).to_f64(),
+                    DType::BF16 => half::bf16::from_f32(v).to_f64(),
                     _ => f64::from(v),
                 };
                 values.iter().map(round).collect()
@@ -168,7 +170,19 @@ fn a_learnt_scale_is_used_and_trained() {
         let now = trained.scale().expect("the device works");
         assert!((now - (5.5 - 0.5 * ds)).abs() < 1e-5, "{now} after {ds}");
         // What is evaluated has the scale that was learnt.
-        assert_eq!(trained.valid().scale(), Ok(now));
+        assert_eq!(trained.clone().valid().scale(), Ok(now));
+
+        // Frozen, it is used as it is, and nothing arrives.
+        let mut frozen = trained;
+        frozen.learnt_scale = frozen.learnt_scale.map(|scale| scale.no_grad());
+        given = given.with_scale(now);
+        given.weight = frozen.weight.clone();
+        assert_eq!(step(&frozen), step(&given));
+        let loss = frozen.loss_by_row(embeddings(), labels(&device), &LossOptions::default());
+        let objective = loss.expect("valid").loss.sum();
+        assert_eq!(scale_gradient(&frozen, objective), None);
+        let logits = frozen.forward(embeddings()).expect("valid");
+        assert_eq!(scale_gradient(&frozen, logits.sum()), None);
     }
 }
 
@@ -194,14 +208,26 @@ fn a_scale_that_is_none_is_refused() {
     assert_eq!(with(of(&[f32::NAN])), "scale is NaN, expected finite");
     let elsewhere = tensor(&[1.0], [1], &Device::flex().autodiff());
     assert!(with(elsewhere).starts_with("scale: on "));
-    let heads = learnt_heads(&device).with_scale(0.0);
-    let by_row = heads.loss_by_row(embeddings(), labels(&device), &LossOptions::default());
-    assert!(matches!(by_row.map(drop), Err(Error::Option { .. })));
+    for scale in [0.0, f64::NAN] {
+        let heads = learnt_heads(&device).with_scale(scale);
+        let by_row = heads.loss_by_row(embeddings(), labels(&device), &LossOptions::default());
+        assert!(matches!(by_row.map(drop), Err(Error::Option { .. })));
+        let logits = heads.forward(embeddings());
+        assert!(matches!(logits.map(drop), Err(Error::Option { .. })));
+    }
+    // Where nothing is trained, all classes are alike.
+    let untrained = learnt_heads(&device).with_scale(0.0).valid();
+    let logits = untrained.forward(embeddings().without_autodiff());
+    assert_eq!(read(logits.expect("valid")), [0.0; 84]);
+    let mut two = learnt_heads(&device);
+    two.learnt_scale = Some(Param::from_tensor(of(&[1.0, 2.0])));
+    let logits = two.forward(embeddings());
+    assert!(matches!(logits.map(drop), Err(Error::Shape { .. })));
     let none = LossOptions {
         reduction: Reduction::None,
         ..LossOptions::default()
     };
-    let reduced = heads.loss(embeddings(), labels(&device), &none);
+    let reduced = learnt_heads(&device).loss(embeddings(), labels(&device), &none);
     assert!(matches!(reduced.map(drop), Err(Error::Reduction { .. })));
 }
 
@@ -235,6 +261,19 @@ fn heads_get_room_for_more_classes() {
             assert_eq!(after.active(), 4);
             assert_eq!(after.weight.val().is_require_grad(), tracked);
             assert_ne!(after.weight.id, before.weight.id);
+            let frozen = before.clone().no_grad().with_classes(9).expect("more");
+            assert!(!frozen.weight.val().is_require_grad());
+            if tracked {
+                let again = before
+                    .clone()
+                    .valid()
+                    .with_classes(9)
+                    .expect("more")
+                    .train();
+                assert!(again.weight.val().is_require_grad());
+                let frozen = frozen.valid().with_classes(10).expect("more").train();
+                assert!(!frozen.weight.val().is_require_grad());
+            }
             let of_old = after.weight.val().slice([0..3, 0..5, 0..6]);
             assert_eq!(read(of_old), read(before.weight.val()));
             let new = read(after.weight.val().slice([0..3, 5..9, 0..6]));

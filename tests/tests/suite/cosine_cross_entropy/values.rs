@@ -217,8 +217,13 @@ fn the_largest_scale_gives_the_nearest_class_everything() {
     };
     let mut data = problem.data();
     each_on_its_axis(&mut data, rows, dim);
-    for run in fused_runs(problem.sizes) {
-        let (inputs, options) = arguments(&run, &problem, &data);
+    let with_margin = Problem {
+        margin: (0.5, 0.1),
+        ..problem.clone()
+    };
+    let runs = fused_runs(problem.sizes).into_iter();
+    for (run, problem) in runs.flat_map(|run| [(run, &problem), (run, &with_margin)]) {
+        let (inputs, options) = arguments(&run, problem, &data);
         let output = forward(run.client, &inputs, &options).expect("the operands are valid");
         let loss = output.read_loss(run.client).expect("the labels are valid");
         assert_eq!(loss, vec![0.0; rows], "on {run}");

@@ -199,12 +199,18 @@ fn gradients_that_cannot_be_scaled_are_refused() {
         huge.metadata.shape = vec![1usize << 40, 1 << 30, 1].into();
         huge.metadata.strides = vec![0, 0, 1].into();
         assert!(matches!(scaled(huge), Error::Strides { .. }));
-        let of_scale = Gradients {
-            scale: Some(floats(client, &[3])),
-            ..Gradients::default()
+        let of_scale = |scale: TensorHandle| {
+            let gradients = Gradients {
+                scale: Some(scale),
+                ..Gradients::default()
+            };
+            let error = gradients.scaled(client, &floats(client, &[2])).map(drop);
+            error.expect_err("must be refused").to_string()
         };
-        let error = of_scale.scaled(client, &floats(client, &[2])).map(drop);
-        assert!(matches!(error, Err(Error::Shape { .. })));
+        let three = of_scale(floats(client, &[3]));
+        assert_eq!(three, "factors: shape [2], expected [3]");
+        let two = of_scale(floats(client, &[2, 1]));
+        assert_eq!(two, "gradient of the scale: shape [2, 1], expected [2]");
     }
 }
 
@@ -219,12 +225,7 @@ fn the_gradient_of_a_scale_of_zero_is_refused() {
             ..Options::default()
         };
         let total = Upstream::default();
-        let only_scale = Wanted {
-            scale: true,
-            embeddings: false,
-            weights: false,
-        };
-        for wanted in [Wanted::ALL, only_scale] {
+        for wanted in [Wanted::ALL, Wanted::SCALE] {
             let both = forward_backward(client, &inputs, &options, &total, wanted).map(drop);
             let output = forward(client, &inputs, &options).expect("valid");
             let back = backward(client, &inputs, &options, &output, &total, wanted).map(drop);

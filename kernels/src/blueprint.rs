@@ -53,7 +53,7 @@ impl Strategy {
     /// problem is not small.
     ///
     /// # Errors
-    /// [`Error::Variant`] with what the device lacks, [`Error::NoCpu`], [`Error::NoGpu`] or [`Error::NoHopper`].
+    /// [`Error::Variant`] with what the device lacks, or [`Error::NoVariant`].
     pub fn variant(self, client: &Client, dtype: ElemType) -> Result<Variant, Error> {
         let blueprint = match self {
             Self::Forced(Variant::Small) => Blueprint::small(client)?,
@@ -103,7 +103,10 @@ impl Blueprint {
             },
             Strategy::Forced(Variant::Plane) => Tile::of_multiply_adds(client)?,
             Strategy::Forced(Variant::Wgmma) if !Tile::is_hopper(client) => {
-                return Err(Error::NoHopper);
+                return Err(Error::NoVariant {
+                    variant: "wgmma",
+                    only: "on NVIDIA GPUs of compute capability 9.0 only, with the `cuda` feature",
+                });
             }
             Strategy::Forced(Variant::Cmma | Variant::Wgmma) => {
                 let of_wgmma = || Tile::on_hopper(client, dtype);
@@ -135,7 +138,10 @@ impl Blueprint {
     pub(crate) fn small(client: &Client) -> Result<Self, Error> {
         let hardware = &client.properties().hardware;
         if hardware.num_cpu_cores.is_some() {
-            return Err(Error::NoGpu { variant: "small" });
+            return Err(Error::NoVariant {
+                variant: "small",
+                only: GPUS,
+            });
         }
         // Its many sums go through shared memory where units cannot exchange registers.
         let exchanges = exchanging_units(client) > 1;
@@ -169,7 +175,10 @@ impl Blueprint {
         };
         match variant {
             Variant::Unit => {
-                let cores = hardware.num_cpu_cores.ok_or(Error::NoCpu)?;
+                let cores = hardware.num_cpu_cores.ok_or(Error::NoVariant {
+                    variant: "unit",
+                    only: "on CPUs only",
+                })?;
                 let lanes = (hardware.load_width as usize / 32)
                     .min(hardware.max_vector_size)
                     .clamp(1, 16);
@@ -186,9 +195,10 @@ impl Blueprint {
                     forced: strategy != Strategy::Inferred,
                 })
             }
-            Variant::Plane if hardware.num_cpu_cores.is_some() => {
-                Err(Error::NoGpu { variant: "plane" })
-            }
+            Variant::Plane if hardware.num_cpu_cores.is_some() => Err(Error::NoVariant {
+                variant: "plane",
+                only: GPUS,
+            }),
             Variant::Plane if fits => Ok(Self {
                 variant,
                 lanes: max_lanes(client),
@@ -198,17 +208,17 @@ impl Blueprint {
                 units: PLANE_UNITS,
                 forced: strategy != Strategy::Inferred,
             }),
-            Variant::Cmma => Err(Error::NoSuchVariant {
+            Variant::Cmma => Err(Error::NoVariant {
                 variant: "cmma",
-                have: "ops with a matrix product do",
+                only: "in ops with a matrix product only",
             }),
-            Variant::Wgmma => Err(Error::NoSuchVariant {
+            Variant::Wgmma => Err(Error::NoVariant {
                 variant: "wgmma",
-                have: "ops with a matrix product do",
+                only: "in ops with a matrix product only",
             }),
-            Variant::Small => Err(Error::NoSuchVariant {
+            Variant::Small => Err(Error::NoVariant {
                 variant: "small",
-                have: "cosine_cross_entropy does",
+                only: "in cosine_cross_entropy only",
             }),
             Variant::Plane => Err(Error::Variant {
                 variant: "plane",
@@ -272,6 +282,9 @@ impl Blueprint {
         (CubeCount::new_single(), CubeDim::new_1d(self.units as u32))
     }
 }
+
+/// Where the variants of GPUs run.
+pub(crate) const GPUS: &str = "on GPUs only";
 
 /// Operations that feed a unit, some 0.1 ms of a core: with fewer, a unit more saves less than its start costs.
 const UNIT_OPERATIONS: usize = 8_000_000;

@@ -127,27 +127,13 @@ pub enum Error {
         /// The shared memory a cube may have.
         memory: usize,
     },
-    /// The unit variant was forced on a device that is no CPU.
-    #[error("the unit variant runs on CPUs only")]
-    NoCpu,
-    /// A variant of GPUs was forced on a CPU.
-    #[error("the {variant} variant runs on GPUs only")]
-    NoGpu {
+    /// A variant was forced on a device, in a build or on an op that it is not for.
+    #[error("the {variant} variant runs {only}")]
+    NoVariant {
         /// The variant's name.
         variant: &'static str,
-    },
-    /// The wgmma variant was forced on a device that is no such GPU, or in a build without CUDA.
-    #[error(
-        "the wgmma variant runs on NVIDIA GPUs of compute capability 9.0 only, with the `cuda` feature"
-    )]
-    NoHopper,
-    /// A variant was forced on an op that has no such.
-    #[error("this op has no {variant} variant: {have}")]
-    NoSuchVariant {
-        /// Which.
-        variant: &'static str,
-        /// Who has it.
-        have: &'static str,
+        /// Where it runs.
+        only: &'static str,
     },
     /// The small variant was forced on a problem that is not.
     #[error(

@@ -147,12 +147,9 @@ pub(crate) fn scaled(
     let blueprint = Blueprint::new(client, Strategy::Inferred)?.for_elements(heads * rows * dim);
     let vector = widest(blueprint.vector(gradient.dtype), [dim, offset(gradient)]);
     let of_head = rows * dim / vector;
-    let (out, out_arg) = if in_place {
-        (gradient.clone(), BufferArg::alias(0, heads * of_head))
-    } else {
-        let out = empty(client, [heads, rows, dim], gradient.dtype);
-        let arg = whole(&out, vector);
-        (out, arg)
+    let out = match in_place {
+        true => gradient.clone(),
+        false => empty(client, [heads, rows, dim], gradient.dtype),
     };
     let (cubes, cube) = blueprint.elementwise(client, heads * of_head);
     // SAFETY: `contiguous` proved the gradient and the factors, and `out` is as large, or the gradient, each of whose elements is read
@@ -165,7 +162,10 @@ pub(crate) fn scaled(
             vector,
             whole(gradient, vector),
             whole(by_head, 1),
-            out_arg,
+            match in_place {
+                true => BufferArg::alias(0, heads * of_head),
+                false => whole(&out, vector),
+            },
             of_head,
             gradient.dtype,
         );

@@ -188,7 +188,8 @@ impl Labels {
     }
 
     pub(crate) fn buffer_arg(&self) -> BufferArg {
-        whole(&self.tensor, 1)
+        // SAFETY: `new` proved the tensor, or `zeros` made it.
+        unsafe { whole(&self.tensor, 1) }
     }
 }
 
@@ -353,24 +354,36 @@ pub(crate) fn widest<const L: usize>(mut vector: usize, lengths: [usize; L]) -> 
     vector
 }
 
-/// A whole contiguous tensor as a kernel argument, in vectors of `vector` elements.
-pub(crate) fn whole(tensor: &TensorHandle, vector: usize) -> BufferArg {
+/// A whole tensor as a kernel argument, in vectors of `vector` elements.
+///
+/// # Safety
+/// The tensor is contiguous, and its buffer holds all of it: this crate allocated it, or [`contiguous`] proved it.
+pub(crate) unsafe fn whole(tensor: &TensorHandle, vector: usize) -> BufferArg {
     let elements: usize = tensor.shape().iter().product();
-    // SAFETY: the tensors passed here were allocated contiguous by this crate, or `contiguous` proved them.
+    // SAFETY: the caller's.
     unsafe { BufferArg::from_raw_parts(tensor.handle.clone(), elements / vector) }
 }
 
 /// [`whole`] of a gradient that was asked for; of one that was not, a vector that nobody writes.
-pub(crate) fn whole_if_asked(
+///
+/// # Safety
+/// As of [`whole`].
+pub(crate) unsafe fn whole_if_asked(
     client: &Client,
     grad: Option<&TensorHandle>,
     dtype: ElemType,
     vector: usize,
 ) -> BufferArg {
-    match grad {
-        Some(grad) => whole(grad, vector),
-        None => whole(&empty(client, [vector], dtype), vector),
-    }
+    let nothing;
+    let tensor = match grad {
+        Some(grad) => grad,
+        None => {
+            nothing = empty(client, [vector], dtype);
+            &nothing
+        }
+    };
+    // SAFETY: the caller's, or allocated here.
+    unsafe { whole(tensor, vector) }
 }
 
 /// Elements that 32-bit indices reach: a unit goes on by as many elements as a grid has units, beyond the last.

@@ -1,4 +1,4 @@
-//! Several cosine heads as one module with one parameter.
+//! Several cosine heads as one module.
 
 use burn::config::Config;
 use burn::module::{Initializer, Module, Param, ParamId};
@@ -28,7 +28,7 @@ pub struct CosineHeadsConfig {
     #[config(default = 16.0)]
     pub scale: f64,
     /// Whether the factor is learnt: a parameter, of which each use reads the value, and so waits for the step before. Uses are refused
-    /// if training takes it to 0, or with a margin below. Where it may come near, learn its logarithm instead, and call
+    /// on an autodiff device if it gets to 0, and with a margin if it falls below. Where it may, learn its logarithm instead, and call
     /// [`cosine_cross_entropy_with_scale`](super::cosine_cross_entropy_with_scale).
     #[config(default = false)]
     pub learnt_scale: bool,
@@ -351,7 +351,7 @@ impl CosineHeads {
         active: usize,
         options: &means::Options,
     ) -> Result<(Self, ClassMeans), Error> {
-        let weight = self.weight.val().detach();
+        let weight = dequantized(self.weight.val().detach());
         let replacement = class_means(embeddings, weight, labels, active, options)?;
         Ok((self.replaced_by(&replacement), replacement))
     }
@@ -361,7 +361,7 @@ impl CosineHeads {
     /// # Errors
     /// A typed [`Error`] if the sums do not fit.
     pub fn replace_prototypes_by(&self, sums: &mut ClassSums) -> Result<(Self, ClassMeans), Error> {
-        let replacement = sums.means(self.weight.val().detach())?;
+        let replacement = sums.means(dequantized(self.weight.val().detach()))?;
         Ok((self.replaced_by(&replacement), replacement))
     }
 

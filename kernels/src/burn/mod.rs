@@ -147,7 +147,7 @@ pub fn cosine_cross_entropy(
 /// call waits for what computes it. Its gradient costs what that of the embeddings does.
 ///
 /// # Errors
-/// As [`cosine_cross_entropy`]; and if the scale is not one number, or 0 where it is trained.
+/// As [`cosine_cross_entropy`]; and if the scale is not one number, or 0 on an autodiff device.
 pub fn cosine_cross_entropy_with_scale(
     embeddings: Tensor<3>,
     weights: Tensor<3>,
@@ -372,7 +372,7 @@ pub fn cosine_logits(
 /// [`cosine_logits`] with a scale that is learnt, as [`cosine_cross_entropy_with_scale`] has it.
 ///
 /// # Errors
-/// As [`cosine_logits`]; and if the scale is not one number, or 0 where it is trained.
+/// As [`cosine_logits`]; and if the scale is not one number, or 0 on an autodiff device.
 pub fn cosine_logits_with_scale(
     embeddings: Tensor<3>,
     weights: Tensor<3>,

@@ -16,7 +16,8 @@ pub(super) fn forward(
     alphas: &[f32],
 ) -> Result<TensorHandle, Error> {
     contiguous(client, "loss", loss, &[alphas.len()], F32)?;
-    Ok(sum(client, loss, upload(client, alphas)))
+    // SAFETY: the loss is proved, and there is a weight for each head.
+    Ok(unsafe { sum(client, loss, upload(client, alphas)) })
 }
 
 /// `Σ_h a_h · b_h`, `[1]`, of two tensors `[heads]`.
@@ -28,13 +29,17 @@ pub(super) fn product(
     let heads = a.shape().iter().product();
     contiguous(client, "gradient by head", a, &[heads], F32)?;
     contiguous(client, "upstream gradient", b, &[heads], F32)?;
-    Ok(sum(client, a, whole(b, 1)))
+    // SAFETY: both are proved, and of one length.
+    Ok(unsafe { sum(client, a, whole(b, 1)) })
 }
 
-/// Of proved values, with a weight for each.
-fn sum(client: &Client, values: &TensorHandle, weights: BufferArg) -> TensorHandle {
+/// Of values with a weight for each.
+///
+/// # Safety
+/// The values are contiguous f32, and there is a weight for each.
+unsafe fn sum(client: &Client, values: &TensorHandle, weights: BufferArg) -> TensorHandle {
     let out = empty(client, [1], F32);
-    // SAFETY: the callers proved values and weights.
+    // SAFETY: the caller's.
     unsafe {
         total::launch_unchecked(
             client,

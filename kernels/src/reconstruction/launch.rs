@@ -244,6 +244,7 @@ impl BackwardCall<'_> {
     }
 
     fn grad_arg(&self, grad: Option<&TensorHandle>) -> BufferArg {
-        whole_if_asked(self.of.client, grad, self.of.whole.dtype(), self.of.vector)
+        // SAFETY: `backward` allocated the gradient.
+        unsafe { whole_if_asked(self.of.client, grad, self.of.whole.dtype(), self.of.vector) }
     }
 }

@@ -4,7 +4,8 @@ use cubecl::client::Client;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
-use super::{Tile, pack_chunk};
+use super::Tile;
+use super::pack::{Unpacked, pack_chunk};
 use crate::blueprint::Blueprint;
 use crate::cosine_logits::CosineProblem;
 use crate::operand::F32;
@@ -57,18 +58,16 @@ impl<'a> Chunks<'a> {
         let sizes = &problem.sizes;
         let elements = sizes.heads * sizes.rows_padded * sizes.dim_padded;
         let embeddings = client.empty(elements * tile.packed.size());
-        pack_chunk(
-            client,
-            blueprint,
-            &problem.embeddings,
-            0,
-            sizes.rows,
-            sizes.rows_padded,
-            sizes.dim_padded,
+        let rows = Unpacked {
+            operand: &problem.embeddings,
+            first: 0,
+            real: sizes.rows,
+            count: sizes.rows_padded,
+            dim_padded: sizes.dim_padded,
             sign,
-            tile.packed,
-            &embeddings,
-        );
+            dtype: tile.packed,
+        };
+        pack_chunk(client, blueprint, &rows, &embeddings);
         Self {
             client,
             blueprint,
@@ -109,18 +108,16 @@ impl<'a> Chunks<'a> {
     /// Packs a chunk's weights into a place for `step` classes.
     fn chunk(&self, first: usize, step: usize, weights: Handle) -> Chunk {
         let (classes, padded) = self.classes(first, step);
-        pack_chunk(
-            self.client,
-            self.blueprint,
-            &self.problem.weights,
+        let rows = Unpacked {
+            operand: &self.problem.weights,
             first,
-            classes,
-            padded,
-            self.problem.sizes.dim_padded,
-            1.0,
-            self.tile.packed,
-            &weights,
-        );
+            real: classes,
+            count: padded,
+            dim_padded: self.problem.sizes.dim_padded,
+            sign: 1.0,
+            dtype: self.tile.packed,
+        };
+        pack_chunk(self.client, self.blueprint, &rows, &weights);
         Chunk {
             first,
             classes,

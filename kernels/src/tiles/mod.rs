@@ -39,7 +39,6 @@ pub(crate) use backward::Backward;
 pub(crate) use chunks::{Chunk, Chunks, GradientChunk};
 pub(crate) use exponential::{exp_difference, exp_scaled};
 pub(crate) use logits::{ChunkShape, LogitTile};
-pub(crate) use pack::pack_chunk;
 pub(crate) use results::{Place, column_of, place, replace_in, result_in, result_of, row_of};
 pub(crate) use stage::Lies;
 pub(crate) use store::store_tile;
@@ -47,6 +46,7 @@ pub(crate) use store::store_tile;
 use cubecl::client::Client;
 use cubecl::ir::{ElemType, FloatKind};
 
+use crate::blueprint::GPUS;
 use crate::error::Error;
 use crate::operand::F32;
 
@@ -160,7 +160,10 @@ impl Tile {
     fn checked(self, client: &Client, variant: &'static str) -> Result<Self, Error> {
         let hardware = &client.properties().hardware;
         if hardware.num_cpu_cores.is_some() {
-            return Err(Error::NoGpu { variant });
+            return Err(Error::NoVariant {
+                variant,
+                only: GPUS,
+            });
         }
         if self.fits(client) {
             return Ok(self);

@@ -59,41 +59,50 @@ impl RowOfGroup {
     }
 }
 
-/// `sign · x / max(‖x‖, EPSILON)` of the rows `first .. first + real` of every head, zero-padded to `[heads, count, dim_padded]`, rounded to
-/// `dtype`.
-#[allow(clippy::too_many_arguments)] // a range, how it is packed, where it goes
-pub(crate) fn pack_chunk(
-    client: &Client,
-    blueprint: &Blueprint,
-    operand: &Strided,
-    first: usize,
-    real: usize,
-    count: usize,
-    dim_padded: usize,
-    sign: f32,
-    dtype: ElemType,
-    packed: &Handle, // `heads · count` rows at least
-) {
+/// Rows of an operand, and what they are packed as.
+pub(super) struct Unpacked<'a> {
+    pub operand: &'a Strided,
+    /// The operand's rows `first .. first + real` of every head,
+    pub first: usize,
+    pub real: usize,
+    /// followed by rows of zeros, so many with them.
+    pub count: usize,
+    pub dim_padded: usize,
+    pub sign: f32,
+    pub dtype: ElemType,
+}
+
+/// `sign · x / max(‖x‖, EPSILON)` of the rows, zero-padded to `[heads, count, dim_padded]` and rounded, into `packed`, which has so many
+/// rows at least.
+pub(super) fn pack_chunk(client: &Client, blueprint: &Blueprint, from: &Unpacked, packed: &Handle) {
+    let operand = from.operand;
     let [heads, _, dim] = operand.dims3();
     let vector = operand.vector_size(blueprint);
     let group = Group::of(blueprint, dim / vector);
-    let elements = heads * count * dim_padded;
+    let elements = heads * from.count * from.dim_padded;
     // SAFETY: `Strided` proved the operand, which has rows up to `first + real`; `packed` has `heads · count` rows.
     unsafe {
         pack::launch_unchecked(
             client,
-            group.cubes(client, heads * count),
+            group.cubes(client, heads * from.count),
             CubeDim::new_1d(PLANE_UNITS as u32),
             address_type(&[operand.elements(), elements]),
             vector,
             operand.buffer_arg(vector),
             operand.strides_arg(vector),
             BufferArg::from_raw_parts(packed.clone(), elements / vector),
-            RowsLaunch::new(heads, first, real, count, dim / vector, dim_padded / vector),
-            sign,
+            RowsLaunch::new(
+                heads,
+                from.first,
+                from.real,
+                from.count,
+                dim / vector,
+                from.dim_padded / vector,
+            ),
+            from.sign,
             group,
             operand.dtype(),
-            dtype,
+            from.dtype,
         );
     }
 }

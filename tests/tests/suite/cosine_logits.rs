@@ -76,7 +76,7 @@ fn check(
     let all = wanted(Wanted::ALL)?;
     // A frozen operand changes nothing for the other, and a second backward gives the same bits.
     let [dx, dw, ds] = all_three(all)?;
-    same_alone(client, [&dx, &dw, &ds], wanted)?;
+    same_alone(client, [&dx, &dw, &ds], problem.seed, wanted)?;
     let (truth, working) = (&truth.gradients, &working.gradients);
     let (of_x, of_w) = (lengths(&data.embeddings, dim), lengths(&data.weights, dim));
     let of_products = (rows as f64 * active as f64).sqrt();

@@ -138,6 +138,7 @@ impl Step<'_> {
 
     fn grad_arg(&self, grad: &Option<TensorHandle>) -> BufferArg {
         let dtype = self.call.problem.embeddings.dtype();
-        whole_if_asked(self.call.client, grad.as_ref(), dtype, self.vector)
+        // SAFETY: the call allocated the gradient.
+        unsafe { whole_if_asked(self.call.client, grad.as_ref(), dtype, self.vector) }
     }
 }

@@ -123,15 +123,16 @@ impl<'a> Step<'a> {
             let shape = [sizes.heads, sizes.rows];
             empty(client, shape, F32)
         });
-        // SAFETY: a phase that does not run touches none of its buffers, so any buffer will do for them.
-        let nothing = || unsafe { BufferArg::from_raw_parts(workspace.clone(), 1) };
-        let optional = |tensor: &Option<TensorHandle>, vector| match tensor {
-            Some(tensor) => whole(tensor, vector),
-            None => nothing(),
+        // SAFETY: the call allocated what is there. A phase that does not run touches none of its buffers, so any buffer will do for them.
+        let optional = |tensor: Option<&TensorHandle>, vector| unsafe {
+            match tensor {
+                Some(tensor) => whole(tensor, vector),
+                None => BufferArg::from_raw_parts(workspace.clone(), 1),
+            }
         };
         let written = |tensor: fn(&Results) -> &TensorHandle| match outcome {
-            Outcome::Written(results) => whole(tensor(results), 1),
-            Outcome::Saved(_) => nothing(),
+            Outcome::Written(results) => optional(Some(tensor(results)), 1),
+            Outcome::Saved(_) => optional(None, 1),
         };
         let lse = match outcome {
             Outcome::Written(results) => &results.rows.lse,
@@ -157,7 +158,7 @@ impl<'a> Step<'a> {
                 self.arriving.buffer_arg(&workspace),
                 match &call.head_weights {
                     Some(weights) => BufferArg::from_raw_parts(weights.clone(), sizes.heads),
-                    None => nothing(),
+                    None => optional(None, 1),
                 },
                 BufferArg::from_raw_parts(workspace.clone(), self.host.floats),
                 written(|results| &results.rows.loss),
@@ -166,10 +167,10 @@ impl<'a> Step<'a> {
                 written(|results| &results.reduced.loss),
                 written(|results| &results.reduced.total),
                 written(|results| &results.reduced.status),
-                optional(&self.gradients.embeddings, vector),
-                optional(&self.gradients.weights, vector),
-                optional(&scale_rows, 1),
-                optional(&self.gradients.scale, 1),
+                optional(self.gradients.embeddings.as_ref(), vector),
+                optional(self.gradients.weights.as_ref(), vector),
+                optional(scale_rows.as_ref(), 1),
+                optional(self.gradients.scale.as_ref(), 1),
                 self.host.plan.launch_arg(),
                 label_rule(call.labels.dtype(), sizes.active, loss.ignore_index),
                 call.options.scale,

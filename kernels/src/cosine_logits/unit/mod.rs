@@ -82,9 +82,9 @@ pub(super) fn launch_backward(call: &Call, upstream: &Strided, scale: f32, gradi
         let shape = [problem.sizes.heads, problem.sizes.rows];
         empty(client, shape, F32)
     });
-    let numbers_arg = |tensor: &Option<_>| whole_if_asked(client, tensor.as_ref(), F32, 1);
-    let gradient_arg = |gradient: &Option<TensorHandle>| {
-        whole_if_asked(client, gradient.as_ref(), dtype, of_gradient)
+    let arg = |tensor: &Option<TensorHandle>, dtype, vector| {
+        // SAFETY: all are allocated for this call.
+        unsafe { whole_if_asked(client, tensor.as_ref(), dtype, vector) }
     };
     // SAFETY: `Strided` proved operands and upstream, `Packed` holds whole tiles, the gradients are [heads, rows, dim] and
     // [heads, classes, dim] where they are asked for, and each unit stays in its own part of the scratch.
@@ -106,10 +106,10 @@ pub(super) fn launch_backward(call: &Call, upstream: &Strided, scale: f32, gradi
             upstream.buffer_arg(1),
             upstream.strides_arg(1),
             BufferArg::from_raw_parts(scratch_handle, scratch),
-            gradient_arg(&gradients.embeddings),
-            gradient_arg(&gradients.weights),
-            numbers_arg(&scale_rows),
-            numbers_arg(&gradients.scale),
+            arg(&gradients.embeddings, dtype, of_gradient),
+            arg(&gradients.weights, dtype, of_gradient),
+            arg(&scale_rows, F32, 1),
+            arg(&gradients.scale, F32, 1),
             packed.layout_arg(),
             problem.classes,
             scale,

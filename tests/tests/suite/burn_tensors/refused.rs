@@ -208,6 +208,12 @@ fn quantized_weights_are_dequantized() {
         read(module.forward(embeddings).expect("valid"))
     };
     assert_eq!(logits(&quantized), logits(&by_hand));
+    let shots = || tensor(&numbers(168, 3), [3, 7, 8], &device);
+    let prototypes = |module: &CosineHeads| {
+        let replaced = module.replace_prototypes(shots(), labels(&device), 4, &Default::default());
+        read(replaced.expect("valid").0.weight.val())
+    };
+    assert_eq!(prototypes(&quantized), prototypes(&by_hand));
     let more = quantized.with_classes(6).expect("more").weight.val();
     let before = read(by_hand.weight.val());
     assert_eq!(read(more.slice([0..3, 0..5, 0..8])), before);

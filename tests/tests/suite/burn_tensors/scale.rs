@@ -4,7 +4,9 @@ use burn::module::{Module, Param};
 use burn::optim::{GradientsParams, SgdConfig};
 use burn::store::ModuleRecord;
 use burn::tensor::{DType, Device, FloatDType, Tensor};
-use protohead::burn::{CosineHeads, CosineHeadsConfig, cosine_cross_entropy_with_scale};
+use protohead::burn::{
+    CosineHeads, CosineHeadsConfig, cosine_cross_entropy_with_scale, cosine_logits_with_scale,
+};
 use protohead::cosine_cross_entropy::{Margin, Options};
 use protohead::{Error, LossOptions, Reduction};
 use protohead_reference as reference;
@@ -208,6 +210,11 @@ fn a_scale_that_is_none_is_refused() {
     assert_eq!(with(of(&[f32::NAN])), "scale is NaN, expected finite");
     let elsewhere = tensor(&[1.0], [1], &Device::flex().autodiff());
     assert!(with(elsewhere).starts_with("scale: on "));
+    let of_logits = |scale: Tensor<1>| {
+        let logits = cosine_logits_with_scale(embeddings(), weights(), scale, &Default::default());
+        logits.map(drop).expect_err("must be refused").to_string()
+    };
+    assert_eq!(of_logits(of(&[1.0, 2.0])), "scale: shape [2], expected [1]");
     for scale in [0.0, f64::NAN] {
         let heads = learnt_heads(&device).with_scale(scale);
         let by_row = heads.loss_by_row(embeddings(), labels(&device), &LossOptions::default());

@@ -1,5 +1,5 @@
-//! Cosine heads in a Burn model: an encoder, an optimizer, a margin that grows, the accuracy; then prototypes in place of the trained
-//! class weights, a new class from five examples, and heads that are saved and loaded.
+//! Cosine heads in a Burn model: an encoder, an optimizer, a learnt scale, a margin that grows, the accuracy; then prototypes in place of
+//! the trained class weights, a new class from five examples, and heads that are saved and loaded.
 //!
 //! ```sh
 //! cargo run --release --example burn
@@ -16,9 +16,9 @@ use protohead::burn::{CosineHeads, CosineHeadsConfig, Margin};
 const HEADS: usize = 3;
 const FEATURES: usize = 40;
 const DIM: usize = 32;
-/// Classes there will be, and those that are trained.
-const CLASSES: usize = 10;
+/// Classes that are trained, and all that there will be.
 const TRAINED: usize = 8;
+const CLASSES: usize = TRAINED + 1;
 
 /// One encoder for the inputs of all heads.
 #[derive(Module, Debug)]
@@ -65,8 +65,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     let mut model = Model {
         encoder: LinearConfig::new(FEATURES, DIM).init(&encoder_device),
-        heads: CosineHeadsConfig::new(HEADS, CLASSES, DIM)
-            .with_active(Some(TRAINED))
+        heads: CosineHeadsConfig::new(HEADS, TRAINED, DIM)
+            .with_learnt_scale(true)
             .init(&heads_device),
     };
     let mut optimizer = SgdConfig::new().init();
@@ -91,7 +91,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         if step % 10 == 9 {
             let total: f32 = loss.total.clone().into_scalar();
             let right = accuracy(loss.heads.predictions, &labels);
-            println!("step {:2}: loss {total:.3}, accuracy {right:.2}", step + 1);
+            let (step, scale) = (step + 1, model.heads.scale()?);
+            println!("step {step:2}: loss {total:.3}, accuracy {right:.2}, scale {scale:.2}");
         }
         let gradients = GradientsParams::from_grads(loss.total.backward(), &model);
         model = optimizer.step(0.1, model, gradients);
@@ -110,22 +111,19 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     )?;
     means.check()?;
     // Five examples of a class that was never trained: the rows of the others stay.
-    let (shots, labels) = batch(&centers, TRAINED..TRAINED + 1, 5);
-    let (heads, means) = heads.replace_prototypes(
+    let (shots, labels) = batch(&centers, TRAINED..CLASSES, 5);
+    let (heads, means) = heads.with_classes(CLASSES)?.replace_prototypes(
         model.embed(shots),
         on_heads(&labels, &device),
-        TRAINED + 1,
+        CLASSES,
         &Default::default(),
     )?;
     means.check()?;
-    let heads = heads.with_active(TRAINED + 1)?;
-    let (inputs, labels) = batch(&centers, 0..TRAINED + 1, 450);
+    let heads = heads.with_active(CLASSES)?;
+    let (inputs, labels) = batch(&centers, 0..CLASSES, 450);
     // Without labels, and without logits in memory.
     let right = accuracy(heads.predict(model.embed(inputs))?, &labels);
-    println!(
-        "{} classes, one of them from five examples: accuracy {right:.2}",
-        TRAINED + 1
-    );
+    println!("{CLASSES} classes, one of them from five examples: accuracy {right:.2}");
     // A file of a module holds its parameters alone. What else the heads are, such as how many classes take part by now, is in their
     // configuration.
     let folder = std::env::temp_dir().join("protohead-burn-example");

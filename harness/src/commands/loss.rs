@@ -29,8 +29,9 @@ pub(crate) struct Arguments {
     /// A safetensors file with `embeddings [H,N,D]` and `prototypes [H,C,D]` (f32, f16 or bf16), and `labels [N]` (i64, i32 or u32).
     input: PathBuf,
     /// Where to write the results, a safetensors file: `loss [H]` (`[H,N]` without a reduction), `total []` (their sum, weighted by
-    /// `--head-weights`), `lse [H,N]` (ln Σ eᶻ of the logits), `predictions [H,N]`, and the gradients of `total`, `grad_embeddings [H,N,D]`
-    /// and `grad_prototypes [H,C,D]`, in the dtype of the input; all else is f32, predictions are i64.
+    /// `--head-weights`), `lse [H,N]` (ln Σ eᶻ of the logits), `predictions [H,N]`, and the gradients of `total`: `grad_embeddings [H,N,D]`
+    /// and `grad_prototypes [H,C,D]`, in the dtype of the input, and `grad_scale [H]`, of each head, unless the scale is 0; all else is
+    /// f32, predictions are i64.
     #[arg(long)]
     out: PathBuf,
     /// The factor on the cosines: the inverse temperature.
@@ -119,7 +120,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Error> {
         ..Options::default()
     };
     let upstream = Upstream::Total(1.0);
-    let (output, gradients) = forward_backward(&client, &inputs, &options, &upstream, Wanted::BOTH)
+    let wanted = match options.scale {
+        0.0 => Wanted::BOTH,
+        _ => Wanted::ALL,
+    };
+    let (output, gradients) = forward_backward(&client, &inputs, &options, &upstream, wanted)
         .map_err(|error| file.refused(error))?;
     let total = output
         .read_total(&client)
@@ -133,6 +138,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Error> {
     for (name, gradient) in [
         ("grad_embeddings", gradients.embeddings),
         ("grad_prototypes", gradients.weights),
+        ("grad_scale", gradients.scale),
     ] {
         if let Some(gradient) = gradient {
             written.floats(&client, name, &gradient, gradient.shape())?;
@@ -140,7 +146,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Error> {
     }
     let timed = match arguments.repeat {
         Some(steps) => {
-            let step = Captured::new(&client, &inputs, &options, &upstream, Wanted::BOTH)?;
+            let step = Captured::new(&client, &inputs, &options, &upstream, wanted)?;
             Some((step.is_graph(), median(&client, step, steps)?))
         }
         None => None,

@@ -49,7 +49,7 @@ const BEGUN: [&str; 7] = [
     "prototypes.safetensors",
 ];
 /// What else it writes, after its configuration.
-const WRITTEN: [&str; 3] = ["checkpoint.new", "curves.svg", "data.json"];
+const WRITTEN: [&str; 4] = ["checkpoint.new", "curves.svg", "data.json", "enrolled.json"];
 
 fn has_begun(folder: &Path) -> bool {
     BEGUN.iter().any(|name| folder.join(name).exists())

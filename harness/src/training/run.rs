@@ -1,5 +1,5 @@
 //! A training run in a folder: `config.json`, `data.json`, `metrics.jsonl`, `curves.svg`, `checkpoint/`, `model.bpk`,
-//! `prototypes.safetensors`, the digest of both `model.json`, `accuracy.json`, and for a run on files `cache/`. The same configuration on
+//! `prototypes.safetensors`, the digest of both `model.json`, `accuracy.json`, and for a run on files `cache/`; later perhaps `enrolled.json`. The same configuration on
 //! the same CPU gives the same bytes in each; on a GPU Burn's convolutions tune themselves, and another choice sums in another order.
 
 use std::fs::{self, File};
@@ -141,8 +141,14 @@ impl Finished {
 
     /// Refuses what is no name of a keyword that could be taught.
     pub(crate) fn can_enroll(&self, keyword: &str) -> Result<(), Error> {
-        if keyword.is_empty() || keyword.contains(char::is_control) {
+        let is_name = !keyword.is_empty() && keyword.trim() == keyword;
+        if !is_name || keyword.contains(char::is_control) {
             return Err(Error::Usage(format!("{keyword:?} is no keyword")));
+        }
+        if keyword.ends_with(".wav") || Path::new(keyword).is_file() {
+            return Err(Error::Usage(format!(
+                "{keyword} is a file, expected a keyword before the files"
+            )));
         }
         match self.data.keywords.iter().any(|known| known == keyword) {
             true => Err(Error::Usage(format!(
@@ -155,13 +161,19 @@ impl Finished {
     /// Teaches a keyword, and says how many the run knows now.
     pub(crate) fn enroll(&self, keyword: &str, prototype: Vec<f32>) -> Result<usize, Error> {
         let model = Digest::of(&[&self.model]);
-        let taught = enrolled::add(&self.folder, model, keyword, prototype)?;
+        let [path, ..] = results(&self.folder);
+        let is_current = || fs::read(path).is_ok_and(|now| now == self.model[..]);
+        let taught = enrolled::add(&self.folder, model, is_current, keyword, prototype)?;
         Ok(self.data.keywords.len() + taught)
     }
 
-    /// The keywords that the run was taught, with prototypes of so many numbers.
+    /// The keywords that the run was taught, with prototypes of so many numbers; tells of those that another network was.
     pub(super) fn enrolled(&self, dim: usize) -> Result<Enrolled, Error> {
-        enrolled::read(&self.folder, &Digest::of(&[&self.model]), dim)
+        let known = enrolled::read(&self.folder, &Digest::of(&[&self.model]), dim)?;
+        Ok(known.unwrap_or_else(|| {
+            tell("the keywords of enrolled.json were taught to another network, and take no part");
+            Enrolled::new()
+        }))
     }
 
     /// Where the prototypes after the last session are.

@@ -78,6 +78,7 @@ fn loss_writes_what_it_promises_and_the_same_bytes_twice() {
             ("predictions", Dtype::I64, vec![2, 4]),
             ("grad_embeddings", Dtype::F32, vec![2, 4, 5]),
             ("grad_prototypes", Dtype::F32, vec![2, 3, 5]),
+            ("grad_scale", Dtype::F32, vec![2]),
         ] {
             let tensor = file.tensor(name).expect("promised");
             assert_eq!(
@@ -87,6 +88,23 @@ fn loss_writes_what_it_promises_and_the_same_bytes_twice() {
             );
         }
     }
+}
+
+/// A scale of 0 has no gradient; the operands' are zeros.
+#[test]
+fn loss_of_a_scale_of_zero_has_no_gradient_of_it() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let [input, out] = ["in", "out"].map(|name| folder.path().join(name));
+    write(&input, &good());
+    let [input, name] = [&input, &out].map(|p| p.to_string_lossy().into_owned());
+    let arguments = ["loss", &input, "--out", &name, "--scale", "0"];
+    let output = protohead(&[&arguments[..], &["--device", "cpu"]].concat());
+    assert!(output.status.success(), "{output:?}");
+    let bytes = fs::read(&out).expect("the output is there");
+    let file = SafeTensors::deserialize(&bytes).expect("the output is safetensors");
+    assert!(file.tensor("grad_scale").is_err());
+    let zeros = file.tensor("grad_prototypes").expect("promised");
+    assert!(zeros.data().iter().all(|&byte| byte & 0x7f == 0));
 }
 
 #[test]
@@ -389,7 +407,7 @@ fn what_is_not_finite_is_written_and_told() {
         ("-.5", ""),
         (
             "3e38",
-            "out: not finite: total, grad_embeddings, grad_prototypes\n",
+            "out: not finite: total, grad_embeddings, grad_prototypes, grad_scale\n",
         ),
     ] {
         let weights = format!("{weight},{weight}");

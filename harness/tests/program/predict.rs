@@ -165,6 +165,9 @@ fn keywords_are_taught(run: &Path, [tone, noise, text]: [&String; 3]) {
         ),
         (&["", tone], "no keyword"),
         (&["two\twords", tone], "no keyword"),
+        (&[" ", tone], "no keyword"),
+        (&[tone, noise], "expected a keyword before the files"),
+        (&["gone.wav", noise], "expected a keyword before the files"),
         (&["tone", "nowhere.wav"], "No such file"),
         (&["tone", tone, text], "no WAV file"),
         (&["tone"], "WAV"),
@@ -214,12 +217,25 @@ fn keywords_are_taught(run: &Path, [tone, noise, text]: [&String; 3]) {
         "of the keywords it was trained with"
     );
 
+    // Nor are keywords lost, of others who teach.
+    let lock = fs::File::open(run).expect("it is there");
+    lock.lock().expect("nobody else has it");
+    let (code, _, told) = by_run("enroll", &["other", tone]);
+    assert_eq!((code, told.lines().count()), (Some(2), 1), "{told}");
+    assert!(told.contains("another process"), "{told}");
+    drop(lock);
+
     let sound = fs::read_to_string(&enrolled).expect("written by enroll");
+    // Of another network, they take no part, and those that are taught then take their places.
+    let of_another = sound.replacen("blake3\": \"", "blake3\": \"0", 1);
+    fs::write(&enrolled, of_another).expect("the folder is writable");
+    let (code, said, told) = by_run("predict", &[tone, noise]);
+    assert_eq!((code, &said), (Some(0), &before.1), "{told}");
+    assert!(told.contains("another network"), "{told}");
+    let (code, said, told) = by_run("enroll", &["only", tone]);
+    assert_eq!(code, Some(0), "{told}");
+    assert!(said.ends_with("one of 5 keywords\n"), "{said}");
     for (damaged, says) in [
-        (
-            sound.replacen("blake3\": \"", "blake3\": \"0", 1),
-            "another network",
-        ),
         (
             sound.replacen("\"a tone\": [", "\"a tone\": [ 1.0,", 1),
             "damaged",

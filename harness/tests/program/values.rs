@@ -230,6 +230,7 @@ fn loss_writes_the_references_numbers_whatever_the_options() {
                     &gradients.weights,
                     2e-5 + rounding(dtype),
                 ),
+                ("grad_scale", &gradients.scale, 2e-5),
             ] {
                 let what = format!("{name} of {dtype:?}, {arguments:?}");
                 close(&what, &got(name), expected, most);

@@ -106,7 +106,7 @@ fn fused(client: &Client, dtype: FloatKind, strategy: Strategy, allow_tf32: bool
         }
         let output = cosine_cross_entropy::forward(client, &inputs, &options).expect(VALID);
         let upstream = Upstream::Total(1.0);
-        // The scale's gradient is in few kernels more, but for a margin.
+        // The scale's gradient changes the last kernel, and with a margin those of the logits' gradients.
         for wanted in [Wanted::BOTH, Wanted::ALL] {
             cosine_cross_entropy::backward(client, &inputs, &options, &output, &upstream, wanted)
                 .expect(VALID);

@@ -15,8 +15,8 @@ pub(crate) struct Arguments {
     /// The folder of a finished run.
     run: PathBuf,
     /// WAV files, each with a keyword in its first second. A line is printed per file, with tabs between: the file, the keyword, and
-    /// its probability among all keywords of the run and those that `enroll` taught it. A file that cannot be read gets its line on standard error, and the exit
-    /// code is 2.
+    /// its probability among all keywords of the run and those that `enroll` taught it. A file that cannot be read gets its line on
+    /// standard error, and the exit code is 2.
     #[arg(required = true, value_name = "WAV")]
     files: Vec<PathBuf>,
     /// auto, cpu, cuda, cuda:N or wgpu; auto is the first that works of cuda, cpu, wgpu

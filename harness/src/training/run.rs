@@ -1,6 +1,7 @@
 //! A training run in a folder: `config.json`, `data.json`, `metrics.jsonl`, `curves.svg`, `checkpoint/`, `model.bpk`,
-//! `prototypes.safetensors`, the digest of both `model.json`, `accuracy.json`, and for a run on files `cache/`; later perhaps `enrolled.json`. The same configuration on
-//! the same CPU gives the same bytes in each; on a GPU Burn's convolutions tune themselves, and another choice sums in another order.
+//! `prototypes.safetensors`, the digest of both `model.json`, `accuracy.json`, and for a run on files `cache/`; later perhaps
+//! `enrolled.json`. The same configuration on the same CPU gives the same bytes in each; on a GPU Burn's convolutions tune themselves, and
+//! another choice sums in another order.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};

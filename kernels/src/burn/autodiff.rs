@@ -69,9 +69,8 @@ impl<B: Backend + ProtoheadGradOps, const N: usize> Backward<B, N> for FusedBack
             )
             .into(),
         };
-        for (parent, gradient) in ops.parents.into_iter().zip(gradients) {
-            register::<B>(grads, parent.map(|node| node.id), gradient);
-        }
+        let parents = ops.parents.map(|node| node.map(|node| node.id));
+        register_all::<B, N>(grads, parents, gradients);
     }
 }
 
@@ -205,10 +204,8 @@ impl<B: Backend + ProtoheadGradOps, const N: usize> Backward<B, N> for LogitsBac
             options,
             needed(&ops.parents),
         );
-        let gradients: [MaybeGrad<B>; 3] = gradients.into();
-        for (parent, gradient) in ops.parents.into_iter().zip(gradients) {
-            register::<B>(grads, parent.map(|node| node.id), gradient);
-        }
+        let parents = ops.parents.map(|node| node.map(|node| node.id));
+        register_all::<B, N>(grads, parents, gradients.into());
     }
 }
 
@@ -280,6 +277,17 @@ impl<B: Backend + ProtoheadGradOps> Backward<B, 3> for ReconstructionBackward {
 /// Which gradients the parents of a cosine head wait for: the embeddings, the class weights and, if it is one of them, the scale.
 fn needed<T, const N: usize>(parents: &[Option<T>; N]) -> [bool; 3] {
     [0, 1, 2].map(|at| matches!(parents.get(at), Some(Some(_))))
+}
+
+/// [`register`] of those.
+fn register_all<B: Backend, const N: usize>(
+    grads: &mut Gradients,
+    parents: [Option<NodeId>; N],
+    gradients: [MaybeGrad<B>; 3],
+) {
+    for (parent, gradient) in parents.into_iter().zip(gradients) {
+        register::<B>(grads, parent, gradient);
+    }
 }
 
 /// Hands a gradient that was computed to the parent that waits for it.

@@ -4,9 +4,10 @@ use burn::config::Config;
 use burn::module::{Initializer, Module, Param, ParamId};
 use burn::tensor::{Device, FloatDType, Int, Tensor};
 
+use super::learnt::{dequantized, value_of};
 use super::{
-    ClassMeans, ClassSums, CrossEntropy, Margin, class_means, dequantized, float_dtype, fused_loss,
-    given_or_learnt_logits, predictions, reduced, together, total, value_of,
+    ClassMeans, ClassSums, CrossEntropy, Margin, class_means, float_dtype, fused_loss,
+    given_or_learnt_logits, predictions, reduced, together, total,
 };
 use crate::{
     Error, LossOptions, Reduction, class_means as means, cosine_cross_entropy as fused,

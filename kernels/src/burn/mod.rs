@@ -14,6 +14,7 @@ mod autodiff;
 mod checks;
 mod cube;
 mod heads;
+mod learnt;
 mod ops;
 #[cfg(feature = "burn")]
 mod specs;
@@ -25,18 +26,19 @@ pub use heads::{CosineHeads, CosineHeadsConfig, HeadsLoss};
 pub use sums::{ClassMeans, ClassSums, class_means};
 
 use burn::backend::Dispatch;
-use burn::tensor::{DType, FloatDType, Int, Tensor};
+use burn::tensor::{DType, Int, Tensor};
 
 use crate::loss::target::joined;
 use crate::operand::{F32, allocatable, count};
 use crate::{
-    Error, LossOptions, Reduction, Strategy, Wanted, cosine_cross_entropy as fused,
+    Error, LossOptions, Reduction, Strategy, cosine_cross_entropy as fused,
     cosine_logits as logits_op, cross_entropy as cross_entropy_op,
 };
 use checks::{
     cube_client, float_dtype, head_operands, product_operands, row_labels, sized, storable,
     together,
 };
+use learnt::{in_f32, learnt};
 use ops::{Losses, ProtoheadOps};
 
 /// The result of a cross-entropy.
@@ -238,46 +240,6 @@ fn fused_loss<const D: usize>(
         }
     };
     Ok(CrossEntropy::new(results, labels, active))
-}
-
-/// The value of a learnt scale that goes with these operands.
-fn learnt(scale: &Tensor<1>, embeddings: &Tensor<3>, weights: &Tensor<3>) -> Result<f32, Error> {
-    for operand in [embeddings, weights] {
-        together("scale", &scale.device(), &operand.device())?;
-    }
-    let value = value_of(scale)?;
-    if scale.device().is_autodiff() {
-        crate::scale::validate(value, Wanted::SCALE)?;
-    }
-    Ok(value)
-}
-
-/// A learnt scale as the ops take it: its gradient is f32, whatever the parameter is.
-fn in_f32(scale: Tensor<1>) -> Tensor<1> {
-    dequantized(scale).cast(FloatDType::F32)
-}
-
-/// A tensor of floats.
-fn dequantized<const D: usize>(tensor: Tensor<D>) -> Tensor<D> {
-    match tensor.dtype() {
-        DType::QFloat(_) => tensor.dequantize(),
-        _ => tensor,
-    }
-}
-
-/// The value of a scale that is learnt, as the device has it.
-fn value_of(scale: &Tensor<1>) -> Result<f32, Error> {
-    if scale.dims() != [1] {
-        return Err(Error::Shape {
-            operand: "scale",
-            got: scale.dims().to_vec(),
-            expected: "[1]".into(),
-        });
-    }
-    let values = in_f32(scale.clone().detach()).try_into_vec_as::<f32>();
-    let values = values.map_err(Error::device)?;
-    let few = || Error::Device("a read returned too few numbers".into());
-    values.first().copied().ok_or_else(few)
 }
 
 /// The class of the highest logit of each row, `[heads, rows]`, in memory that does not grow with rows × classes. The options of the

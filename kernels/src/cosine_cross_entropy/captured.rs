@@ -17,9 +17,8 @@ use crate::loss::{LossOutput, Upstream};
 /// CPU, a replay is the ordinary call.
 ///
 /// Write new embeddings, weights or labels into the handles of [`inputs`](Self::inputs) before a replay; the options, and with them the
-/// scale, stay. After it, call
-/// [`output`](Self::output) and [`gradients`](Self::gradients) again: where the step was recorded they are the same buffers each
-/// time, otherwise new ones. The gradients have the same bits as those of [`forward_backward`].
+/// scale, stay. After it, call [`output`](Self::output) and [`gradients`](Self::gradients) again: where the step was recorded they are
+/// the same buffers each time, otherwise new ones. The gradients have the same bits as those of [`forward_backward`].
 ///
 /// It stays on the thread that recorded it, since that is what orders writes, replays and reads: a client's stream is its
 /// thread's. Clones of its handles must not be written or read from another thread while it replays, nor by a client that was moved

@@ -5,7 +5,7 @@ use cubecl::server::Handle;
 
 use super::Tile;
 use super::chunks::{Chunks, GradientChunk};
-use super::pack::{ScaleRows, Unfinished, finish_chunk};
+use super::pack::{RowsOf, ScaleRows, Unfinished, finish_chunk};
 use super::product::tile_product;
 use super::results::{column_of, place, result_of, row_of};
 use super::stage::{Lies, Source};
@@ -95,13 +95,15 @@ impl Backward<'_> {
                     false => chunk.classes,
                 };
                 let classes = Unfinished {
-                    operand: &chunks.problem.weights,
-                    first,
-                    count,
-                    real: chunk.classes,
+                    rows: RowsOf {
+                        operand: &chunks.problem.weights,
+                        first,
+                        real: chunk.classes,
+                        count,
+                        dim_padded: dim,
+                    },
                     gradient: sums,
                     padded: chunk.padded,
-                    dim_padded: dim,
                     factors: &self.factors,
                     of_scale: None,
                 };
@@ -119,13 +121,15 @@ impl Backward<'_> {
                 (grad, rows)
             });
             let embeddings = Unfinished {
-                operand: &chunks.problem.embeddings,
-                first: 0,
-                count: sizes.rows,
-                real: sizes.rows,
+                rows: RowsOf {
+                    operand: &chunks.problem.embeddings,
+                    first: 0,
+                    real: sizes.rows,
+                    count: sizes.rows,
+                    dim_padded: dim,
+                },
                 gradient: sums,
                 padded: rows,
-                dim_padded: dim,
                 factors: &self.factors,
                 of_scale: of_scale.as_ref().map(|(_, rows)| rows),
             };

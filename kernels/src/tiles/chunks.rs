@@ -5,7 +5,7 @@ use cubecl::prelude::*;
 use cubecl::server::Handle;
 
 use super::Tile;
-use super::pack::{Unpacked, pack_chunk};
+use super::pack::{RowsOf, pack_chunk};
 use crate::blueprint::Blueprint;
 use crate::cosine_logits::CosineProblem;
 use crate::operand::F32;
@@ -58,16 +58,14 @@ impl<'a> Chunks<'a> {
         let sizes = &problem.sizes;
         let elements = sizes.heads * sizes.rows_padded * sizes.dim_padded;
         let embeddings = client.empty(elements * tile.packed.size());
-        let rows = Unpacked {
+        let rows = RowsOf {
             operand: &problem.embeddings,
             first: 0,
             real: sizes.rows,
             count: sizes.rows_padded,
             dim_padded: sizes.dim_padded,
-            sign,
-            dtype: tile.packed,
         };
-        pack_chunk(client, blueprint, &rows, &embeddings);
+        pack_chunk(client, blueprint, &rows, sign, tile.packed, &embeddings);
         Self {
             client,
             blueprint,
@@ -108,16 +106,15 @@ impl<'a> Chunks<'a> {
     /// Packs a chunk's weights into a place for `step` classes.
     fn chunk(&self, first: usize, step: usize, weights: Handle) -> Chunk {
         let (classes, padded) = self.classes(first, step);
-        let rows = Unpacked {
+        let rows = RowsOf {
             operand: &self.problem.weights,
             first,
             real: classes,
             count: padded,
             dim_padded: self.problem.sizes.dim_padded,
-            sign: 1.0,
-            dtype: self.tile.packed,
         };
-        pack_chunk(self.client, self.blueprint, &rows, &weights);
+        let dtype = self.tile.packed;
+        pack_chunk(self.client, self.blueprint, &rows, 1.0, dtype, &weights);
         Chunk {
             first,
             classes,

@@ -59,50 +59,57 @@ impl RowOfGroup {
     }
 }
 
-/// Rows of an operand, and what they are packed as.
-pub(super) struct Unpacked<'a> {
+/// Rows of an operand that a launch takes.
+pub(super) struct RowsOf<'a> {
     pub operand: &'a Strided,
-    /// The operand's rows `first .. first + real` of every head,
+    /// The operand's rows `first .. first + real` of every head take part,
     pub first: usize,
     pub real: usize,
-    /// followed by rows of zeros, so many with them.
+    /// and the others of so many are zero.
     pub count: usize,
+    /// Elements of a row where they are packed.
     pub dim_padded: usize,
-    pub sign: f32,
-    pub dtype: ElemType,
 }
 
-/// `sign · x / max(‖x‖, EPSILON)` of the rows, zero-padded to `[heads, count, dim_padded]` and rounded, into `packed`, which has so many
-/// rows at least.
-pub(super) fn pack_chunk(client: &Client, blueprint: &Blueprint, from: &Unpacked, packed: &Handle) {
-    let operand = from.operand;
+impl RowsOf<'_> {
+    fn launch_arg(&self, vector: usize) -> RowsLaunch {
+        let [heads, _, dim] = self.operand.dims3();
+        let (columns, padded) = (dim / vector, self.dim_padded / vector);
+        RowsLaunch::new(heads, self.first, self.real, self.count, columns, padded)
+    }
+}
+
+/// `sign · x / max(‖x‖, EPSILON)` of the rows, zero-padded to `[heads, count, dim_padded]` and rounded to `dtype`, into `packed`, which has
+/// so many rows at least.
+pub(super) fn pack_chunk(
+    client: &Client,
+    blueprint: &Blueprint,
+    rows: &RowsOf,
+    sign: f32,
+    dtype: ElemType,
+    packed: &Handle,
+) {
+    let operand = rows.operand;
     let [heads, _, dim] = operand.dims3();
     let vector = operand.vector_size(blueprint);
     let group = Group::of(blueprint, dim / vector);
-    let elements = heads * from.count * from.dim_padded;
+    let elements = heads * rows.count * rows.dim_padded;
     // SAFETY: `Strided` proved the operand, which has rows up to `first + real`; `packed` has `heads · count` rows.
     unsafe {
         pack::launch_unchecked(
             client,
-            group.cubes(client, heads * from.count),
+            group.cubes(client, heads * rows.count),
             CubeDim::new_1d(PLANE_UNITS as u32),
             address_type(&[operand.elements(), elements]),
             vector,
             operand.buffer_arg(vector),
             operand.strides_arg(vector),
             BufferArg::from_raw_parts(packed.clone(), elements / vector),
-            RowsLaunch::new(
-                heads,
-                from.first,
-                from.real,
-                from.count,
-                dim / vector,
-                from.dim_padded / vector,
-            ),
-            from.sign,
+            rows.launch_arg(vector),
+            sign,
             group,
             operand.dtype(),
-            from.dtype,
+            dtype,
         );
     }
 }
@@ -146,16 +153,10 @@ fn pack<F: Float, P: Float, M: Size>(
 
 /// Rows of an operand and the gradients of their unit rows.
 pub(super) struct Unfinished<'a> {
-    pub operand: &'a Strided,
-    /// The operand's rows `first .. first + count` of every head,
-    pub first: usize,
-    pub count: usize,
-    /// of which so many take part, and the others get zeros.
-    pub real: usize,
+    pub rows: RowsOf<'a>,
     /// f32, `[heads, padded, dim_padded]`
     pub gradient: &'a Handle,
     pub padded: usize,
-    pub dim_padded: usize,
     /// f32, `[heads]`: what the gradients are multiplied with.
     pub factors: &'a Handle,
     /// What the gradient of the scale wants of them.
@@ -177,11 +178,11 @@ pub(super) fn finish_chunk(
     from: &Unfinished,
     grad: &TensorHandle,
 ) {
-    let operand = from.operand;
+    let (operand, count) = (from.rows.operand, from.rows.count);
     let [heads, stored, dim] = operand.dims3();
     let vector = operand.vector_size(blueprint);
     let group = Group::of(blueprint, dim / vector);
-    let columns = from.dim_padded / vector;
+    let columns = from.rows.dim_padded / vector;
     let f32s = |handle: &Handle, count: usize| {
         // SAFETY: every buffer has the length of its comment.
         unsafe { BufferArg::from_raw_parts(handle.clone(), count) }
@@ -192,7 +193,7 @@ pub(super) fn finish_chunk(
     unsafe {
         finish::launch_unchecked(
             client,
-            group.cubes(client, heads * from.count),
+            group.cubes(client, heads * count),
             CubeDim::new_1d(PLANE_UNITS as u32),
             address_type(&[operand.elements(), heads * stored * dim]),
             vector,
@@ -205,18 +206,11 @@ pub(super) fn finish_chunk(
                 None => f32s(from.factors, heads),
             },
             match from.of_scale {
-                Some(scale) => f32s(&scale.rows, heads * from.count),
+                Some(scale) => f32s(&scale.rows, heads * count),
                 None => f32s(&client.empty(size_of::<f32>()), 1),
             },
             whole(grad, vector),
-            RowsLaunch::new(
-                heads,
-                from.first,
-                from.real,
-                from.count,
-                dim / vector,
-                columns,
-            ),
+            from.rows.launch_arg(vector),
             from.padded,
             stored,
             from.of_scale.is_some(),

@@ -4,11 +4,12 @@ use burn::module::Module;
 use burn::store::ModuleRecord;
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
 use protohead::burn::{ClassMeans, ClassSums, CosineHeads, CosineHeadsConfig};
-use protohead::cosine_cross_entropy::Margin;
 use protohead::{Error, LossOptions, Reduction};
 use protohead_reference as reference;
 
-use super::{LABELS, SCALE, SIZES, devices, heads, labels, labels_of, near, numbers, read, tensor};
+use super::{
+    LABELS, SCALE, SIZES, devices, heads, labels, labels_of, margin, near, numbers, read, tensor,
+};
 
 #[test]
 fn the_module_gives_the_references_loss_gradients_and_prototypes() {
@@ -26,18 +27,7 @@ fn the_module_gives_the_references_loss_gradients_and_prototypes() {
         };
         let judged = LABELS.map(|label| if label == -100 { -7 } else { label });
         let (x64, w64) = (wide(&x), wide(&w));
-        let margin = Margin {
-            angular: 0.5,
-            cosine: 0.25,
-        };
-        let cosine = reference::Cosine {
-            scale: SCALE,
-            margin: reference::Margin {
-                angular: 0.5,
-                cosine: 0.25,
-                ..reference::Margin::none()
-            },
-        };
+        let (margin, cosine) = margin();
         let truth = reference::cosine_cross_entropy(&x64, &w64, &judged, SIZES, cosine, &options);
         let truths = reference::cosine_cross_entropy_backward(
             &x64,

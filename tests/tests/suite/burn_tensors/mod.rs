@@ -5,8 +5,8 @@ mod ops;
 mod refused;
 mod scale;
 
-use burn::tensor::{Device, Int, Tensor, TensorData};
-use protohead::burn::{CosineHeads, CosineHeadsConfig};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use protohead::burn::{CosineHeads, CosineHeadsConfig, Margin};
 use protohead_reference as reference;
 use protohead_tests::devices::Tested;
 
@@ -89,6 +89,33 @@ fn near_by(name: &str, ours: &[f32], truth: &[f64], relative: f64) {
         error <= relative * size + 1e-7,
         "{name}: error {error:e} of {size:e}"
     );
+}
+
+/// Numbers as this dtype has them.
+fn rounded(values: &[f32], dtype: DType) -> Vec<f64> {
+    let round = |&v: &f32| match dtype {
+        DType::F16 => half::f16::from_f32(v).to_f64(),
+        DType::BF16 => half::bf16::from_f32(v).to_f64(),
+        _ => f64::from(v),
+    };
+    values.iter().map(round).collect()
+}
+
+/// Both margins, and the reference's cosine of [`SCALE`] with them.
+fn margin() -> (Margin, reference::Cosine<f64>) {
+    let margin = Margin {
+        angular: 0.5,
+        cosine: 0.25,
+    };
+    let cosine = reference::Cosine {
+        scale: SCALE,
+        margin: reference::Margin {
+            angular: 0.5,
+            cosine: 0.25,
+            ..reference::Margin::none()
+        },
+    };
+    (margin, cosine)
 }
 
 fn heads(device: &Device, weights: &[f32]) -> CosineHeads {

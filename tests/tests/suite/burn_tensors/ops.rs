@@ -10,7 +10,9 @@ use protohead::{
 };
 use protohead_reference as reference;
 
-use super::{LABELS, SIZES, device_of, devices, labels, near, near_by, numbers, read, tensor};
+use super::{
+    LABELS, SIZES, device_of, devices, labels, near, near_by, numbers, read, rounded, tensor,
+};
 use crate::support::reserved;
 
 #[test]
@@ -74,14 +76,6 @@ fn gradients_of_the_loss_by_head_reach_what_is_tracked() {
                 continue;
             }
             let case = format!("{dtype:?} {reduction:?} {tracked:?}");
-            let rounded = |values: &[f32]| -> Vec<f64> {
-                let round = |&v: &f32| match dtype {
-                    DType::F16 => half::f16::from_f32(v).to_f64(),
-                    DType::BF16 => half::bf16::from_f32(v).to_f64(),
-                    _ => f64::from(v),
-                };
-                values.iter().map(round).collect()
-            };
             let options = reference::LossOptions {
                 reduction: match reduction {
                     Reduction::Sum => reference::Reduction::Sum,
@@ -92,8 +86,8 @@ fn gradients_of_the_loss_by_head_reach_what_is_tracked() {
                 head_weights: vec![1.0; 3],
             };
             let truth = reference::cosine_cross_entropy_backward(
-                &rounded(&x),
-                &rounded(&w),
+                &rounded(&x, dtype),
+                &rounded(&w, dtype),
                 &LABELS,
                 SIZES,
                 reference::Cosine {

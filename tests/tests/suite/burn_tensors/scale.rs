@@ -7,11 +7,15 @@ use burn::tensor::{DType, Device, FloatDType, Tensor};
 use protohead::burn::{
     CosineHeads, CosineHeadsConfig, cosine_cross_entropy_with_scale, cosine_logits_with_scale,
 };
-use protohead::cosine_cross_entropy::{Margin, Options};
+use protohead::cosine_cross_entropy::Options;
 use protohead::{Error, LossOptions, Reduction};
 use protohead_reference as reference;
 
-use super::{LABELS, SCALE, SIZES, devices, labels, near, near_by, numbers, read, tensor};
+use protohead_tests::problem::wide;
+
+use super::{
+    LABELS, SCALE, SIZES, devices, labels, margin, near, near_by, numbers, read, rounded, tensor,
+};
 
 fn learnt_heads(device: &Device) -> CosineHeads {
     let mut heads = CosineHeadsConfig::new(3, 5, 6)
@@ -24,26 +28,6 @@ fn learnt_heads(device: &Device) -> CosineHeads {
         .weight
         .map(|drawn| values.set_require_grad(drawn.is_require_grad()));
     heads
-}
-
-fn wide(values: &[f32]) -> Vec<f64> {
-    values.iter().map(|&v| f64::from(v)).collect()
-}
-
-fn margin() -> (Margin, reference::Cosine<f64>) {
-    let margin = Margin {
-        angular: 0.5,
-        cosine: 0.25,
-    };
-    let cosine = reference::Cosine {
-        scale: SCALE,
-        margin: reference::Margin {
-            angular: 0.5,
-            cosine: 0.25,
-            ..reference::Margin::none()
-        },
-    };
-    (margin, cosine)
 }
 
 /// The gradient of the scale that arrives with a loss.
@@ -69,15 +53,7 @@ fn a_learnt_scale_gets_the_references_gradient() {
             if !plain.supports_dtype(dtype) {
                 continue;
             }
-            let rounded = |values: &[f32]| -> Vec<f64> {
-                let round = |&v: &f32| match dtype {
-                    DType::F16 => half::f16::from_f32(v).to_f64(),
-                    DType::BF16 => half::bf16::from_f32(v).to_f64(),
-                    _ => f64::from(v),
-                };
-                values.iter().map(round).collect()
-            };
-            let (x64, w64) = (rounded(&x), rounded(&w));
+            let (x64, w64) = (rounded(&x, dtype), rounded(&w, dtype));
             let of = |reduction, head_weights: Vec<f64>, upstream| {
                 let options = reference::LossOptions {
                     reduction,
